@@ -1,0 +1,109 @@
+"""Checkpoints: the train state, the data position and facts about the run, by orbax, asynchronously.
+
+One checkpoint holds `state` (every array under its path's name), `data` (where the input stands) and
+`meta`. A save that is cut off leaves no step behind; the newest whole one is restored.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+_log = logging.getLogger("byolx")
+Tree = TypeVar("Tree")
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `folder`.
+
+  Args:
+    folder: made if missing.
+    keep: how many of the latest are kept.
+  """
+
+  def __init__(self, folder: Path, keep: int = 2):
+    # orbax reports every save at level INFO; the run's own log says what a reader needs.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(keep), enable_async_checkpointing=True
+      ),
+    )
+
+  def latest(self) -> int | None:
+    """The newest whole step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, data: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Starts a save and returns once the arrays are copied; the caller may then donate them."""
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(named(state)),
+        data=ocp.args.JsonSave(data),
+        meta=ocp.args.JsonSave(meta),
+      ),
+    )
+
+  def restore(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
+    """The state of a step (the latest unless given), placed as `abstract` says, and its data position.
+
+    Args:
+      abstract: a pytree like the one saved, of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+      ValueError: the checkpoint's arrays are not those of `abstract`.
+    """
+    step = self.latest() if step is None else step
+    wanted = named(abstract)
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()
+        ),
+      )
+    except (ValueError, KeyError) as error:
+      summary = str(error).splitlines()[0]
+      raise ValueError(f"checkpoint of step {step} holds another model: {summary}") from error
+    leaves = _in_order(restored["state"], abstract)
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["data"]
+
+  def close(self) -> None:
+    """Waits for the save under way, if any."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def named(tree: Any) -> dict[str, Any]:
+  """The arrays of a pytree as a nested dict keyed by their paths."""
+  nested: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    node = nested
+    *groups, last = _names(path)
+    for group in groups:
+      node = node.setdefault(group, {})
+    node[last] = leaf
+  return nested
+
+
+def _in_order(nested: dict[str, Any], like: Any) -> list[Any]:
+  """The arrays of `named`, in the order of the leaves of `like`."""
+  leaves = []
+  for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]:
+    node = nested
+    for name in _names(path):
+      node = node[name]
+    leaves.append(node)
+  return leaves
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+  """Path entries as names; the `value` inside each nnx variable says nothing and is left out."""
+  names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+  return names[:-1] if len(names) > 1 and names[-1] == "value" else names

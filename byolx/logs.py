@@ -1,0 +1,99 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard events, progress lines."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class RunLog:
+  """Writers of one run.
+
+  Args:
+    folder: of `metrics.jsonl` and `tensorboard/`.
+    steps: of the whole run.
+    steps_per_epoch: as a float.
+    images_per_step: batch size.
+    start: step that the run continues from; later rows of an earlier attempt are dropped.
+    every_seconds: between progress lines.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    *,
+    steps: int,
+    steps_per_epoch: float,
+    images_per_step: int,
+    start: int,
+    every_seconds: float,
+  ):
+    self._steps, self._per_epoch, self._images = steps, steps_per_epoch, images_per_step
+    self._every = every_seconds
+    self._start = self._last_step = start
+    self._began = self._last_time = self._printed = None
+    self._file = _open_after(folder / "metrics.jsonl", start)
+    self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+  def begin(self) -> None:
+    """Starts the clock; call it when the first step is about to run."""
+    self._began = self._last_time = self._printed = time.monotonic()
+
+  def write(self, step: int, scalars: dict[str, float]) -> None:
+    """Appends a row; prints a progress line when it is time."""
+    now = time.monotonic()
+    rate = self._images * (step - self._last_step) / max(now - self._last_time, 1e-9)
+    epoch = step / self._per_epoch
+    row = {"step": step, "epoch": round(epoch, 4), **scalars, "images_per_second": round(rate, 1)}
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+    for name, value in row.items():
+      if name != "step":
+        self._events.add_scalar(name, value, step)
+    self._last_step, self._last_time = step, now
+    if now - self._printed >= self._every or step == self._steps:
+      self._printed = now
+      print(self._line(step, epoch, row, rate, now), file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    """Flushes and closes all files."""
+    self._file.close()
+    self._events.close()
+
+  def _line(self, step: int, epoch: float, row: dict, rate: float, now: float) -> str:
+    left = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
+    parts = [
+      f"step {step:>{len(str(self._steps))}}/{self._steps}",
+      f"epoch {epoch:.1f}",
+      f"loss {row['loss']:.4f}",
+    ]
+    if "top1" in row:
+      parts.append(f"online top-1 {100 * row['top1']:.1f}")
+    return "  ".join([*parts, f"{rate:.0f} images/s", f"{duration(left)} left"])
+
+
+def duration(seconds: float) -> str:
+  """`2 h 05 min`, `3 min 20 s`, `12 s`."""
+  seconds = round(seconds)
+  if seconds >= 3600:
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+  return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+
+
+def _open_after(path: Path, start: int):
+  """Opens for appending, without rows after `start` and without a line that was cut off."""
+  kept = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        row = json.loads(line)
+      except json.JSONDecodeError:
+        continue
+      if row["step"] <= start:
+        kept.append(line + "\n")
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text("".join(kept))
+  temporary.replace(path)
+  return path.open("a")

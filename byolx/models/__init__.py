@@ -1,0 +1,1 @@
+"""Networks: residual encoders, projection heads, BYOL's online and target networks."""

@@ -1,0 +1,128 @@
+"""BYOL's networks: online encoder, projector and predictor; target encoder and projector (Figure 8)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from byolx.models.heads import MLP
+from byolx.models.layers import linear
+from byolx.models.resnet import ResNet, ResNetSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class BYOLSpec:
+  """Sizes of BYOL's heads, and which of its parts exist.
+
+  Args:
+    encoder: the residual network f.
+    projection_size: size of z and q.
+    projector_hidden, projector_depth: of g.
+    predictor_hidden, predictor_depth: of q.
+    output_bias: a bias in the last layer of g and q.
+    predictor: without it the projection itself is the prediction (Table 19).
+    target: "ema", a moving average with weights of its own; "stop_gradient" or "online", the online
+      projection with or without a stopped gradient (Table 19's sg(theta) and theta).
+    target_init: "own_key", drawn apart from the online network; "online", a copy of it.
+    classes: of the online probe; 0 leaves the probe out.
+  """
+
+  encoder: ResNetSpec
+  projection_size: int = 256
+  projector_hidden: int = 4096
+  projector_depth: int = 2
+  predictor_hidden: int = 4096
+  predictor_depth: int = 2
+  output_bias: bool = False
+  predictor: bool = True
+  target: str = "ema"
+  target_init: str = "own_key"
+  classes: int = 0
+
+
+class Outputs(NamedTuple):
+  """What a branch says of a batch: representation y, projection z, both float32."""
+
+  representation: Float[Array, "b d"]
+  projection: Float[Array, "b p"]
+
+
+class Branch(nnx.Module):
+  """Encoder f and projector g, which the online and the target network both have."""
+
+  def __init__(self, spec: BYOLSpec, *, rngs: nnx.Rngs):
+    self.encoder = ResNet(spec.encoder, rngs=rngs)
+    self.projector = MLP(
+      spec.encoder,
+      self.encoder.features,
+      spec.projector_hidden,
+      spec.projection_size,
+      depth=spec.projector_depth,
+      output_bias=spec.output_bias,
+      rngs=rngs,
+    )
+
+  def __call__(self, x: Float[Array, "b h w 3"], *, train: bool, views: int = 1) -> Outputs:
+    y = self.encoder(x, train=train, views=views)
+    z = self.projector(y, train=train, views=views)
+    return Outputs(y.astype(jnp.float32), z.astype(jnp.float32))
+
+
+class BYOL(nnx.Module):
+  """Everything that BYOL trains or moves.
+
+  `online`, `predictor` and the linear `probe` are trained by gradient; `target` moves towards
+  `online` after each optimiser step (see `follow`).
+  """
+
+  def __init__(self, spec: BYOLSpec, *, rngs: nnx.Rngs):
+    self.online = Branch(spec, rngs=rngs)
+    self.predictor = (
+      MLP(
+        spec.encoder,
+        spec.projection_size,
+        spec.predictor_hidden,
+        spec.projection_size,
+        depth=spec.predictor_depth,
+        output_bias=spec.output_bias,
+        rngs=rngs,
+      )
+      if spec.predictor
+      else None
+    )
+    self.probe = (
+      linear(
+        self.online.encoder.features,
+        spec.classes,
+        kernel_init=spec.encoder.kernel_init,
+        rngs=rngs,
+      )
+      if spec.classes
+      else None
+    )
+    self.target = Branch(spec, rngs=rngs) if spec.target == "ema" else None
+    if self.target is not None and spec.target_init == "online":
+      nnx.update(self.target, jax.tree.map(jnp.copy, nnx.state(self.online)))
+
+  def predict(self, z: Float[Array, "b p"], *, train: bool, views: int = 1) -> Float[Array, "b p"]:
+    """q(z), or z itself where there is no predictor; float32."""
+    if self.predictor is None:
+      return z
+    return self.predictor(z, train=train, views=views).astype(jnp.float32)
+
+  def follow(self, tau: Float[Array, ""], *, statistics: bool = False) -> None:
+    """xi <- xi + (1 - tau) * (theta - xi), for the target's parameters (Algorithm 1, line 11).
+
+    Its running statistics come from its own forward passes, unless `statistics` averages them too.
+    """
+    if self.target is None:
+      return
+    kinds = (nnx.Param, nnx.BatchStat) if statistics else (nnx.Param,)
+    online = dict(nnx.to_flat_state(nnx.state(self.online, nnx.Any(*kinds))))
+    for path, xi in nnx.to_flat_state(nnx.state(self.target, nnx.Any(*kinds))):
+      theta = online[path][...]
+      if jnp.issubdtype(theta.dtype, jnp.floating):
+        xi.set_value(xi[...] + (1.0 - tau) * (theta - xi[...]))

@@ -1,0 +1,68 @@
+"""Optimisers: LARS in the authors' order, SGD and AdamW, with exclusions decided by role."""
+
+import jax
+import optax
+from flax import nnx
+
+from byolx.roles import Role
+from byolx.schedules import Schedule
+
+Mask = nnx.State
+
+
+def adapted(params: nnx.State) -> Mask:
+  """The tree of `params` with True where weight decay and trust ratios apply.
+
+  Raises:
+    ValueError: a parameter that does not say what it is for.
+  """
+  flat = nnx.to_flat_state(params)
+  missing = [".".join(map(str, path)) for path, variable in flat if not isinstance(role(variable), Role)]
+  if missing:
+    raise ValueError(f"parameters without a role: {', '.join(missing)}: expected one of {[*Role]}")
+  flags = [role(variable).adapted for _, variable in flat]
+  leaves = jax.tree.leaves(params)
+  if len(leaves) != len(flags):
+    raise ValueError(f"{len(leaves)} arrays in {len(flags)} parameters: expected one array each")
+  return jax.tree.unflatten(jax.tree.structure(params), flags)
+
+
+def role(variable: nnx.Variable) -> Role | None:
+  """What a trainable variable is for, or None where it does not say."""
+  return variable.get_metadata().get("role")
+
+
+def lars(
+  rate: Schedule, weight_decay: float, momentum: float, trust: float, mask: Mask
+) -> optax.GradientTransformation:
+  """LARS as the authors run it: decay, trust ratio, momentum, and only then the rate.
+
+    g <- g + weight_decay * w;   g <- g * trust * ||w|| / ||g||  (factor 1 where a norm is 0);
+    m <- momentum * m + g;       w <- w - rate(k) * m
+
+  `optax.lars` multiplies by the rate before momentum, which is another trajectory as soon as the
+  rate moves. Where `mask` is False the first two lines are left out.
+  """
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=mask),
+    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), mask),
+    optax.trace(decay=momentum),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def sgd(
+  rate: Schedule, weight_decay: float, momentum: float, mask: Mask
+) -> optax.GradientTransformation:
+  """SGD with Nesterov momentum and coupled decay of the masked parameters."""
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=mask),
+    optax.trace(decay=momentum, nesterov=True),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def adamw(rate: Schedule, weight_decay: float, mask: Mask) -> optax.GradientTransformation:
+  """AdamW with decoupled decay of the masked parameters; ours, for small runs."""
+  return optax.adamw(rate, weight_decay=weight_decay, mask=mask)
+

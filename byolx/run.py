@@ -1,0 +1,336 @@
+"""One workdir, from config to results: train, measure what the encoder knows, draw, and write it down."""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from flax import nnx
+from ml_collections import ConfigDict
+
+from byolx import checkpoint, config, evaluate, experiment, logs, metrics, optim, probe, report
+from byolx import sharding, train
+from byolx.config import ConfigError
+from byolx.data import pipeline, splits, views
+from byolx.experiment import Experiment
+
+_log = logging.getLogger("byolx")
+
+ENCODERS = ("online", "target", "random", "pixels")
+EMBEDDED_IMAGES = 1000
+SHEET_IMAGES, SHEET_PAIRS = 8, 4
+
+
+def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
+  """Trains (or goes on where the workdir stopped), evaluates, writes results and pictures.
+
+  Returns:
+    The records of `results.json`.
+
+  Raises:
+    ConfigError: the workdir holds a run of another config, or fields do not go together.
+    train.DivergedError: a loss that is not finite; the last good checkpoint stays.
+  """
+  exp = experiment.build(cfg)
+  claim(workdir, cfg)
+  print(overview(exp, workdir), flush=True)
+  write_views(exp, workdir / "views.png")
+  state = fit(exp, workdir)
+  return conclude(exp, state, workdir)
+
+
+def evaluate_run(workdir: Path) -> list[dict]:
+  """Evaluates the newest checkpoint of a workdir again, by the workdir's own config."""
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise ConfigError(f"--from={workdir}: expected a workdir of `byolx train`, with a config.json")
+  exp = experiment.build(config.from_json(path.read_text()))
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+  if checkpoints.latest() is None:
+    raise ConfigError(f"--from={workdir}: expected a checkpoint in {workdir / 'checkpoints'}")
+  state, _ = checkpoints.restore(_abstract(exp))
+  checkpoints.close()
+  return conclude(exp, state, workdir)
+
+
+def pretrain_seeds(cfg: ConfigDict, workdir: Path, seeds: list[int]) -> list[dict]:
+  """One run per seed in `workdir/seed_N`; their records and the means over seeds in `workdir`."""
+  every = []
+  for seed in seeds:
+    of_seed = cfg.copy_and_resolve_references()
+    of_seed.seed = seed
+    every += pretrain(of_seed, workdir / f"seed_{seed}")
+  means = mean_over_seeds(every)
+  write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
+  print(f"\nMean over seeds {', '.join(map(str, seeds))}\n{probe.format_table(means)}")
+  return every + means
+
+
+def mean_over_seeds(records: list[dict]) -> list[dict]:
+  """Records that differ only in seed, averaged; `seed` lists them, the interval is over them."""
+  groups: dict[tuple, list[dict]] = {}
+  for record in records:
+    keys = ("task", "protocol", "encoder", "labels", "split", "metric", "step", "commit")
+    groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+  return [
+    {
+      **group[0],
+      "value": float(np.mean([record["value"] for record in group])),
+      "interval": float(np.ptp([record["value"] for record in group]) / 2),
+      "n": sum(record["n"] for record in group),
+      "seed": [record["seed"] for record in group],
+    }
+    for group in groups.values()
+  ]
+
+
+def claim(workdir: Path, cfg: ConfigDict) -> None:
+  """Makes the workdir this config's, or refuses one that holds another config's run."""
+  path = workdir / "config.json"
+  if path.exists():
+    changed = config.differences(
+      config.flatten(config.from_json(path.read_text())), config.flatten(cfg)
+    )
+    if changed:
+      raise ConfigError(
+        f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}); "
+        "choose another --workdir, or undo the change"
+      )
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_atomically(path, config.to_json(cfg))
+
+
+def overview(exp: Experiment, workdir: Path) -> str:
+  """What will run, before the first step: devices, parameters, exclusions, steps, rates."""
+  c = exp.config
+  device = jax.devices()[0]
+  peak = c.optim.base_rate * c.train.batch_size / 256
+  model = nnx.eval_shape(lambda: exp.task.init(nnx.Rngs(0)))
+  size = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model.online.encoder, nnx.Param)))
+  lines = [
+    parameter_overview.get_parameter_overview(
+      nnx.to_pure_dict(exp.abstract_params), include_stats=False
+    ),
+    "",
+    "Without weight decay" + (" and trust ratio:" if c.optim.name == "lars" else ":"),
+    *(_excluded(exp) if c.optim.exclude else ["  nothing (optim.exclude=False)"]),
+    "",
+    f"devices    {exp.mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(exp.mesh.shape)}",
+    f"images     {len(exp.train_source):,} to train on, {len(exp.test_source):,} held out "
+    f"({exp.train_source.name}, {len(exp.train_source.classes)} classes)",
+    f"encoder    {c.model.arch}, {size / 1e6:.2f} M parameters, "
+    f"{exp.task.spec.encoder.channels[-1]} features, {c.model.dtype}",
+    f"steps      {exp.steps:,} of {c.train.batch_size} images "
+    f"({exp.passes} forward pass{'es' if exp.passes > 1 else ''} each), {c.train.epochs:g} epochs",
+    f"rate       0 to {peak:g} in {exp.warmup_steps:,} steps, then cosine to 0 "
+    f"({c.optim.base_rate:g} * {c.train.batch_size} / 256)",
+    f"target     {c.byol.target}, tau {c.byol.tau_base:g} ({c.byol.tau_rule})",
+    f"workdir    {workdir}",
+  ]
+  return "\n".join(lines)
+
+
+def _excluded(exp: Experiment) -> list[str]:
+  """One line per role and array name: how many arrays, how many numbers."""
+  found: dict[tuple[str, str], list[int]] = {}
+  for path, variable in nnx.to_flat_state(exp.abstract_params):
+    role = optim.role(variable)
+    if not role.adapted:
+      found.setdefault((role.value, str(path[0])), []).append(math.prod(variable.shape))
+  return [
+    f"  {role:<6}{part:<12}{len(sizes):>5} arrays {sum(sizes):>12,} numbers"
+    for (role, part), sizes in sorted(found.items())
+  ]
+
+
+def write_views(exp: Experiment, path: Path, images: int = SHEET_IMAGES, pairs: int = SHEET_PAIRS):
+  """A picture of the first training images with pairs of their views."""
+  sheet = views.sheet(exp.train_source, exp.views, exp.config, images=images, pairs=pairs)
+  views.write_png(path, sheet)
+
+
+def fit(exp: Experiment, workdir: Path) -> train.TrainState:
+  """Runs the loop from the newest checkpoint, or from the start."""
+  c = exp.config
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.keep)
+  state = _first_state(exp, checkpoints)
+  start = int(state.step)
+  log = logs.RunLog(
+    workdir,
+    steps=exp.steps,
+    steps_per_epoch=exp.steps_per_epoch,
+    images_per_step=c.train.batch_size,
+    start=start,
+    every_seconds=c.log.every_seconds,
+  )
+  warned = set()
+
+  def write(step: int, scalars: dict[str, float]) -> None:
+    log.write(step, {**scalars, "rate": float(exp.rate(step - 1))})
+    warning = metrics.collapse_warning(scalars["std"], scalars["rank"], c.byol.projection_size)
+    if warning and step > exp.warmup_steps and not warned:
+      warned.add(step)
+      print(f"warning: step {step}: {warning}", flush=True)
+
+  def save(step: int, current: train.TrainState) -> None:
+    checkpoints.save(step, current, data_position(exp, step), {"commit": commit()})
+
+  with contextlib.ExitStack() as stack:
+    stack.callback(log.close)
+    stack.callback(checkpoints.close)
+    if start < exp.steps:
+      batches = stack.enter_context(contextlib.closing(exp.train_batches(start)))
+      placed = pipeline.prefetch(
+        batches, functools.partial(sharding.put_batch, mesh=exp.mesh)
+      )
+      print("compiling the step ...", flush=True)
+      log.begin()
+      state = train.train(
+        train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh),
+        state,
+        placed,
+        exp.step_key,
+        steps=exp.steps,
+        log_every=c.log.every_steps,
+        save_every=max(1, round(c.checkpoint.every_epochs * exp.steps_per_epoch)),
+        log=write,
+        save=save,
+      )
+  return state
+
+
+def data_position(exp: Experiment, step: int) -> dict:
+  """Where the input stands after a step: a pure function of step, seed and images."""
+  return {
+    "next_example": step * exp.config.train.batch_size,
+    "seed": exp.config.seed,
+    "source": exp.train_source.name,
+    "images": len(exp.train_source),
+  }
+
+
+def _first_state(exp: Experiment, checkpoints: checkpoint.Checkpoints) -> train.TrainState:
+  if checkpoints.latest() is None:
+    return train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  state, position = checkpoints.restore(_abstract(exp))
+  expected = data_position(exp, int(state.step))
+  if position != expected:
+    raise ConfigError(f"the checkpoint's input stood at {position}; expected {expected}")
+  print(f"going on from step {int(state.step):,} of {exp.steps:,}", flush=True)
+  return state
+
+
+def _abstract(exp: Experiment) -> train.TrainState:
+  return train.abstract_state(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+
+
+def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[dict]:
+  """Does it know anything? k-NN, linear probe and pictures for four encoders side by side."""
+  rows = report.read_metrics(workdir / "metrics.jsonl")
+  report.curves(rows, workdir / "curves.png")
+  began = time.monotonic()
+  model = state.model()
+  encoders = {"online": model.online.encoder}
+  if model.target is not None:
+    encoders["target"] = model.target.encoder
+  encoders["random"] = untrained_encoder(exp)
+  extract = functools.partial(evaluate.features, encoders, exp.normalise, mesh=exp.mesh)
+  test, test_labels, _ = extract(batches=exp.evaluation_batches(exp.test_source))
+  title = f"{exp.train_source.name}: held-out images, online encoder, step {int(state.step):,}"
+  report.embedding(
+    test["online"][:EMBEDDED_IMAGES],
+    test_labels[:EMBEDDED_IMAGES],
+    exp.test_source.classes,
+    workdir / "embedding.png",
+    title,
+  )
+  rank = float(metrics.effective_rank(jnp.asarray(test["online"][:EMBEDDED_IMAGES])))
+  print(f"effective rank of the representation: {rank:.1f} of {test['online'].shape[1]}")
+  if not (test_labels >= 0).any():
+    print("no labels: nothing to measure; see embedding.png, curves.png")
+    write_atomically(workdir / "results.json", "[]\n")
+    return []
+  known = {"task": "pretrain", "seed": exp.config.seed, "step": int(state.step)}
+  known |= {"config": fingerprint(exp.config), "commit": commit()}
+  train_features, train_labels, _ = extract(
+    batches=exp.evaluation_batches(training_subset(exp))
+  )
+  records = probe.evaluate_features(
+    {name: (train_features[name], test[name]) for name in test},
+    train_labels,
+    test_labels,
+    fractions=tuple(exp.config.eval.fractions),
+    draws=exp.config.eval.draws,
+    **known,
+  )
+  if model.probe is not None:
+    batches = exp.evaluation_batches(exp.test_source)
+    measured = evaluate.measure(exp.task, model, batches, exp.mesh)
+    online = {"protocol": "online_probe", "encoder": "online", "labels": 1.0, "split": "test"}
+    value = {"metric": "top1", "value": measured["top1"], "interval": None, "n": 1}
+    records.append({**known, **online, **value})
+  write_atomically(workdir / "results.json", json.dumps(records, indent=1) + "\n")
+  print(f"\n{probe.format_table(records)}\n")
+  print(f"evaluated in {logs.duration(time.monotonic() - began)}; results, curves.png, views.png,")
+  print(f"embedding.png and checkpoints are in {workdir}")
+  return records
+
+
+def untrained_encoder(exp: Experiment) -> nnx.Module:
+  """The same network as it was before training, its statistics warmed on the same images."""
+  encoder = exp.task.init(nnx.Rngs(exp.encoder_key)).online.encoder
+  evaluate.warm_statistics(
+    encoder, exp.normalise, exp.evaluation_batches(training_subset(exp, most=20_000)), exp.mesh
+  )
+  return encoder
+
+
+def training_subset(exp: Experiment, most: int = 0):
+  """The training images that evaluation uses: all, or a seeded balanced `eval.max_train`."""
+  source = exp.train_source
+  limit = min(filter(None, (most, exp.config.eval.max_train)), default=0)
+  if not limit or limit >= len(source):
+    return source
+  return pipeline.Subset(source, splits.balanced_subset(source.labels, limit, seed=0))
+
+
+def fingerprint(cfg: ConfigDict) -> str:
+  """Twelve hex digits that tell configs apart in every field that shapes a result but the seed."""
+  return config.fingerprint(cfg)
+
+
+@functools.cache
+def commit() -> str:
+  """The git commit of this code, with `+` where files are changed; the version where git is not."""
+  from byolx import __version__
+
+  here = Path(__file__).parent
+
+  def git(*arguments: str) -> str:
+    done = subprocess.run(
+      ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+  try:
+    changed = git("status", "--porcelain", "--untracked-files=no", ".")
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+  except (OSError, subprocess.SubprocessError):
+    return f"v{__version__}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """Writes a whole file or leaves the old one."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_text(text)
+  temporary.replace(path)

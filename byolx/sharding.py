@@ -1,0 +1,40 @@
+"""The mesh, and every NamedSharding of the library."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA = "data"
+
+
+def make_mesh(data: int = 0) -> Mesh:
+  """One mesh with the axis `data` over the first `data` devices; 0 takes all.
+
+  Axes are Auto: with the default, Explicit, gathers over the batch axis raise.
+
+  Raises:
+    ValueError: more devices wanted than there are.
+  """
+  devices = jax.devices()
+  if data > len(devices):
+    raise ValueError(f"mesh.data={data}: expected at most the {len(devices)} devices there are")
+  count = data or len(devices)
+  return jax.make_mesh((count,), (DATA,), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def by_example(mesh: Mesh) -> NamedSharding:
+  """The first axis spread over `data`."""
+  return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
+  """Puts each process's rows of a batch on its devices, as global arrays spread by example."""
+  sharding = by_example(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,1 @@
+"""Tasks: what is trained, by which loss, on which views, measured how."""

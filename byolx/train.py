@@ -1,0 +1,212 @@
+"""The one loop: TrainState, train_step, train. Every protocol that trains by gradient runs here."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from byolx import sharding
+from byolx.tasks.base import Batch, Task
+
+Scalars = dict[str, Array]
+StepFunction = Callable[["TrainState", Batch, Array], tuple["TrainState", Scalars]]
+
+IN_FLIGHT = 2
+"""Steps that may be under way at once; each holds a batch on the devices."""
+
+
+class DivergedError(RuntimeError):
+  """A loss or an update that is not finite."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that training changes: one pytree, one checkpoint.
+
+  `params` are what the optimiser sees; `rest` is every other variable (statistics, target network,
+  frozen parameters).
+  """
+
+  step: Int[Array, ""]
+  params: nnx.State
+  rest: nnx.State
+  opt_state: optax.OptState
+  graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+
+  def model(self) -> nnx.Module:
+    """The model, merged from copies of the state's variables."""
+    return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
+
+
+def new_state(task: Task, tx: optax.GradientTransformation, key: Array) -> TrainState:
+  """A state at step 0, a pure function of the key."""
+  model = task.init(nnx.Rngs(key))
+  graphdef, params, rest = nnx.split(model, task.trainable, ...)
+  return TrainState(jnp.zeros((), jnp.int32), params, rest, tx.init(params), graphdef)
+
+
+def train_step(
+  task: Task,
+  tx: optax.GradientTransformation,
+  passes: int,
+  state: TrainState,
+  batch: Batch,
+  key: Array,
+) -> tuple[TrainState, Scalars]:
+  """One optimiser step: gradients over `passes` micro-batches, one update, one `after_update`.
+
+  Mutation (statistics, the moving average) happens inside the merged model only; outside, everything
+  is a value. The scalars are means over the micro-batches, plus the norms of gradient and update.
+  """
+  key = jax.random.fold_in(key, state.step)
+  gradient = functools.partial(_gradient, task, state.graphdef, state.params)
+  if passes == 1:
+    grads, rest, scalars = gradient(state.rest, batch, key)
+  else:
+    grads, rest, scalars = _accumulate(gradient, passes, state, batch, key)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  model = nnx.merge(state.graphdef, params, rest, copy=True)
+  moved = task.after_update(model, state.step)
+  graphdef, params, rest = nnx.split(model, task.trainable, ...)
+  norms = {"norm_gradient": optax.tree.norm(grads), "norm_update": optax.tree.norm(updates)}
+  return TrainState(state.step + 1, params, rest, opt_state, graphdef), scalars | moved | norms
+
+
+def _gradient(
+  task: Task, graphdef: nnx.GraphDef, params: nnx.State, rest: nnx.State, batch: Batch, key: Array
+) -> tuple[nnx.State, nnx.State, Scalars]:
+  """Gradient, variables after the forward pass, and scalars of one micro-batch."""
+
+  def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, Scalars]]:
+    model = nnx.merge(graphdef, params, rest, copy=True)
+    loss, scalars = task.loss(model, batch, key)
+    return loss, (nnx.split(model, task.trainable, ...)[2], scalars)
+
+  grads, (rest_after, scalars) = jax.grad(loss_of, has_aux=True)(params)
+  return grads, rest_after, scalars
+
+
+def _accumulate(
+  gradient: Callable, passes: int, state: TrainState, batch: Batch, key: Array
+) -> tuple[nnx.State, nnx.State, Scalars]:
+  """Averages gradients over consecutive forward passes (Table 16); statistics see every pass."""
+
+  def cut(x: Array) -> Array:
+    # Rows i, i + passes, ...: each device finds its rows of every micro-batch among its own.
+    return jnp.swapaxes(x.reshape(x.shape[0] // passes, passes, *x.shape[1:]), 0, 1)
+
+  def one(carry, inputs):
+    total, rest = carry
+    index, micro = inputs
+    grads, rest, scalars = gradient(rest, micro, jax.random.fold_in(key, index))
+    return (jax.tree.map(jnp.add, total, grads), rest), scalars
+
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  inputs = (jnp.arange(passes), jax.tree.map(cut, batch))
+  (total, rest), scalars = jax.lax.scan(one, (zeros, state.rest), inputs)
+  return (
+    jax.tree.map(lambda g: g / passes, total),
+    rest,
+    jax.tree.map(lambda x: jnp.mean(x, axis=0), scalars),
+  )
+
+
+def compile_step(
+  task: Task, tx: optax.GradientTransformation, passes: int, mesh: Mesh
+) -> StepFunction:
+  """The jitted step over a mesh: replicated state (donated), batches spread by example."""
+  everywhere, spread = sharding.replicated(mesh), sharding.by_example(mesh)
+  return jax.jit(
+    functools.partial(train_step, task, tx, passes),
+    in_shardings=(everywhere, spread, everywhere),
+    out_shardings=(everywhere, everywhere),
+    donate_argnums=0,
+  )
+
+
+def initialise(task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh) -> TrainState:
+  """A new state, made where it lives."""
+  return jax.jit(
+    functools.partial(new_state, task, tx), out_shardings=sharding.replicated(mesh)
+  )(key)
+
+
+def abstract_state(
+  task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh
+) -> TrainState:
+  """Shapes, types and shardings of the state, without its arrays."""
+  shapes = jax.eval_shape(functools.partial(new_state, task, tx), key)
+  everywhere = sharding.replicated(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
+  )
+
+
+def train(
+  step_function: StepFunction,
+  state: TrainState,
+  batches: Iterator[Batch],
+  key: Array,
+  *,
+  steps: int,
+  log_every: int,
+  save_every: int,
+  log: Callable[[int, dict[str, float]], None],
+  save: Callable[[int, TrainState], None],
+) -> TrainState:
+  """Runs from the state's step to `steps`.
+
+  Args:
+    step_function: from `compile_step`.
+    state: is donated.
+    batches: on the devices already, starting at the state's step.
+    key: of whatever a loss draws; folded with the step.
+    steps: to stop at.
+    log_every, save_every: steps between calls of `log` and `save`; both are called at the end.
+    log: takes a step (1 is the first) and its scalars.
+    save: takes a step and its state, which is finite.
+
+  Raises:
+    DivergedError: before a state that is not finite would be logged as good or saved.
+  """
+  pending: list[tuple[int, Scalars]] = []
+  for step in range(int(state.step) + 1, steps + 1):
+    state, scalars = step_function(state, next(batches), key)
+    pending.append((step, scalars))
+    if len(pending) > IN_FLIGHT:
+      jax.block_until_ready(pending[-1 - IN_FLIGHT][1])
+    saves, last = step % save_every == 0, step == steps
+    if step % log_every == 0 or saves or last:
+      rows = [(at, _floats(values)) for at, values in pending]
+      pending.clear()
+      for at, row in rows:
+        _refuse_non_finite(at, row)
+        if at % log_every == 0 or at == steps:
+          log(at, row)
+      if saves or last:
+        save(step, state)
+  return state
+
+
+def _floats(scalars: Scalars) -> dict[str, float]:
+  return {name: float(np.asarray(value)) for name, value in jax.device_get(scalars).items()}
+
+
+def _refuse_non_finite(step: int, row: dict[str, float]) -> None:
+  bad = [name for name, value in row.items() if not math.isfinite(value)]
+  if bad:
+    raise DivergedError(
+      f"step {step}: {', '.join(f'{name}={row[name]}' for name in bad)}: expected finite numbers. "
+      "The last good checkpoint is kept; try a lower optim.base_rate or a longer "
+      "optim.warmup_epochs."
+    )

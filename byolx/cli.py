@@ -23,7 +23,7 @@ examples:
   byolx train --config=configs/pretrain_imagenet.py:arch=resnet200,width=2 --config.optim.base_rate=0.3
 
 Every field is listed by `byolx fields`. In the workdir: config.json, metrics.jsonl, tensorboard/,
-checkpoints/, results.json, curves.png, views.png, embedding.png.
+checkpoints/, results.json, parameters.txt, curves.png, views.png, embedding.png.
 """
 _CONFIG_HELP = "config file, with arguments after a colon; --config.FIELD=VALUE changes a field"
 
@@ -153,4 +153,3 @@ def _parse_absl_flags() -> None:
 def _fail(error: Exception, code: int) -> int:
   print(f"byolx: error: {error}", file=sys.stderr)
   return code
-

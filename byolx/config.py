@@ -7,6 +7,7 @@ line that names the field, the value and the choices.
 
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -83,9 +84,13 @@ _view = {
   "crop_area": Field(
     (0.08, 1.0), "area of the crop as a share of the image's; 1 is all of it", interval(1e-4, 1)
   ),
-  "crop_aspect": Field((3 / 4, 4 / 3), "width over height, drawn on a log scale", interval(0.01, 100)),
+  "crop_aspect": Field(
+    (3 / 4, 4 / 3), "width over height, drawn on a log scale", interval(0.01, 100)
+  ),
   "flip_probability": Field(0.5, "left-right flip", between(0, 1)),
-  "jitter_probability": Field(0.8, "colour jitter, its four operations in random order", between(0, 1)),
+  "jitter_probability": Field(
+    0.8, "colour jitter, its four operations in random order", between(0, 1)
+  ),
   "brightness": Field(0.4, "largest brightness change", between(0, 1)),
   "contrast": Field(0.4, "largest contrast change", between(0, 1)),
   "saturation": Field(0.2, "largest saturation change", between(0, 1)),
@@ -119,7 +124,9 @@ FIELDS: dict[str, Field] = {
   # Views: appendix C, Table 6.
   "views.size": Field(224, "side of a view, pixels", at_least(4)),
   "views.crop_rule": Field(
-    "one_draw", "one draw clamped to the image, or ten tries as torchvision", one_of("one_draw", "retry")
+    "one_draw",
+    "one draw clamped to the image, or ten tries as torchvision",
+    one_of("one_draw", "retry"),
   ),
   "views.antialias": Field(False, "antialias when a crop is made smaller"),
   "views.brightness_rule": Field(
@@ -128,7 +135,9 @@ FIELDS: dict[str, Field] = {
   "views.placement": Field(
     "host", "where colours are worked: input threads or the step", one_of("host", "device")
   ),
-  "views.mean": Field((0.485, 0.456, 0.406), "subtracted after augmentation", each(between(0, 1), 3)),
+  "views.mean": Field(
+    (0.485, 0.456, 0.406), "subtracted after augmentation", each(between(0, 1), 3)
+  ),
   "views.std": Field((0.229, 0.224, 0.225), "divided by after augmentation", each(above(0), 3)),
   **{f"views.view1.{name}": field for name, field in _view.items()},
   **{f"views.view2.{name}": field for name, field in _second_view.items()},
@@ -148,7 +157,9 @@ FIELDS: dict[str, Field] = {
     one_of("imagenet", "small", "small_stride2"),
   ),
   "model.stem_channels": Field(64, "output channels of the stem, before width", at_least(1)),
-  "model.padding": Field("same", "TensorFlow's rule, or torch's for its weights", one_of("same", "torch")),
+  "model.padding": Field(
+    "same", "TensorFlow's rule, or torch's for its weights", one_of("same", "torch")
+  ),
   "model.dilation": Field(1, "of the last stage, which then keeps its resolution", at_least(1)),
   "model.bn_decay": Field(0.9, "of the running averages", between(0, 1)),
   "model.bn_eps": Field(1e-5, "added to variances", above(0)),
@@ -158,9 +169,13 @@ FIELDS: dict[str, Field] = {
   "model.bn_debias": Field(True, "zero-debiased running averages, as the reference"),
   "model.bn_last_scale": Field(1.0, "initial gamma of a block's last normalisation", at_least(0)),
   "model.kernel_init": Field(
-    "uncorrected", "truncated normal as the reference, or corrected", one_of("uncorrected", "corrected")
+    "uncorrected",
+    "truncated normal as the reference, or corrected",
+    one_of("uncorrected", "corrected"),
   ),
-  "model.dtype": Field("float32", "compute type; parameters are float32", one_of("float32", "bfloat16")),
+  "model.dtype": Field(
+    "float32", "compute type; parameters are float32", one_of("float32", "bfloat16")
+  ),
   # BYOL: appendices A and B.
   "byol.projection_size": Field(256, "size of projection and prediction", at_least(1)),
   "byol.projector_hidden": Field(4096, "hidden size of the projector", at_least(1)),
@@ -180,7 +195,9 @@ FIELDS: dict[str, Field] = {
   "byol.average_statistics": Field(False, "the moving average takes BatchNorm's averages too"),
   "byol.directions": Field("sum", "how the two directions' losses join", one_of("sum", "mean")),
   "byol.norm_guard": Field(1e-12, "smallest squared norm in the loss; 0: none", at_least(0)),
-  "byol.probe_weight": Field(1.0, "of the online probe's loss; 0 leaves the probe out", at_least(0)),
+  "byol.probe_weight": Field(
+    1.0, "of the online probe's loss; 0 leaves the probe out", at_least(0)
+  ),
   # Optimiser: appendix A.
   "optim.name": Field("lars", "optimiser", one_of("lars", "sgd", "adamw")),
   "optim.base_rate": Field(0.2, "peak learning rate per 256 images of a batch", above(0)),
@@ -195,7 +212,9 @@ FIELDS: dict[str, Field] = {
   "train.micro_batch": Field(
     0, "images per forward pass, gradients averaged over passes; 0: all", at_least(0)
   ),
-  "mesh.data": Field(0, "devices over which a batch is spread; 0: all there are", at_least(0), free=True),
+  "mesh.data": Field(
+    0, "devices over which a batch is spread; 0: all there are", at_least(0), free=True
+  ),
   "checkpoint.every_epochs": Field(1.0, "between checkpoints", above(0), free=True),
   "checkpoint.keep": Field(2, "latest checkpoints kept", at_least(1), free=True),
   "log.every_steps": Field(50, "between rows of metrics.jsonl", at_least(1), free=True),
@@ -307,6 +326,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     for name in names
     if _plain(old.get(name)) != _plain(new.get(name))
   ]
+
+
+def fingerprint(config: ConfigDict) -> str:
+  """Twelve hex digits that tell configs apart in what shapes results, the seed aside."""
+  shaping = {
+    name: _plain(value)
+    for name, value in flatten(config).items()
+    if not FIELDS[name].free and name != "seed"
+  }
+  return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def to_json(config: ConfigDict) -> str:

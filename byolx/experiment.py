@@ -69,9 +69,11 @@ class Experiment:
 
   def normalise(self, image: Array) -> Array:
     """uint8 images as the encoder takes them."""
-    return augment_device.normalise(image.astype(jnp.float32) / 255.0, self.task.mean, self.task.std)
+    return augment_device.normalise(
+      image.astype(jnp.float32) / 255.0, self.task.mean, self.task.std
+    )
 
-  def train_batches(self, start_step: int):
+  def train_batches(self, start_step: int) -> pipeline.Batches:
     """Training batches from a step on, see `pipeline.train_batches`."""
     c = self.config
     return pipeline.train_batches(
@@ -90,15 +92,17 @@ class Experiment:
       prefetch=c.data.prefetch,
     )
 
-  def evaluation_batches(self, source: sources.Source):
+  def evaluation_batches(self, source: sources.Source) -> pipeline.Batches:
     """Every image of a source in order, whole and centred, the last batch masked."""
     c = self.config
     return pipeline.evaluation_batches(
       source,
-      size=c.views.size,
-      resize=c.eval.resize,
-      rule=c.eval.crop_rule,
-      batch_size=c.eval.batch_size,
+      c.views.size,
+      c.eval.resize,
+      c.eval.crop_rule,
+      c.eval.batch_size,
+      workers=c.data.workers,
+      max_failed_share=c.data.max_failed_share,
     )
 
 
@@ -106,8 +110,7 @@ def build(config: ConfigDict) -> Experiment:
   """Builds and checks everything that a config says.
 
   Raises:
-    ConfigError: fields that do not go together.
-    ValueError: images that are not there.
+    ConfigError: fields that do not go together, or images that are not there.
   """
   train_source, test_source = build_sources(config)
   try:
@@ -145,7 +148,11 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def build_sources(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
-  """Training and test images."""
+  """Training and test images.
+
+  Raises:
+    ConfigError: they are not there.
+  """
   data = config.data
   makers = {
     "digits": functools.partial(sources.digits, test_share=data.test_share),
@@ -155,7 +162,10 @@ def build_sources(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
     ),
   }
   make = makers[data.source]
-  return make(split="train"), make(split="test")
+  try:
+    return make(split="train"), make(split="test")
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
 
 
 def build_views(config: ConfigDict) -> tuple[augment.ViewSpec, augment.ViewSpec]:
@@ -263,11 +273,11 @@ def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:
       f"data.source={config.data.source}"
     )
   if batch % micro:
-    raise ConfigError(
-      f"train.micro_batch={micro}: expected a divisor of train.batch_size={batch}"
-    )
+    raise ConfigError(f"train.micro_batch={micro}: expected a divisor of train.batch_size={batch}")
   if micro % mesh.size:
-    near = [size for size in (micro // mesh.size * mesh.size, -(-micro // mesh.size) * mesh.size) if size]
+    near = [
+      size for size in (micro // mesh.size * mesh.size, -(-micro // mesh.size) * mesh.size) if size
+    ]
     name = "train.micro_batch" if config.train.micro_batch else "train.batch_size"
     raise ConfigError(
       f"{name}={micro}: expected a multiple of the mesh's {mesh.size} devices, such as "

@@ -32,14 +32,16 @@ class RunLog:
   ):
     self._steps, self._per_epoch, self._images = steps, steps_per_epoch, images_per_step
     self._every = every_seconds
-    self._start = self._last_step = start
-    self._began = self._last_time = self._printed = None
+    self._last_step = start
+    self._last_time = self._printed = time.monotonic()
     self._file = _open_after(folder / "metrics.jsonl", start)
-    self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+    self._events = SummaryWriter(
+      str(folder / "tensorboard"), purge_step=start + 1 if start else None
+    )
 
   def begin(self) -> None:
     """Starts the clock; call it when the first step is about to run."""
-    self._began = self._last_time = self._printed = time.monotonic()
+    self._last_time = self._printed = time.monotonic()
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Appends a row; prints a progress line when it is time."""
@@ -55,15 +57,15 @@ class RunLog:
     self._last_step, self._last_time = step, now
     if now - self._printed >= self._every or step == self._steps:
       self._printed = now
-      print(self._line(step, epoch, row, rate, now), file=sys.stderr, flush=True)
+      print(self._line(step, epoch, row, rate), file=sys.stderr, flush=True)
 
   def close(self) -> None:
     """Flushes and closes all files."""
     self._file.close()
     self._events.close()
 
-  def _line(self, step: int, epoch: float, row: dict, rate: float, now: float) -> str:
-    left = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
+  def _line(self, step: int, epoch: float, row: dict, rate: float) -> str:
+    left = self._images * (self._steps - step) / max(rate, 1e-9)
     parts = [
       f"step {step:>{len(str(self._steps))}}/{self._steps}",
       f"epoch {epoch:.1f}",

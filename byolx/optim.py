@@ -17,7 +17,9 @@ def adapted(params: nnx.State) -> Mask:
     ValueError: a parameter that does not say what it is for.
   """
   flat = nnx.to_flat_state(params)
-  missing = [".".join(map(str, path)) for path, variable in flat if not isinstance(role(variable), Role)]
+  missing = [
+    ".".join(map(str, path)) for path, variable in flat if not isinstance(role(variable), Role)
+  ]
   if missing:
     raise ValueError(f"parameters without a role: {', '.join(missing)}: expected one of {[*Role]}")
   flags = [role(variable).adapted for _, variable in flat]
@@ -65,4 +67,3 @@ def sgd(
 def adamw(rate: Schedule, weight_decay: float, mask: Mask) -> optax.GradientTransformation:
   """AdamW with decoupled decay of the masked parameters; ours, for small runs."""
   return optax.adamw(rate, weight_decay=weight_decay, mask=mask)
-

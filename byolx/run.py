@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import json
-import logging
 import math
 import os
 import subprocess
 import time
 from pathlib import Path
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +17,24 @@ from clu import parameter_overview
 from flax import nnx
 from ml_collections import ConfigDict
 
-from byolx import checkpoint, config, evaluate, experiment, logs, metrics, optim, probe, report
-from byolx import sharding, train
+import byolx
+from byolx import (
+  checkpoint,
+  config,
+  evaluate,
+  experiment,
+  logs,
+  metrics,
+  optim,
+  probe,
+  report,
+  sharding,
+  train,
+)
 from byolx.config import ConfigError
-from byolx.data import pipeline, splits, views
+from byolx.data import augment, augment_host, decode, pipeline, sources, splits, views
 from byolx.experiment import Experiment
 
-_log = logging.getLogger("byolx")
-
-ENCODERS = ("online", "target", "random", "pixels")
 EMBEDDED_IMAGES = 1000
 SHEET_IMAGES, SHEET_PAIRS = 8, 4
 
@@ -43,7 +52,11 @@ def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
   exp = experiment.build(cfg)
   claim(workdir, cfg)
   print(overview(exp, workdir), flush=True)
-  write_views(exp, workdir / "views.png")
+  every = parameter_overview.get_parameter_overview(
+    nnx.to_pure_dict(exp.abstract_params), include_stats=False
+  )
+  write_atomically(workdir / "parameters.txt", every + "\n")
+  write_views(cfg, exp.train_source, workdir / "views.png")
   state = fit(exp, workdir)
   return conclude(exp, state, workdir)
 
@@ -114,48 +127,88 @@ def overview(exp: Experiment, workdir: Path) -> str:
   c = exp.config
   device = jax.devices()[0]
   peak = c.optim.base_rate * c.train.batch_size / 256
-  model = nnx.eval_shape(lambda: exp.task.init(nnx.Rngs(0)))
-  size = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model.online.encoder, nnx.Param)))
+  encoder = exp.task.spec.encoder
+  passes = f"{exp.passes} passes of {c.train.batch_size // exp.passes}"
   lines = [
-    parameter_overview.get_parameter_overview(
-      nnx.to_pure_dict(exp.abstract_params), include_stats=False
-    ),
+    parameter_table(exp),
     "",
-    "Without weight decay" + (" and trust ratio:" if c.optim.name == "lars" else ":"),
-    *(_excluded(exp) if c.optim.exclude else ["  nothing (optim.exclude=False)"]),
-    "",
-    f"devices    {exp.mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(exp.mesh.shape)}",
-    f"images     {len(exp.train_source):,} to train on, {len(exp.test_source):,} held out "
+    f"devices   {exp.mesh.size} x {device.device_kind}, mesh {dict(exp.mesh.shape)}",
+    f"images    {len(exp.train_source):,} to train on, {len(exp.test_source):,} held out "
     f"({exp.train_source.name}, {len(exp.train_source.classes)} classes)",
-    f"encoder    {c.model.arch}, {size / 1e6:.2f} M parameters, "
-    f"{exp.task.spec.encoder.channels[-1]} features, {c.model.dtype}",
-    f"steps      {exp.steps:,} of {c.train.batch_size} images "
-    f"({exp.passes} forward pass{'es' if exp.passes > 1 else ''} each), {c.train.epochs:g} epochs",
-    f"rate       0 to {peak:g} in {exp.warmup_steps:,} steps, then cosine to 0 "
-    f"({c.optim.base_rate:g} * {c.train.batch_size} / 256)",
-    f"target     {c.byol.target}, tau {c.byol.tau_base:g} ({c.byol.tau_rule})",
-    f"workdir    {workdir}",
+    f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.channels[-1]} features, "
+    f"computed in {c.model.dtype}",
+    f"steps     {exp.steps:,} of {c.train.batch_size} images"
+    + (f" in {passes}" if exp.passes > 1 else "")
+    + f", {c.train.epochs:g} epochs",
+    f"rate      0 to {peak:g} ({c.optim.base_rate:g} * {c.train.batch_size} / 256) in "
+    f"{exp.warmup_steps:,} steps, then a cosine to 0; {c.optim.name}",
+    f"target    {c.byol.target}, tau from {c.byol.tau_base:g} ({c.byol.tau_rule})",
+    f"workdir   {workdir}",
+    "",
   ]
   return "\n".join(lines)
 
 
-def _excluded(exp: Experiment) -> list[str]:
-  """One line per role and array name: how many arrays, how many numbers."""
-  found: dict[tuple[str, str], list[int]] = {}
+def parameter_table(exp: Experiment) -> str:
+  """What is trained, part by part, and what of it takes neither decay nor trust ratio."""
+  o = exp.config.optim
+  head = "no decay, no trust ratio" if o.name == "lars" else "no decay"
+  parts: dict[str, list[tuple[int, bool]]] = {}
   for path, variable in nnx.to_flat_state(exp.abstract_params):
-    role = optim.role(variable)
-    if not role.adapted:
-      found.setdefault((role.value, str(path[0])), []).append(math.prod(variable.shape))
-  return [
-    f"  {role:<6}{part:<12}{len(sizes):>5} arrays {sum(sizes):>12,} numbers"
-    for (role, part), sizes in sorted(found.items())
-  ]
+    adapted = optim.role(variable).adapted or not o.exclude
+    parts.setdefault(_part(path), []).append((math.prod(variable.shape), adapted))
+  rows = [("trained part", "arrays", "parameters", head)]
+  for part, found in [*parts.items(), ("all", [one for found in parts.values() for one in found])]:
+    excluded = [size for size, adapted in found if not adapted]
+    numbers = f"{sum(excluded):,} in {len(excluded)} (biases, BatchNorm)" if excluded else "none"
+    rows.append((part, f"{len(found):,}", f"{sum(size for size, _ in found):,}", numbers))
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  return "\n".join(
+    f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}".rstrip()
+    for a, b, c, d in rows
+  )
 
 
-def write_views(exp: Experiment, path: Path, images: int = SHEET_IMAGES, pairs: int = SHEET_PAIRS):
-  """A picture of the first training images with pairs of their views."""
-  sheet = views.sheet(exp.train_source, exp.views, exp.config, images=images, pairs=pairs)
-  views.write_png(path, sheet)
+def _part(path: tuple) -> str:
+  """`online encoder stage 2`, `predictor`: the row of the table that a parameter belongs to."""
+  names = [str(name) for name in path]
+  if names[:2] == ["online", "encoder"]:
+    return f"encoder stage {int(names[3]) + 1}" if names[2] == "groups" else "encoder stem"
+  return names[1] if names[0] == "online" else names[0]
+
+
+def write_views(
+  cfg: ConfigDict,
+  source: sources.Source,
+  path: Path,
+  images: int = SHEET_IMAGES,
+  pairs: int = SHEET_PAIRS,
+) -> None:
+  """A picture of training images, spread over the set, with pairs of their views as trained on."""
+  specs = experiment.build_views(cfg)
+  originals, rows = [], []
+  for record in np.linspace(0, len(source) - 1, 4 * images, dtype=int):
+    with contextlib.suppress(decode.DecodeError):
+      image = source[int(record)].image
+      rows.append([_pair(image, specs, cfg, int(record), epoch) for epoch in range(pairs)])
+      originals.append(image)
+    if len(originals) == images:
+      break
+  sheet = views.draw_sheet(originals, rows)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _, png = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+  write_atomically(path, png.tobytes())
+
+
+def _pair(image, specs, cfg: ConfigDict, record: int, epoch: int) -> tuple[np.ndarray, ...]:
+  """Both views of an image in an epoch, as the run will see them."""
+  pair = []
+  for view, spec in enumerate(specs):
+    generator = pipeline.view_generator(cfg.seed, epoch, record, view)
+    draws = augment.draw(spec, generator, *image.shape[:2])
+    crop = augment.crop_and_resize(image, draws.crop, cfg.views.size, cfg.views.antialias)
+    pair.append(augment_host.apply_host(crop, draws, spec.brightness_rule))
+  return tuple(pair)
 
 
 def fit(exp: Experiment, workdir: Path) -> train.TrainState:
@@ -189,15 +242,12 @@ def fit(exp: Experiment, workdir: Path) -> train.TrainState:
     stack.callback(checkpoints.close)
     if start < exp.steps:
       batches = stack.enter_context(contextlib.closing(exp.train_batches(start)))
-      placed = pipeline.prefetch(
-        batches, functools.partial(sharding.put_batch, mesh=exp.mesh)
-      )
       print("compiling the step ...", flush=True)
       log.begin()
       state = train.train(
         train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh),
         state,
-        placed,
+        sharding.prefetch(batches, exp.mesh),
         exp.step_key,
         steps=exp.steps,
         log_every=c.log.every_steps,
@@ -260,10 +310,8 @@ def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[di
     write_atomically(workdir / "results.json", "[]\n")
     return []
   known = {"task": "pretrain", "seed": exp.config.seed, "step": int(state.step)}
-  known |= {"config": fingerprint(exp.config), "commit": commit()}
-  train_features, train_labels, _ = extract(
-    batches=exp.evaluation_batches(training_subset(exp))
-  )
+  known |= {"config": config.fingerprint(exp.config), "commit": commit()}
+  train_features, train_labels, _ = extract(batches=exp.evaluation_batches(training_subset(exp)))
   records = probe.evaluate_features(
     {name: (train_features[name], test[name]) for name in test},
     train_labels,
@@ -300,19 +348,15 @@ def training_subset(exp: Experiment, most: int = 0):
   limit = min(filter(None, (most, exp.config.eval.max_train)), default=0)
   if not limit or limit >= len(source):
     return source
-  return pipeline.Subset(source, splits.balanced_subset(source.labels, limit, seed=0))
-
-
-def fingerprint(cfg: ConfigDict) -> str:
-  """Twelve hex digits that tell configs apart in every field that shapes a result but the seed."""
-  return config.fingerprint(cfg)
+  if not source.classes:
+    return sources.Subset(source, np.linspace(0, len(source) - 1, limit).astype(np.int64))
+  limit = max(limit, len(source.classes))
+  return sources.Subset(source, splits.balanced_subset(source.labels, limit, seed=0))
 
 
 @functools.cache
 def commit() -> str:
   """The git commit of this code, with `+` where files are changed; the version where git is not."""
-  from byolx import __version__
-
   here = Path(__file__).parent
 
   def git(*arguments: str) -> str:
@@ -325,12 +369,11 @@ def commit() -> str:
     changed = git("status", "--porcelain", "--untracked-files=no", ".")
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
   except (OSError, subprocess.SubprocessError):
-    return f"v{__version__}"
+    return f"v{byolx.__version__}"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
   """Writes a whole file or leaves the old one."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text(text)
+  temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
   temporary.replace(path)

@@ -1,6 +1,7 @@
 """The mesh, and every NamedSharding of the library."""
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -38,3 +39,13 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
   """Puts each process's rows of a batch on its devices, as global arrays spread by example."""
   sharding = by_example(mesh)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def prefetch(batches: Iterator[Any], mesh: Mesh, ahead: int = 2) -> Iterator[Any]:
+  """Batches on the mesh, `ahead` of them sent before they are asked for."""
+  sent: collections.deque[Any] = collections.deque()
+  for batch in batches:
+    sent.append(put_batch(batch, mesh))
+    if len(sent) > ahead:
+      yield sent.popleft()
+  yield from sent

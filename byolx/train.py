@@ -137,7 +137,10 @@ def compile_step(
 def initialise(task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh) -> TrainState:
   """A new state, made where it lives."""
   return jax.jit(
-    functools.partial(new_state, task, tx), out_shardings=sharding.replicated(mesh)
+    functools.partial(new_state, task, tx),
+    out_shardings=sharding.replicated(mesh),
+    # Runs once: dozens of small random kernels would take the compiler longer than the draws take.
+    compiler_options={"xla_backend_optimization_level": 0},
   )(key)
 
 
@@ -147,9 +150,7 @@ def abstract_state(
   """Shapes, types and shardings of the state, without its arrays."""
   shapes = jax.eval_shape(functools.partial(new_state, task, tx), key)
   everywhere = sharding.replicated(mesh)
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
-  )
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
 
 
 def train(

@@ -59,9 +59,7 @@ def trajectory(request, golden):
   """(name, archive, final state, scalars of each step) of the eight steps."""
   name, archive = request.param, golden(f"trajectory_{request.param}")
   network = NETWORKS[name]
-  spec = BYOLSpec(
-    ENCODERS[name], 16, projector_hidden=32, predictor_hidden=32, classes=10
-  )
+  spec = BYOLSpec(ENCODERS[name], 16, projector_hidden=32, predictor_hidden=32, classes=10)
   task = Pretrain(spec, STEPS, **IMAGENET, tau_base=0.9)
   mesh = sharding.make_mesh(1)
   rate = schedules.warmup_cosine(4.0 * BATCH / 256, 2, STEPS)

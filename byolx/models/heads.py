@@ -1,5 +1,7 @@
 """Small networks on top of a representation: projector g and predictor q (appendix A, Table 14a)."""
 
+import itertools
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -29,7 +31,7 @@ class MLP(nnx.Module):
   ):
     options = {"kernel_init": spec.kernel_init, "dtype": spec.dtype, "rngs": rngs}
     sizes = (inputs, *(hidden,) * (depth - 1))
-    self.hidden = nnx.List(linear(a, b, **options) for a, b in zip(sizes, sizes[1:]))
+    self.hidden = nnx.List(linear(a, b, **options) for a, b in itertools.pairwise(sizes))
     self.norms = nnx.List(spec.norm(size) for size in sizes[1:])
     self.output = linear(sizes[-1], outputs, bias=output_bias, **options)
 

@@ -51,7 +51,9 @@ class BatchNorm(nnx.Module):
     self.debias = debias
     self.dtype = dtype
 
-  def __call__(self, x: Float[Array, "*b c"], *, train: bool, views: int = 1) -> Float[Array, "*b c"]:
+  def __call__(
+    self, x: Float[Array, "*b c"], *, train: bool, views: int = 1
+  ) -> Float[Array, "*b c"]:
     """Normalises by the batch's statistics (and updates the averages), or by the averages.
 
     Args:

@@ -25,7 +25,11 @@ class Stem(NamedTuple):
   pool: bool
 
 
-STEMS = {"imagenet": Stem(7, 2, True), "small": Stem(3, 1, False), "small_stride2": Stem(3, 2, False)}
+STEMS = {
+  "imagenet": Stem(7, 2, True),
+  "small": Stem(3, 1, False),
+  "small_stride2": Stem(3, 2, False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +164,9 @@ class ResNet(nnx.Module):
         f"model.blocks {spec.blocks} and model.channels {spec.channels}: expected equal lengths"
       )
     self.spec = spec
-    self.stem = spec.conv(3, spec.stem_channels, spec.stem.kernel, stride=spec.stem.stride, rngs=rngs)
+    self.stem = spec.conv(
+      3, spec.stem_channels, spec.stem.kernel, stride=spec.stem.stride, rngs=rngs
+    )
     self.stem_norm = spec.norm(spec.stem_channels)
     stages, inputs = [], spec.stem_channels
     for stage, (count, outputs) in enumerate(zip(spec.blocks, spec.channels, strict=True)):

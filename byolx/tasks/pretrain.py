@@ -10,7 +10,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from byolx import losses, metrics, schedules
-from byolx.data import augment, augment_device
+from byolx.data import augment_device
 from byolx.models.byol import BYOL, BYOLSpec, Outputs
 from byolx.tasks.base import Batch
 

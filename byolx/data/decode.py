@@ -1,0 +1,230 @@
+"""Image files to pixels: JPEG, PNG, WebP and BMP in every variant that data sets hold.
+
+ImageNet alone has CMYK JPEGs, a PNG named `.JPEG` and EXIF-rotated photographs; a folder of one's
+own has worse. Whatever the file, the result is uint8 RGB `h w 3`, upright; whatever is wrong with
+it, the error is a `DecodeError` with its name.
+
+- The format is found from the first bytes, not from the extension; only these four decoders are
+  ever reached.
+- Grey is repeated three times, palettes are looked up, 16 bits are scaled to 8 (round(v / 257)),
+  not truncated.
+- Transparency is composited on white.
+- CMYK and YCCK are converted without a colour profile, inverted where Adobe's marker says that
+  they are stored so.
+- The EXIF orientation is applied. Animations give their first picture.
+- A file that ends early is an error, never a half-grey picture.
+
+Plain JPEGs are decoded by OpenCV, everything else by Pillow; where both can decode a file they
+agree to the bit.
+"""
+
+import io
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageChops
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"})
+"""Extensions of files that are taken for images, in lower case."""
+
+MAX_PIXELS = 2**27
+"""More pixels than this (134 million, 400 MB of RGB) are refused before anything is decoded."""
+
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_APNG_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
+
+
+class DecodeError(ValueError):
+  """A file that holds no readable image. The message is `name: reason`, on one line."""
+
+
+def is_image_name(name: str) -> bool:
+  """True if the extension, in any case, is one that `read_image` can be expected to decode."""
+  return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+  """Reads and decodes one image file.
+
+  Returns:
+    RGB pixels 0..255, upright, contiguous and writeable.
+
+  Raises:
+    DecodeError: the file cannot be read, or see `decode`.
+  """
+  try:
+    data = Path(path).read_bytes()
+  except OSError as error:
+    raise DecodeError(f"{path}: {error.strerror or type(error).__name__}") from error
+  return decode(data, str(path))
+
+
+def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
+  """Decodes the bytes of one image file; `name` is used in errors only.
+
+  Returns:
+    RGB pixels 0..255, upright, contiguous and writeable.
+
+  Raises:
+    DecodeError: empty, truncated, damaged, larger than MAX_PIXELS, or none of the four formats.
+  """
+  if not data:
+    raise DecodeError(f"{name}: the file is empty")
+  if data.startswith(b"\xff\xd8"):
+    read = _jpeg
+  elif data.startswith(_PNG_MAGIC):
+    read = _png
+  elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+    read = _webp
+  elif data.startswith(b"BM"):
+    read = _bmp
+  else:
+    raise DecodeError(f"{name}: not a JPEG, PNG, WebP or BMP file (starts with {data[:8]!r})")
+  try:
+    pixels, exif = read(data)
+  except DecodeError as error:
+    raise DecodeError(f"{name}: {error}") from None
+  except Exception as error:  # damaged files make the decoders raise nearly anything
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise DecodeError(f"{name}: {reason}") from error
+  return np.require(_upright(pixels, _orientation(exif)), requirements="CW")
+
+
+# Each reader takes the bytes of a file of its format and returns RGB pixels, not yet upright, and
+# the EXIF block that says how they lie (b"" if there is none).
+
+
+def _jpeg(data: bytes) -> tuple[np.ndarray, bytes]:
+  data, exif = _split_exif(data)
+  image = _opened(JpegImageFile, data)
+  # A file without the end marker may be cut short, which OpenCV would not say.
+  if image.mode in ("RGB", "L") and data.rstrip(b"\0").endswith(b"\xff\xd9"):
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is not None:
+      return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), exif
+  image.load()
+  if image.mode == "CMYK" and "adobe" not in image.info:
+    image = ImageChops.invert(image)  # Pillow takes every CMYK file for Adobe's, stored inverted
+  return _rgb(image), exif
+
+
+def _png(data: bytes) -> tuple[np.ndarray, bytes]:
+  data = _still(data)
+  image = _opened(PngImageFile, data)
+  image.load()  # also checks that the file is whole
+  exif = image.info.get("exif", b"")
+  if data[24] == 16:  # bit depth; Pillow would keep only the high bytes of colours
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is not None and pixels.dtype == np.uint16:
+      return _eight_bits(pixels), exif
+  return _rgb(image), exif
+
+
+def _webp(data: bytes) -> tuple[np.ndarray, bytes]:
+  image = _opened(WebPImageFile, data)
+  return _rgb(image), image.info.get("exif", b"")
+
+
+def _bmp(data: bytes) -> tuple[np.ndarray, bytes]:
+  return _rgb(_opened(BmpImageFile, data)), b""
+
+
+def _opened(reader: Callable[[io.BytesIO], Image.Image], data: bytes) -> Image.Image:
+  """Parses the header only, and refuses sizes that no data set needs."""
+  image = reader(io.BytesIO(data))
+  width, height = image.size
+  if width * height > MAX_PIXELS:
+    raise DecodeError(f"{width} x {height} pixels, expected at most {MAX_PIXELS} in all")
+  return image
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+  """Any Pillow mode to RGB; transparency, stored as a channel or as a colour, on white."""
+  if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  return np.array(image.convert("RGB"))
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+  """OpenCV's uint16 grey, BGR or BGRA to uint8 RGB, transparency on white."""
+  if pixels.ndim == 2:
+    pixels = np.repeat(pixels[..., None], 3, axis=2)
+  values = pixels[..., 2::-1].astype(np.float64) / 257
+  if pixels.shape[2] == 4:
+    alpha = pixels[..., 3:] / np.float64(65535)
+    values = values * alpha + 255 * (1 - alpha)
+  return np.rint(values).astype(np.uint8)
+
+
+def _split_exif(data: bytes) -> tuple[bytes, bytes]:
+  """Takes the EXIF segments out of a JPEG: (the file without them, the first one or b"").
+
+  Pillow would parse them on opening, and warn about the damage that is common in them.
+  """
+  kept, blocks, position = [data[:2]], [], 2
+  while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
+    length = int.from_bytes(data[position + 2 : position + 4], "big")
+    segment = data[position : position + 2 + length]
+    if segment[1:2] == b"\xe1" and segment[4:10] == b"Exif\0\0":
+      blocks.append(segment[4:])
+    else:
+      kept.append(segment)
+    position += 2 + length
+  if not blocks:
+    return data, b""
+  return b"".join([*kept, data[position:]]), blocks[0]
+
+
+def _still(data: bytes) -> bytes:
+  """A PNG without the chunks of an animation, which leaves its default picture."""
+  if not any(chunk in data for chunk in _APNG_CHUNKS):
+    return data
+  kept, position = [data[:8]], 8
+  while position < len(data):
+    length = int.from_bytes(data[position : position + 4], "big")
+    chunk = data[position : position + 12 + length]
+    if chunk[4:8] not in _APNG_CHUNKS:
+      kept.append(chunk)
+    position += 12 + length
+  return b"".join(kept)
+
+
+def _orientation(exif: bytes) -> int:
+  """EXIF tag 0x0112 of the first directory: 1 to 8; 1 (upright) where it is missing or damaged."""
+  tiff = exif.removeprefix(b"Exif\0\0")
+  order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+  if order is None:
+    return 1
+  try:
+    (directory,) = struct.unpack_from(order + "I", tiff, 4)
+    (entries,) = struct.unpack_from(order + "H", tiff, directory)
+    for entry in range(directory + 2, directory + 2 + 12 * entries, 12):
+      tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+      if tag == 0x0112:
+        (value,) = struct.unpack_from(order + {1: "B", 4: "I"}.get(kind, "H"), tiff, entry + 8)
+        return value if 1 <= value <= 8 else 1
+  except struct.error:
+    pass
+  return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+  """Undoes the camera's orientation: 2-4 mirror or turn by 180 degrees, 5-8 also swap the axes."""
+  if orientation >= 5:
+    pixels = pixels.transpose(1, 0, 2)
+  if orientation in (3, 4, 7, 8):
+    pixels = pixels[::-1]
+  if orientation in (2, 3, 6, 7):
+    pixels = pixels[:, ::-1]
+  return pixels

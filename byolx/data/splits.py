@@ -1,0 +1,125 @@
+"""Which examples are used: balanced subsets of the labels, and held-out shares.
+
+Section 4.1 and appendix D.1 train on 1 % and 10 % of the labels; Figure 4 on other fractions. A
+held-out share stands in where a data set has no test or validation split of its own. Everything
+here is a function of labels, names and seeds: it never looks at an image or a disk.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+
+def balanced_subset(
+  labels: Int[np.ndarray, "n"], amount: float | int, seed: int
+) -> Int64[np.ndarray, "k"]:
+  """Indices of a class-balanced subset of the labels, sorted.
+
+  Every class gets floor(k / C) of the k labels and seeded-chosen classes one more. A class that
+  has fewer than its part gives all it has, and the others share what is missing.
+
+  Subsets are nested: with the same labels and seed, a smaller one lies inside a larger one.
+
+  Args:
+    labels: class of each example, -1 for unlabelled examples, which are never chosen.
+    amount: a float in (0, 1] is a fraction: k = round(amount * n), where n counts all examples,
+      but at least one label per class present and at most all labels. An int is k itself.
+    seed: chooses the examples, and which classes get one more.
+
+  Raises:
+    ValueError: the fraction is outside (0, 1]; a count is less than the number of classes or more
+      than the number of labelled examples; no example is labelled.
+  """
+  labelled = np.flatnonzero(labels >= 0)
+  if not len(labelled):
+    raise ValueError(f"none of the {len(labels)} examples is labelled; expected classes 0, 1, ...")
+  classes = np.unique(labels[labelled])
+  if isinstance(amount, int | np.integer):
+    count = amount
+    if not len(classes) <= count <= len(labelled):
+      raise ValueError(
+        f"{count} labels were asked for; expected {len(classes)} (one per class) to"
+        f" {len(labelled)} (all)"
+      )
+  else:
+    if not 0 < amount <= 1:
+      raise ValueError(f"the fraction of labels is {amount}; expected 0 < fraction <= 1")
+    count = min(max(round(amount * len(labels)), len(classes)), len(labelled))
+
+  # One endless dealing, a card to every class in turn; a subset is its first `count` cards.
+  rng = np.random.default_rng(seed)
+  turn = rng.permutation(len(classes))  # turn[c]: when class c is served in every round
+  shuffled = labelled[rng.permutation(len(labelled))]
+  class_of = np.searchsorted(classes, labels[shuffled])
+  dealt = np.lexsort((turn[class_of], _rank_in_class(class_of)))
+  return np.sort(shuffled[dealt[:count]]).astype(np.int64)
+
+
+def stratified_holdout(
+  labels: Int[np.ndarray, "n"], share: float, seed: int, names: Sequence[str] | None = None
+) -> tuple[Int64[np.ndarray, "r"], Int64[np.ndarray, "h"]]:
+  """Splits examples in two with the same class proportions: (rest, held out), sorted indices.
+
+  ceil(share * n) examples are held out, as evenly over the classes as whole numbers allow (the
+  largest remainders are rounded up). The rest keeps at least one example of every class, so less
+  is held out where classes are that small. -1 counts as a class of its own.
+
+  Args:
+    labels: class of each example.
+    share: 0 <= share < 1.
+    seed: chooses the examples.
+    names: if given, a name per example, by whose digest the examples of a class are chosen: then
+      the split is a function of names and seed, and hardly changes when examples are added.
+
+  Raises:
+    ValueError: the share is outside [0, 1), or there is not one name per example.
+  """
+  if not 0 <= share < 1:
+    raise ValueError(f"the share to hold out is {share}; expected 0 <= share < 1")
+  if names is not None and len(names) != len(labels):
+    raise ValueError(f"{len(names)} names were given for {len(labels)} labels; expected as many")
+  if not len(labels):
+    return np.empty(0, np.int64), np.empty(0, np.int64)
+  if names is None:
+    order = np.random.default_rng(seed).permutation(len(labels))
+  else:
+    order = np.array(sorted(range(len(names)), key=lambda i: _digest(names[i], seed)))
+  _, class_of, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+  quotas = _quotas(sizes, _ceil(share * len(labels)))
+  held = np.zeros(len(labels), bool)
+  held[order] = _rank_in_class(class_of[order]) < quotas[class_of[order]]
+  return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
+
+
+def _rank_in_class(class_of):
+  """For each element, how many of its class stand before it."""
+  order = np.argsort(class_of, kind="stable")
+  starts = np.searchsorted(class_of[order], class_of[order])
+  ranks = np.empty(len(class_of), np.int64)
+  ranks[order] = np.arange(len(class_of)) - starts
+  return ranks
+
+
+def _quotas(sizes, total):
+  """How many to take of each class: proportional to its size, `total` in all, never the last."""
+  total = min(total, int((sizes - 1).sum()))
+  exact = total * sizes / sizes.sum()
+  quotas = np.minimum(np.floor(exact + 1e-9).astype(np.int64), sizes - 1)
+  while missing := total - int(quotas.sum()):
+    wanting = np.where(quotas < sizes - 1, exact - quotas, -np.inf)
+    quotas[np.argsort(-wanting, kind="stable")[:missing]] += 1
+    quotas = np.minimum(quotas, sizes - 1)
+  return quotas
+
+
+def _ceil(value):
+  """The next whole number, forgiving the last bits of a product such as 0.07 * 100."""
+  return math.ceil(value - 1e-9)
+
+
+def _digest(name, seed):
+  return hashlib.sha256(b"%d/" % seed + os.fsencode(name)).digest()

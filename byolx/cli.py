@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 USAGE = 2
 FAILED = 1
@@ -36,21 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
   _parse_absl_flags()
   # Imported here: `byolx --help` answers without waiting for jax.
   from byolx.config import ConfigError
+  from byolx.data.failures import TooManyFailuresError
   from byolx.train import DivergedError
 
   try:
     return arguments.run(arguments, overrides)
   except ConfigError as error:
     return _fail(error, USAGE)
-  except DivergedError as error:
+  except (DivergedError, TooManyFailuresError, OSError) as error:
     return _fail(error, FAILED)
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
     return 130
 
 
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line; argparse would print the usage before it."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(USAGE, f"byolx: error: {message}; see {self.prog} --help\n")
+
+
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog="byolx",
     description="BYOL in Flax NNX: pretrain image encoders without labels, and measure them.",
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -83,22 +92,30 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   show = command("show-views", _show_views, "write a picture of images and pairs of their views")
   show.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=_CONFIG_HELP)
   show.add_argument("--output", type=Path, default=Path("views.png"), help="default: views.png")
-  show.add_argument("--images", type=int, default=8, help="rows; default: 8")
-  show.add_argument("--pairs", type=int, default=4, help="pairs of views per image; default: 4")
+  show.add_argument("--images", type=_count, default=8, help="rows; default: 8")
+  show.add_argument("--pairs", type=_count, default=4, help="pairs of views per image; default: 4")
 
   command("fields", _fields, "list every config field with its default and meaning")
   arguments, rest = parser.parse_known_args(argv)
-  unknown = [word for word in rest if not word.startswith("--config.")]
-  if unknown or (rest and "config" not in arguments):
-    parser.error(f"unknown argument {(unknown or rest)[0]}; see byolx {arguments.command} --help")
+  for word in rest:
+    if "config" not in arguments or not word.startswith("--config."):
+      commands.choices[arguments.command].error(f"unknown argument {word}")
+    if "=" not in word:
+      parser.error(f"{word}: expected --config.FIELD=VALUE")
   return arguments, rest
 
 
 def _seeds(text: str) -> list[int]:
-  try:
-    return [int(part) for part in text.split(",")]
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r}: expected numbers such as 0,1,2") from None
+  seeds = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
+  if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
+    raise argparse.ArgumentTypeError(f"{text!r}: expected different whole numbers such as 0,1,2")
+  return seeds
+
+
+def _count(text: str) -> int:
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+  return int(text)
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+Number = int | float
 Check = Callable[[Any], str | None]
 """Returns what was expected where a value is impossible, else None."""
 
@@ -37,19 +38,26 @@ class Field:
   free: bool = False
 
 
-def at_least(minimum: float) -> Check:
+def at_least(minimum: Number) -> Check:
   """A finite number, not below the minimum."""
   return lambda x: (
     None if math.isfinite(x) and x >= minimum else f"a finite number of at least {minimum}"
   )
 
 
-def above(minimum: float) -> Check:
+def whole(minimum: int) -> Check:
+  """A whole number, not below the minimum. For elements of lists, which have no type of their own."""
+  return lambda x: (
+    None if isinstance(x, int) and x >= minimum else f"a whole number of at least {minimum}"
+  )
+
+
+def above(minimum: Number) -> Check:
   """A finite number above the minimum."""
   return lambda x: None if math.isfinite(x) and x > minimum else f"a finite number above {minimum}"
 
 
-def between(low: float, high: float) -> Check:
+def between(low: Number, high: Number) -> Check:
   """A number in [low, high]."""
   return lambda x: None if low <= x <= high else f"a number from {low} to {high}"
 
@@ -59,7 +67,7 @@ def one_of(*choices: str) -> Check:
   return lambda x: None if x in choices else f"one of {', '.join(choices)}"
 
 
-def interval(low: float, high: float) -> Check:
+def interval(low: Number, high: Number) -> Check:
   """Two numbers in order, both in [low, high]."""
   return lambda pair: (
     None
@@ -107,7 +115,7 @@ _second_view = _view | {
 
 FIELDS: dict[str, Field] = {
   "task": Field("pretrain", "what is trained", one_of("pretrain")),
-  "seed": Field(0, "of everything that is drawn: parameters, order, views", at_least(0)),
+  "seed": Field(0, "of everything that is drawn: parameters, order, views", between(0, 2**32 - 1)),
   # Data.
   "data.source": Field(
     "digits", "where images come from", one_of("digits", "fashion_mnist", "image_folder")
@@ -148,8 +156,9 @@ FIELDS: dict[str, Field] = {
     one_of("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200", "custom"),
   ),
   "model.width": Field(1.0, "multiplies every channel count", above(0)),
-  "model.blocks": Field((), "custom: residual blocks per stage", each(at_least(1))),
-  "model.channels": Field((), "custom: output channels per stage", each(at_least(1))),
+  "model.blocks": Field((), "custom: residual blocks per stage", each(whole(1))),
+  "model.channels": Field((), "custom: output channels per stage", each(whole(1))),
+  "model.strides": Field((), "custom: of each stage; empty: 1, 2, 2, ...", each(at_least(1))),
   "model.bottleneck": Field(False, "custom: 1x1, 3x3, 1x1 blocks instead of two 3x3"),
   "model.stem": Field(
     "imagenet",
@@ -263,17 +272,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """
   config = merge(_read(path), path)
   for flag in overrides:
-    if not flag.startswith("--config.") or "=" not in flag:
-      raise ConfigError(f"{flag}: expected --config.FIELD=VALUE")
-    name = flag.removeprefix("--config.").partition("=")[0]
-    if name not in FIELDS:
-      raise ConfigError(_unknown(name))
-  values, argv = flags.FlagValues(), ["byolx", *overrides]
-  try:
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    values(argv)
-  except (flags.Error, ValueError, TypeError) as error:
-    raise ConfigError(str(error).splitlines()[0]) from None
+    _override(config, flag)
   check(config)
   return config
 
@@ -291,8 +290,7 @@ def merge(given: ConfigDict, origin: str) -> ConfigDict:
     try:
       node[leaf] = float(value) if _is_float_field(name) and isinstance(value, int) else value
     except TypeError:
-      kind = type(FIELDS[name].default).__name__
-      raise ConfigError(f"{origin}: {name}={value!r}: expected a value of type {kind}") from None
+      raise ConfigError(f"{origin}: {name}={value!r}: expected {_kind(name)}") from None
   return config
 
 
@@ -302,12 +300,12 @@ def check(config: ConfigDict) -> None:
     try:
       wanted = FIELDS[name].check(value)
     except TypeError:
-      wanted = f"a value of type {type(FIELDS[name].default).__name__}"
+      wanted = _kind(name)
     if wanted:
       raise ConfigError(f"{name}={value!r}: expected {wanted}")
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Dotted names to values; lists become tuples."""
   flat = {}
   for key, value in config.items():
@@ -363,6 +361,27 @@ def from_json(text: str) -> ConfigDict:
   return config
 
 
+def _override(config: ConfigDict, flag: str) -> None:
+  """Sets one field as `--config.field=value` says, in the field's own type."""
+  name, equals, value = flag.removeprefix("--config.").partition("=")
+  if not flag.startswith("--config.") or not equals:
+    raise ConfigError(f"{flag}: expected --config.FIELD=VALUE")
+  if name not in FIELDS:
+    raise ConfigError(_unknown(name))
+  values, argv = flags.FlagValues(), ["byolx", flag]
+  try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+  except (flags.Error, ValueError, TypeError):
+    raise ConfigError(f"{name}={value!r}: expected {_kind(name)}") from None
+
+
+def _kind(name: str) -> str:
+  """What a field takes, in words."""
+  kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+  return kinds.get(type(FIELDS[name].default), "values in brackets, such as (0.1, 1.0)")
+
+
 def _plain(value: Any) -> Any:
   return list(value) if isinstance(value, tuple | list) else value
 
@@ -372,11 +391,14 @@ def _is_float_field(name: str) -> bool:
 
 
 def _unknown(name: str) -> str:
-  group = name.rpartition(".")[0]
-  inside = [field for field in FIELDS if field.rpartition(".")[0] == group]
-  near = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.75)
-  choices = near or inside or sorted({field.partition(".")[0] for field in FIELDS})
-  return f"unknown field {name}: did you mean {', '.join(choices)}?"
+  if below := [field for field in FIELDS if field.startswith(f"{name}.")]:
+    return f"{name} is a group of fields; expected one of {', '.join(below)}"
+  if near := difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.75):
+    return f"unknown field {name}: did you mean {' or '.join(near)}?"
+  group = name.partition(".")[0]
+  groups = sorted({field.partition(".")[0] for field in FIELDS})
+  choices = [field for field in FIELDS if field.startswith(f"{group}.")] or groups
+  return f"unknown field {name}; expected one of {', '.join(choices)}"
 
 
 def _read(path: str) -> ConfigDict:

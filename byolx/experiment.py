@@ -119,14 +119,7 @@ def build(config: ConfigDict) -> Experiment:
     raise ConfigError(str(error)) from None
   passes = _check_batch(config, mesh, len(train_source))
   _check_views(config)
-  steps_per_epoch = len(train_source) / config.train.batch_size
-  steps = math.floor(config.train.epochs * steps_per_epoch)
-  warmup_steps = math.floor(config.optim.warmup_epochs * steps_per_epoch)
-  if steps < 1 or warmup_steps >= steps:
-    raise ConfigError(
-      f"train.epochs={config.train.epochs} with optim.warmup_epochs={config.optim.warmup_epochs}: "
-      f"{steps} steps with {warmup_steps} of warm-up; expected more steps than warm-up"
-    )
+  steps, warmup_steps = count_steps(config, len(train_source))
   task = build_task(config, len(train_source.classes), steps)
   rate, tx, abstract = build_optimiser(config, task, warmup_steps)
   return Experiment(
@@ -141,10 +134,27 @@ def build(config: ConfigDict) -> Experiment:
     abstract,
     steps,
     warmup_steps,
-    steps_per_epoch,
+    len(train_source) / config.train.batch_size,
     passes,
     jax.random.key(config.seed),
   )
+
+
+def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
+  """Optimiser steps for so many training images, and how many of them warm up (appendix J.1).
+
+  Raises:
+    ConfigError: there are no more steps than warm-up.
+  """
+  epochs, warmup_epochs = config.train.epochs, config.optim.warmup_epochs
+  steps = math.floor(epochs * images / config.train.batch_size)
+  warmup_steps = math.floor(warmup_epochs * images / config.train.batch_size)
+  if warmup_steps >= steps:
+    raise ConfigError(
+      f"train.epochs={epochs} with optim.warmup_epochs={warmup_epochs}: {steps} steps with "
+      f"{warmup_steps} of warm-up; expected more steps than warm-up"
+    )
+  return steps, warmup_steps
 
 
 def build_sources(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
@@ -182,19 +192,16 @@ def build_encoder(config: ConfigDict) -> ResNetSpec:
   """The encoder's shape."""
   model = config.model
   spec = ARCHITECTURES.get(model.arch)
-  custom = {"blocks": tuple(model.blocks), "channels": tuple(model.channels)}
+  custom = {name: tuple(model[name]) for name in ("blocks", "channels", "strides")}
   if spec is None:
-    if not custom["blocks"] or len(custom["blocks"]) != len(custom["channels"]):
-      raise ConfigError(
-        f"model.arch=custom with model.blocks={custom['blocks']} and "
-        f"model.channels={custom['channels']}: expected one number per stage in each"
-      )
+    lengths = {len(values) for name, values in custom.items() if values or name != "strides"}
+    if len(lengths) != 1 or 0 in lengths:
+      given = ", ".join(f"model.{name}={values}" for name, values in custom.items())
+      raise ConfigError(f"model.arch=custom with {given}: expected one number per stage in each")
     spec = ResNetSpec(**custom, bottleneck=model.bottleneck)
-  elif custom["blocks"] or custom["channels"]:
-    raise ConfigError(
-      f"model.blocks={custom['blocks']}, model.channels={custom['channels']}: expected nothing "
-      f"with model.arch={model.arch}; they are for model.arch=custom"
-    )
+  elif any(custom.values()):
+    given = ", ".join(f"model.{name}={values}" for name, values in custom.items() if values)
+    raise ConfigError(f"{given}: only for model.arch=custom; model.arch is {model.arch}")
   spec = dataclasses.replace(
     spec,
     stem=STEMS[model.stem],

@@ -113,7 +113,7 @@ class Draws(NamedTuple):
     solarise: whether values of at least 0.5 are inverted.
   """
 
-  crop: Int32[np.ndarray, "*b 4"]
+  crop: Int32[np.ndarray | Array, "*b 4"]
   flip: Bool[np.ndarray | Array, "*b"]
   jitter: Bool[np.ndarray | Array, "*b"]
   order: Int32[np.ndarray | Array, "*b 4"]

@@ -90,7 +90,7 @@ def apply_host(
   """Flip, colour jitter, grayscale, blur and solarise, as `draws` says, rounded to grey levels.
 
   Args:
-    view: the resized crop, from `augment.crop_and_resize`.
+    view: the resized crop, from `augment.crop_and_resize`; returned itself if nothing is drawn.
     draws: of this view, not batched; its crop is not used.
     brightness_rule: that of the `ViewSpec` behind the draws.
 

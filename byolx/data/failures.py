@@ -20,6 +20,10 @@ ENOUGH = 100
 """A share of unreadable records is judged once so many records, or all, were seen."""
 
 
+class TooManyFailuresError(ValueError):
+  """So many records cannot be read that the run stops."""
+
+
 class Failure(NamedTuple):
   """A record that could not be read; the reason starts with the file's name."""
 
@@ -61,7 +65,7 @@ class FailureLog:
     """Takes note of one batch: the records in it (-1 for none), and those that failed.
 
     Raises:
-      ValueError: too many have failed by now.
+      TooManyFailuresError: too many have failed by now.
     """
     self._seen[index[index >= 0]] = True
     for record, reason in failures:
@@ -72,7 +76,7 @@ class FailureLog:
           "%s: record %d cannot be read, %s: %s", self._name, record, self._consequence, reason
         )
     if failures and self._too_many():
-      raise ValueError(
+      raise TooManyFailuresError(
         f"{self._name}: {len(self._failed)} of the {self._seen.sum()} records seen cannot be read,"
         f" the last one being {failures[-1].reason}; expected at most a share of"
         f" data.max_failed_share = {self._max_failed_share}"

@@ -35,7 +35,7 @@ from jaxtyping import Int32, UInt8
 from byolx.data.augment import Draws, ViewSpec, crop_and_resize, draw, evaluation_view
 from byolx.data.augment_host import apply_host
 from byolx.data.decode import DecodeError
-from byolx.data.failures import Failure, FailureLog
+from byolx.data.failures import Failure, FailureLog, TooManyFailuresError
 from byolx.data.sources import Example, Source
 
 PLACEMENTS = ("host", "device")
@@ -297,7 +297,7 @@ class _TrainBatch:
         return self._source[other], other
       except DecodeError as error:
         failures.append(Failure(other, str(error)))
-    raise ValueError(
+    raise TooManyFailuresError(
       f"{self._source.name}: {len(failures)} records in a row cannot be read, the first being"
       f" {failures[0].reason}; expected images"
     )

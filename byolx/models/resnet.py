@@ -40,6 +40,7 @@ class ResNetSpec:
     blocks: residual blocks per stage.
     channels: output channels per stage.
     bottleneck: 1x1, 3x3, 1x1 blocks with a quarter of the channels inside; else two 3x3.
+    strides: of each stage's first block; empty takes 1, 2, 2, ...
     stem: see STEMS.
     stem_channels: output channels of the first convolution.
     padding: "same" or "torch", see `layers.conv`.
@@ -53,6 +54,7 @@ class ResNetSpec:
   blocks: tuple[int, ...]
   channels: tuple[int, ...]
   bottleneck: bool
+  strides: tuple[int, ...] = ()
   stem: Stem = STEMS["imagenet"]
   stem_channels: int = 64
   padding: str = "same"
@@ -159,26 +161,21 @@ class ResNet(nnx.Module):
   """The encoder: images to the mean-pooled features of the last stage."""
 
   def __init__(self, spec: ResNetSpec, *, rngs: nnx.Rngs):
-    if len(spec.blocks) != len(spec.channels):
-      raise ValueError(
-        f"model.blocks {spec.blocks} and model.channels {spec.channels}: expected equal lengths"
-      )
     self.spec = spec
     self.stem = spec.conv(
       3, spec.stem_channels, spec.stem.kernel, stride=spec.stem.stride, rngs=rngs
     )
     self.stem_norm = spec.norm(spec.stem_channels)
     stages, inputs = [], spec.stem_channels
-    for stage, (count, outputs) in enumerate(zip(spec.blocks, spec.channels, strict=True)):
-      dilated = spec.dilation > 1 and stage == len(spec.blocks) - 1
-      stride = 1 if stage == 0 or dilated else 2
+    strides = spec.strides or (1, *(2,) * (len(spec.blocks) - 1))
+    for count, outputs, stride in zip(spec.blocks, spec.channels, strides, strict=True):
+      last = len(stages) == len(spec.blocks) - 1
+      dilation = spec.dilation if last else 1
       blocks = []
       for index in range(count):
         first = index == 0
-        dilation = spec.dilation if dilated else 1
-        blocks.append(
-          Block(spec, inputs, outputs, stride if first else 1, dilation, first, rngs=rngs)
-        )
+        step = stride if first and dilation == 1 else 1
+        blocks.append(Block(spec, inputs, outputs, step, dilation, first, rngs=rngs))
         inputs = outputs
       stages.append(nnx.List(blocks))
     self.groups = nnx.List(stages)

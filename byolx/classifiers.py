@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int, Num
 
 _MEMORY = 10  # pairs of steps and gradient changes that L-BFGS keeps
 _CURVATURE = 0.02  # a typical p (1 - p) at the optimum; any value gives the same optimum
-_ROWS, _COLUMNS = 256, 128  # features are padded to multiples of these
+_ROWS, _COLUMNS = 256, 256  # features are padded to multiples of these
 _COSINES = 2**25  # between test and training images, held at a time: 128 MiB
 _BLOCK = 256  # test images classified at a time, at most
 

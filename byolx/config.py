@@ -162,8 +162,8 @@ FIELDS: dict[str, Field] = {
   "model.bottleneck": Field(False, "custom: 1x1, 3x3, 1x1 blocks instead of two 3x3"),
   "model.stem": Field(
     "imagenet",
-    "7x7 stride 2 and max pool, or 3x3 stride 1 or 2 for small images",
-    one_of("imagenet", "small", "small_stride2"),
+    "7x7 stride 2 and max pool; small: 3x3 stride 1; medium: 5x5 stride 2",
+    one_of("imagenet", "small", "medium"),
   ),
   "model.stem_channels": Field(64, "output channels of the stem, before width", at_least(1)),
   "model.padding": Field(
@@ -223,6 +223,9 @@ FIELDS: dict[str, Field] = {
   ),
   "mesh.data": Field(
     0, "devices over which a batch is spread; 0: all there are", at_least(0), free=True
+  ),
+  "mesh.cpu_devices": Field(
+    0, "devices that a CPU is split into; 0: as many as cores and batch allow", at_least(0), free=True
   ),
   "checkpoint.every_epochs": Field(1.0, "between checkpoints", above(0), free=True),
   "checkpoint.keep": Field(2, "latest checkpoints kept", at_least(1), free=True),

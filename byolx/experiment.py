@@ -40,6 +40,7 @@ class Experiment:
     steps_per_epoch: not rounded.
     passes: forward passes per step.
     key: of parameters and everything drawn in steps.
+    named: unreadable files that were named so far.
   """
 
   config: ConfigDict
@@ -56,6 +57,7 @@ class Experiment:
   steps_per_epoch: float
   passes: int
   key: Array
+  named: set[str] = dataclasses.field(default_factory=set)
 
   @property
   def encoder_key(self) -> Array:
@@ -89,6 +91,7 @@ class Experiment:
       host_index=jax.process_index(),
       host_count=jax.process_count(),
       max_failed_share=c.data.max_failed_share,
+      named=self.named,
       prefetch=c.data.prefetch,
     )
 
@@ -103,6 +106,7 @@ class Experiment:
       c.eval.batch_size,
       workers=c.data.workers,
       max_failed_share=c.data.max_failed_share,
+      named=self.named,
     )
 
 
@@ -113,6 +117,7 @@ def build(config: ConfigDict) -> Experiment:
     ConfigError: fields that do not go together, or images that are not there.
   """
   train_source, test_source = build_sources(config)
+  sharding.split_cpu(config.train.micro_batch or config.train.batch_size, config.mesh.cpu_devices)
   try:
     mesh = sharding.make_mesh(config.mesh.data)
   except ValueError as error:

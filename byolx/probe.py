@@ -19,7 +19,7 @@ from byolx.data.splits import balanced_subset, stratified_holdout
 
 _log = logging.getLogger("byolx")
 
-L2_VALUES = tuple(float(l2) for l2 in np.logspace(-5, 2, 8))
+L2_VALUES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 """For features of mean squared norm 1. E.2 has 45 values from 1e-6 to 1e5, for features as they are."""
 
 PREPROCESSES = ("centre", "standardise")
@@ -76,8 +76,8 @@ def preprocess(
     rule: "centre", or "standardise" to divide each dimension by its standard deviation first.
 
   Returns:
-    r <= d + 1 dimensions. The last is 0 for training images, and holds the length of what lies
-    outside their span for test images.
+    r <= d dimensions. If r < d, the last is 0 for training images, and for test images the length
+    of what lies outside the span of training images.
 
   Raises:
     ValueError: an unknown rule, or features that are not finite.
@@ -102,7 +102,8 @@ def preprocess(
 def _rotated(
   train: Float32[np.ndarray, "n d"], test: Float32[np.ndarray, "m d"]
 ) -> tuple[Float32[np.ndarray, "n r"], Float32[np.ndarray, "m r"]]:
-  """Principal axes of the training images, the longest first, without those of length 0."""
+  """Coordinates along the principal axes of the training images, the longest axis first."""
+  train, test = _merged(train, test)
   n, d = train.shape
   # Both Gram matrices have the same eigenvalues: take the smaller one.
   values, vectors = np.linalg.eigh(train.T @ train if d <= n else train @ train.T)
@@ -111,9 +112,21 @@ def _rotated(
   if d > n:
     axes = train.T @ axes / np.sqrt(values[kept])
   inside = test @ axes
+  if len(kept) == d:
+    return train @ axes, inside
   outside = np.sum(test**2, axis=1) - np.sum(inside**2, axis=1)
   lengths = np.sqrt(np.maximum(outside, 0))[:, None]
   return np.pad(train @ axes, ((0, 0), (0, 1))), np.concatenate([inside, lengths], axis=1)
+
+
+def _merged(
+  train: Float32[np.ndarray, "n d"], test: Float32[np.ndarray, "m d"]
+) -> tuple[Float32[np.ndarray, "n r"], Float32[np.ndarray, "m r"]]:
+  """Each run of k equal columns (grey pixels, as RGB) as one column times sqrt(k): a rotation too."""
+  equal = [(x[:, 1:] == x[:, :-1]).all(axis=0) for x in (train, test)]
+  first = np.flatnonzero(np.concatenate([[True], ~(equal[0] & equal[1])]))
+  weights = np.sqrt(np.diff(first, append=train.shape[1])).astype(np.float32)
+  return train[:, first] * weights, test[:, first] * weights
 
 
 def label_draws(
@@ -161,8 +174,8 @@ def select_and_score(
   classes: int,
   l2: Sequence[float] = L2_VALUES,
   retrain: bool = False,
-  tolerance: float = 1e-6,
-  max_iterations: int = 150,
+  tolerance: float = 1e-5,
+  max_iterations: int = 100,
 ) -> Score:
   """Chooses the l2 value by accuracy on the validation images, then scores the test images.
 
@@ -189,12 +202,13 @@ def select_and_score(
 
 
 def _clearly_at_edge(accuracies: Float[np.ndarray, "l"], chosen: int, images: int) -> bool:
-  """Whether an end of the grid beats its neighbour by more than a standard error."""
+  """Whether an end of the grid beats its neighbour by more than two standard errors."""
   neighbour = {0: 1, len(accuracies) - 1: len(accuracies) - 2}.get(chosen)
   if neighbour is None or len(accuracies) == 1:
     return False
   best = accuracies[chosen]
-  return bool(best - accuracies[neighbour] > math.sqrt(best * (1 - best) / max(images, 1)))
+  error = math.sqrt(best * (1 - best) / max(images, 1))
+  return bool(best - accuracies[neighbour] > 2 * error)
 
 
 def _accuracies(probes: LinearProbes, examples: Examples) -> Float[np.ndarray, "l"]:
@@ -294,16 +308,53 @@ def _record(
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Records as a table for a terminal: encoders by protocols and fractions of the labels, in %."""
-  columns = list(dict.fromkeys((r["protocol"], r["labels"]) for r in records))
-  columns.sort(key=lambda column: list(dict.fromkeys(p for p, _ in columns)).index(column[0]))
-  cells = {(r["encoder"], r["protocol"], r["labels"]): _cell(r) for r in records}
+  """Records as a table for a terminal: encoders by protocols and shares of the labels, in %.
+
+  Records of several tasks, splits, metrics, steps or seeds make one table each.
+  """
+  keys = ("task", "split", "metric", "step", "seed")
+  groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+  for record in records:
+    groups.setdefault(tuple(str(record[key]) for key in keys), []).append(record)
+  tables = []
+  for values, group in groups.items():
+    about = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
+    heading = [about] if len(groups) > 1 else []
+    tables.append("\n".join(heading + _table(group)))
+  return "\n\n".join(tables)
+
+
+def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Lines of one table."""
   encoders = list(dict.fromkeys(r["encoder"] for r in records))
-  rows = [[cells.get((encoder, *column), "") for column in columns] for encoder in encoders]
-  shares = [f"{100 * labels:g} %".ljust(len(f"{100 * labels:g} %")) for _, labels in columns]
-  return "\n".join(str(r) for r in (columns, shares, rows))
+  lines = ["", "encoder", *encoders]
+  margin = max(map(len, lines))
+  lines = [line.ljust(margin) for line in lines]
+  for protocol in dict.fromkeys(r["protocol"] for r in records):
+    of_protocol = [r for r in records if r["protocol"] == protocol]
+    block = [""] * (len(encoders) + 1)
+    for labels in sorted({r["labels"] for r in of_protocol}):
+      column = {r["encoder"]: r for r in of_protocol if r["labels"] == labels}
+      spread = any(r["interval"] is not None for r in column.values())
+      cells = [_cell(column.get(encoder), spread) for encoder in encoders]
+      head = f"{100 * labels:g} %".rjust(5)
+      width = max(map(len, [head, *cells]))
+      block = [a + "   " + b.ljust(width) for a, b in zip(block, [head, *cells], strict=True)]
+    title = "   " + _TITLES.get(protocol, protocol)
+    block = [title, *block]
+    width = max(map(len, block))
+    lines = [a + b.ljust(width) for a, b in zip(lines, block, strict=True)]
+  metric = {"top1": "top-1 accuracy"}.get(records[0]["metric"], records[0]["metric"])
+  caption = f"{metric} in %, by share of the labels"
+  if any(r["interval"] is not None for r in records):
+    caption += "; ± half the range over repeats"
+  return [*(line.rstrip() for line in lines), caption]
 
 
-def _cell(record: Mapping[str, Any]) -> str:
-  value, interval = record["value"], record["interval"]
-  return f"{100 * value:.1f}" + ("" if interval is None else f" ± {100 * interval:.1f}")
+def _cell(record: Mapping[str, Any] | None, spread: bool) -> str:
+  """A value in %, with room for an interval if others in its column have one."""
+  if record is None:
+    return "    -"
+  interval = record["interval"]
+  tail = "" if not spread else " " * 6 if interval is None else f" ±{100 * interval:4.1f}"
+  return f"{100 * record['value']:5.1f}{tail}"

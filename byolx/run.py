@@ -187,14 +187,24 @@ def write_views(
 ) -> None:
   """A picture of training images, spread over the set, with pairs of their views as trained on."""
   specs = experiment.build_views(cfg)
-  originals, rows = [], []
-  for record in np.linspace(0, len(source) - 1, 4 * images, dtype=int):
-    with contextlib.suppress(decode.DecodeError):
-      image = source[int(record)].image
-      rows.append([_pair(image, specs, cfg, int(record), epoch) for epoch in range(pairs)])
-      originals.append(image)
+  originals, rows, unreadable = [], [], []
+  # Four times as many as are wanted; every fourth of them comes first, so that those are spread too.
+  spread = np.linspace(0, len(source) - 1, 4 * images, dtype=int).reshape(images, 4)
+  for record in dict.fromkeys(spread.T.ravel().tolist()):
+    try:
+      image = source[record].image
+    except decode.DecodeError as error:
+      unreadable.append(error)
+      continue
+    rows.append([_pair(image, specs, cfg, record, epoch) for epoch in range(pairs)])
+    originals.append(image)
     if len(originals) == images:
       break
+  if not originals:
+    raise ConfigError(
+      f"data.folder={cfg.data.folder}: none of {len(unreadable)} images spread over it can be read, "
+      f"such as {unreadable[0]}; expected images"
+    )
   sheet = views.draw_sheet(originals, rows)
   path.parent.mkdir(parents=True, exist_ok=True)
   _, png = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))

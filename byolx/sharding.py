@@ -1,6 +1,8 @@
 """The mesh, and every NamedSharding of the library."""
 
 import collections
+import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,6 +10,28 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA = "data"
+LEAST_IMAGES_PER_CORE = 16
+
+
+def split_cpu(images: int, wanted: int = 0) -> None:
+  """Lets a CPU be several devices, before jax first looks for devices; afterwards it does nothing.
+
+  Small convolutions use a second core better as a second device, each with half of the batch, than
+  inside one operation. An `XLA_FLAGS` that sets the number of host devices wins.
+
+  Args:
+    images: of one forward pass; the number of devices divides it.
+    wanted: number of devices; 0 takes the most that the cores allow, with at least
+      LEAST_IMAGES_PER_CORE images each.
+  """
+  affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+  cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+  most = min(cores, images // LEAST_IMAGES_PER_CORE)
+  count = wanted or next(n for n in range(max(1, most), 0, -1) if images % n == 0)
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  with contextlib.suppress(RuntimeError):
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def make_mesh(data: int = 0) -> Mesh:

@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     }
   )
   config.optim = ConfigDict({"base_rate": 8.0, "weight_decay": 1e-6, "warmup_epochs": 6.0})
-  config.train = ConfigDict({"epochs": 100.0, "batch_size": 64})
+  config.train = ConfigDict({"epochs": 80.0, "batch_size": 64})
   config.checkpoint = ConfigDict({"every_epochs": 20.0})
   config.log = ConfigDict({"every_steps": 20})
   config.eval = ConfigDict({"resize": 8})

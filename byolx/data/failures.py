@@ -36,7 +36,8 @@ class FailureLog:
 
   It runs in the main process, on what the batches report, in the order of the batches. So the
   counts are the same with a thread and with worker processes, and nothing is said about a record
-  before its batch is used. They start anew with the iterator; every host counts its own rows.
+  before its batch is used. The counts start anew with the iterator; every host has its own. What
+  was named already is remembered in `named`, which the iterators of a run share.
 
   Too many means: more than `max_failed_share` of the distinct records seen, and more than a
   `HANDFUL`, once `ENOUGH` records or the whole source were seen. With a share of 0 the first one
@@ -47,12 +48,20 @@ class FailureLog:
     records: how many the source has.
     max_failed_share: 0 to 1, the field data.max_failed_share.
     consequence: what happens to an unreadable record, for the message.
+    named: reasons that were logged before, and will not be again; grows.
 
   Raises:
     ValueError: the share is outside [0, 1].
   """
 
-  def __init__(self, name: str, records: int, max_failed_share: float, consequence: str):
+  def __init__(
+    self,
+    name: str,
+    records: int,
+    max_failed_share: float,
+    consequence: str,
+    named: set[str] | None = None,
+  ):
     if not 0 <= max_failed_share <= 1:
       raise ValueError(f"data.max_failed_share is {max_failed_share}; expected 0 to 1")
     self._name = name
@@ -60,6 +69,7 @@ class FailureLog:
     self._consequence = consequence
     self._seen = np.zeros(records, bool)
     self._failed: set[int] = set()
+    self._named = set() if named is None else named
 
   def add(self, index: Int32[np.ndarray, "b"], failures: Sequence[Failure]) -> None:
     """Takes note of one batch: the records in it (-1 for none), and those that failed.
@@ -70,8 +80,9 @@ class FailureLog:
     self._seen[index[index >= 0]] = True
     for record, reason in failures:
       self._seen[record] = True
-      if record not in self._failed:
-        self._failed.add(record)
+      self._failed.add(record)
+      if reason not in self._named:
+        self._named.add(reason)
         logger.warning(
           "%s: record %d cannot be read, %s: %s", self._name, record, self._consequence, reason
         )

@@ -63,6 +63,7 @@ def train_batches(
   host_index: int = 0,
   host_count: int = 1,
   max_failed_share: float = 0.01,
+  named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
   """Endless batches of views, one view per `ViewSpec`.
@@ -81,6 +82,7 @@ def train_batches(
     host_index, host_count: this host's rows are host_index, host_index + host_count, ... of the
       global batch.
     max_failed_share: more unreadable records than this share stop the run, see `failures`.
+    named: unreadable records that were named before, see `FailureLog`.
     prefetch: batches made ahead of time (by each worker); 0 makes them when asked, in the caller.
 
   Returns:
@@ -106,7 +108,8 @@ def train_batches(
   rows = _rows(source, batch_size, host_index, host_count)
   make = _TrainBatch(source, tuple(views), size, seed, rows, placement, antialias)
   steps = grain.MapDataset.range(start_step, sys.maxsize)
-  failures = FailureLog(source.name, len(source), max_failed_share, "another one takes its place")
+  consequence = "another one takes its place"
+  failures = FailureLog(source.name, len(source), max_failed_share, consequence, named)
   return Batches(steps.map(make), failures, workers, prefetch)
 
 
@@ -121,6 +124,7 @@ def evaluation_batches(
   host_index: int = 0,
   host_count: int = 1,
   max_failed_share: float = 0.01,
+  named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
   """Every record once, in order, as the view that evaluation uses (`augment.evaluation_view`).
@@ -138,7 +142,7 @@ def evaluation_batches(
   rows = _rows(source, batch_size, host_index, host_count)
   make = _EvaluationBatch(source, size, resize, rule, rows)
   steps = grain.MapDataset.range(math.ceil(len(source) / batch_size))
-  failures = FailureLog(source.name, len(source), max_failed_share, "it is left out")
+  failures = FailureLog(source.name, len(source), max_failed_share, "it is left out", named)
   return Batches(steps.map(make), failures, workers, prefetch)
 
 

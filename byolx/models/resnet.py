@@ -28,7 +28,7 @@ class Stem(NamedTuple):
 STEMS = {
   "imagenet": Stem(7, 2, True),
   "small": Stem(3, 1, False),
-  "small_stride2": Stem(3, 2, False),
+  "medium": Stem(5, 2, False),
 }
 
 

@@ -1,20 +1,23 @@
 """Evaluation over a whole set: padded and masked batches, features of frozen encoders, metrics."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from byolx import sharding
 from byolx.tasks.base import Batch, Task
 
-Encoder = Callable[[nnx.Module, Float[Array, "b s s 3"]], Float[Array, "b d"]]
+PIXELS_SIDE = 32
+"""Larger images are averaged down to this side before their raw pixels count as features."""
 
 
 def measure(
@@ -51,7 +54,7 @@ def features(
     mesh: where the work runs.
 
   Returns:
-    Features by encoder name, "pixels" (uint8, flattened) among them; labels; indices.
+    Features by encoder name, "pixels" (see `raw_pixels`) among them; labels; indices.
   """
   split = {name: nnx.split(encoder) for name, encoder in encoders.items()}
 
@@ -71,11 +74,20 @@ def features(
     encoded = encode(states, _placed(batch, mesh)["image"])
     for name, rows in encoded.items():
       found[name].append(np.asarray(rows)[: len(keep)][keep])
-    found["pixels"].append(batch["image"].reshape(len(keep), -1)[keep])
+    found["pixels"].append(raw_pixels(batch["image"][keep]))
     labels.append(batch["label"][keep])
     indices.append(batch["index"][keep])
   joined = {name: np.concatenate(rows) for name, rows in found.items()}
   return joined, np.concatenate(labels), np.concatenate(indices)
+
+
+def raw_pixels(images: UInt8[np.ndarray, "b s s 3"]) -> UInt8[np.ndarray, "b d"]:
+  """Images as the plainest of features: at most PIXELS_SIDE on a side, flattened."""
+  if images.shape[1] > PIXELS_SIDE:
+    size = (PIXELS_SIDE, PIXELS_SIDE)
+    small = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in images]
+    images = np.stack(small) if small else images[:, :PIXELS_SIDE, :PIXELS_SIDE]
+  return images.reshape(len(images), math.prod(images.shape[1:]))
 
 
 def warm_statistics(

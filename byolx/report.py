@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Num
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 
 from byolx.metrics import STD_WARNING
@@ -41,28 +42,26 @@ class _Panel(NamedTuple):
   lines: tuple[tuple[str, str], ...]  # key of a row, name in the legend
   scale: float = 1.0
   marks: tuple[tuple[float, str], ...] = ()  # horizontal lines, and what they mean
-  bottom: float | None = None
-  top: float | None = None
+  from_zero: bool = True
+  top: float = -math.inf  # what the axis shows at least
+  noisy: bool = True
   logarithmic: bool = False  # where values spread over a factor of 100
 
 
 _PANELS = (
-  _Panel("Loss", (("loss_byol", "BYOL"), ("loss_probe", "online probe")), bottom=0),
-  _Panel("Online probe, top-1 (%)", (("top1", ""),), scale=100, bottom=0),
+  _Panel("Loss", (("loss_byol", "BYOL"), ("loss_probe", "online probe"))),
+  _Panel("Online probe: top-1 (%)", (("top1", ""),), scale=100),
   _Panel(
-    "Normalised std of the projection",
+    "Projection: normalised std",
     (("std", ""),),
     marks=((1.0, "isotropic"), (STD_WARNING, "collapse")),
-    bottom=0,
-    top=1.1,
+    top=1.0,
   ),
-  _Panel("Rank of the projection (particip. ratio)", (("rank", ""),), bottom=0),
-  _Panel(
-    "Representation, $\\ell_2$ norm", (("norm_representation", ""),), bottom=0, logarithmic=True
-  ),
-  _Panel("Projection, $\\ell_2$ norm", (("norm_projection", ""),), bottom=0, logarithmic=True),
-  _Panel("Target decay $\\tau$", (("tau", ""),)),
-  _Panel("Learning rate", (("rate", ""),), bottom=0),
+  _Panel("Projection: participation ratio", (("rank", ""),)),
+  _Panel("Representation: $\\ell_2$ norm", (("norm_representation", ""),), logarithmic=True),
+  _Panel("Projection: $\\ell_2$ norm", (("norm_projection", ""),), logarithmic=True),
+  _Panel("Target decay $\\tau$", (("tau", ""),), from_zero=False, noisy=False),
+  _Panel("Learning rate", (("rate", ""),), noisy=False),
 )
 
 
@@ -101,6 +100,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
   across = min(4, max(1, len(panels)))
   down = max(1, math.ceil(len(panels) / across))
   figure = Figure(figsize=(3.3 * across, 2.5 * down), layout="constrained")
+  figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)
   axes = figure.subplots(down, across, squeeze=False).ravel()
   key = "epoch" if _finite(_column(rows, "epoch")) else "step"
   x = _column(rows, key)
@@ -128,21 +128,12 @@ def _draw_panel(
       continue
     every.append(y[np.isfinite(y)])
     window = len(y) // 40
-    marker = "o" if np.isfinite(y).sum() <= 20 else None
-    style = {"color": colour, "marker": marker, "markersize": 3}
-    if window >= 3:
+    if panel.noisy and window >= 3:
       ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.7)
       y = _running_mean(y, window)
-    ax.plot(x, y, linewidth=1.4, label=name, **style)
-  values = np.concatenate(every)
-  if panel.logarithmic and values.min() > 0 and values.max() > 100 * values.min():
-    ax.set_yscale("log")
-  else:
-    low, high = ax.get_ylim()
-    ax.set_ylim(
-      low if panel.bottom is None else min(panel.bottom, low if values.min() < 0 else panel.bottom),
-      high if panel.top is None else max(panel.top, high),
-    )
+    marker = "o" if len(every[-1]) <= 20 else None
+    ax.plot(x, y, color=colour, linewidth=1.4, marker=marker, markersize=3, label=name)
+  _scale_y(ax, panel, np.concatenate(every))
   for height, meaning in panel.marks:
     ax.axhline(height, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     ax.annotate(
@@ -152,11 +143,21 @@ def _draw_panel(
       xytext=(-2, 2),
       textcoords="offset points",
       ha="right",
-      fontsize=6.5,
+      fontsize=7,
       color=_FAINT,
     )
   if len(every) > 1:
-    ax.legend(fontsize=7, frameon=False, labelcolor=_INK, handlelength=1.4)
+    ax.legend(fontsize=7.5, frameon=False, labelcolor=_INK, handlelength=1.4)
+
+
+def _scale_y(ax: Axes, panel: _Panel, values: Float[np.ndarray, "n"]) -> None:
+  low, high = values.min(), values.max()
+  if panel.logarithmic and low > 0 and high > 100 * low:
+    ax.set_yscale("log")
+    return
+  ax.ticklabel_format(axis="y", useOffset=False)
+  if panel.from_zero and low >= 0 and max(high, panel.top) > 0:
+    ax.set_ylim(0, 1.1 * max(high, panel.top))
 
 
 def embedding(
@@ -192,25 +193,24 @@ def embedding(
   # Drawn in random order, so that no class hides the others.
   order = rng.permutation(len(points))
   points, labels = points[order], labels[order]
-  figure = Figure(figsize=(7.6, 5.4), layout="constrained")
+  figure = Figure(figsize=(7.0, 5.4), layout="constrained")
   ax = figure.subplots()
   _style(ax, title)
-  ax.set(xticks=[], yticks=[], aspect="equal")
+  ax.set(xticks=[], yticks=[])
+  ax.set_aspect("equal", adjustable="datalim")
   ax.spines[:].set_visible(False)
-  handles, names = [], []
-  size = 14 if len(points) > 500 else 26
-  for label in np.unique(labels):
-    colour, shape = _appearance(int(label))
-    of_class = points[labels == label]
-    handles.append(ax.scatter([], [], s=28, color=colour, marker=shape, linewidths=0))
-    names.append(_name(int(label), classes))
-    del of_class
-  looks = [_appearance(int(label)) for label in labels]
-  for shape in dict.fromkeys(shape for _, shape in looks):
-    here = [i for i, look in enumerate(looks) if look[1] == shape]
-    colours = [looks[i][0] for i in here]
-    ax.scatter(*points[here].T, s=size, c=colours, marker=shape, alpha=0.85, linewidths=0)
-  _legend(figure, handles, names)
+  looks = np.array([_appearance(label) for label in labels.tolist()]).reshape(-1, 2)
+  for shape in np.unique(looks[:, 1]):
+    here = looks[:, 1] == shape
+    ax.scatter(
+      *points[here].T,
+      s=14 if len(points) > 500 else 26,
+      c=looks[here, 0],
+      marker=str(shape),
+      alpha=0.85,
+      linewidths=0,
+    )
+  _legend(ax, np.unique(labels).tolist(), classes)
   _save(figure, path)
 
 
@@ -252,18 +252,25 @@ def _name(label: int, classes: Sequence[str]) -> str:
   return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _legend(figure: Figure, handles: list, names: list[str]) -> None:
-  """Classes beside the map, in one or two columns; the first forty of many."""
-  more = len(names) - _LARGEST_LEGEND
-  handles, names = handles[:_LARGEST_LEGEND], names[:_LARGEST_LEGEND]
-  figure.legend(
+def _legend(ax: Axes, labels: Sequence[int], classes: Sequence[str]) -> None:
+  """Names of classes beside the map, in one or two columns; the first forty of many."""
+  shown = labels[:_LARGEST_LEGEND]
+  names = [_name(label, classes) for label in shown]
+  looks = [_appearance(label) for label in shown]
+  if len(labels) > len(shown):
+    names.append(f"and {len(labels) - len(shown)} more")
+    looks.append(("none", "o"))
+  handles = [
+    Line2D([], [], linestyle="", marker=shape, markersize=5.5, color=colour, markeredgewidth=0)
+    for colour, shape in looks
+  ]
+  few = len(names) <= 20
+  ax.figure.legend(
     handles,
     names,
     loc="outside right center",
-    ncols=1 if len(names) <= 20 else 2,
-    title=f"and {more} more" if more > 0 else None,
-    title_fontsize=8,
-    fontsize=8 if len(names) <= 20 else 7,
+    ncols=1 if few else 2,
+    fontsize=8.5 if few else 7,
     frameon=False,
     labelcolor=_INK,
     handletextpad=0.3,

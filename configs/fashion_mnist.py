@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = ConfigDict()
-  config.data = ConfigDict({"source": "fashion_mnist"})
+  config.data = {"source": "fashion_mnist"}
 
   # Clothes are mirrored, not recoloured: the images are grey.
   view = {
@@ -21,39 +21,33 @@ def get_config() -> ConfigDict:
     "blur_probability": 0.0,
     "solarise_probability": 0.0,
   }
-  config.views = ConfigDict(
-    {
-      "size": 24,
-      "antialias": True,
-      "mean": (0.286, 0.286, 0.286),
-      "std": (0.353, 0.353, 0.353),
-      "view1": dict(view),
-      "view2": dict(view),
-    }
-  )
+  config.views = {
+    "size": 24,
+    "antialias": True,
+    "mean": (0.286, 0.286, 0.286),
+    "std": (0.353, 0.353, 0.353),
+    "view1": view,
+    "view2": view,
+  }
 
-  config.model = ConfigDict(
-    {
-      "arch": "custom",
-      "blocks": (1, 1),
-      "channels": (128, 512),
-      "strides": (2, 2),
-      "bottleneck": True,
-      "stem": "medium",
-      "stem_channels": 32,
-    }
-  )
-  config.byol = ConfigDict(
-    {
-      "projector_hidden": 512,
-      "predictor_hidden": 512,
-      "projection_size": 128,
-      "tau_base": 0.99,
-    }
-  )
-  config.optim = ConfigDict({"base_rate": 6.0, "weight_decay": 1e-6, "warmup_epochs": 1.0})
-  config.train = ConfigDict({"epochs": 24.0, "batch_size": 64})
-  config.checkpoint = ConfigDict({"every_epochs": 1.0})
-  config.log = ConfigDict({"every_steps": 100})
-  config.eval = ConfigDict({"resize": 24})
+  config.model = {
+    "arch": "custom",
+    "blocks": (1, 1),
+    "channels": (128, 512),
+    "strides": (2, 2),
+    "bottleneck": True,
+    "stem": "medium",
+    "stem_channels": 32,
+  }
+  config.byol = {
+    "projector_hidden": 512,
+    "predictor_hidden": 512,
+    "projection_size": 128,
+    "tau_base": 0.99,
+  }
+  config.optim = {"base_rate": 6.0, "weight_decay": 1e-6, "warmup_epochs": 1.0}
+  config.train = {"epochs": 24.0, "batch_size": 64}
+  config.checkpoint = {"every_epochs": 1.0}
+  config.log = {"every_steps": 100}
+  config.eval = {"resize": 24}
   return config

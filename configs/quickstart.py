@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = ConfigDict()
-  config.data = ConfigDict({"source": "digits"})
+  config.data = {"source": "digits"}
 
   # Digits have no colour and must not be mirrored; a blur of 8 pixels has no neighbours to reach.
   view = {
@@ -23,36 +23,30 @@ def get_config() -> ConfigDict:
     "blur_probability": 0.0,
     "solarise_probability": 0.0,
   }
-  config.views = ConfigDict(
-    {
-      "size": 8,
-      "mean": (0.305, 0.305, 0.305),
-      "std": (0.376, 0.376, 0.376),
-      "view1": dict(view),
-      "view2": dict(view),
-    }
-  )
+  config.views = {
+    "size": 8,
+    "mean": (0.305, 0.305, 0.305),
+    "std": (0.376, 0.376, 0.376),
+    "view1": view,
+    "view2": view,
+  }
 
-  config.model = ConfigDict(
-    {
-      "arch": "custom",
-      "blocks": (1, 1, 1),
-      "channels": (16, 32, 64),
-      "stem": "small",
-      "stem_channels": 16,
-    }
-  )
-  config.byol = ConfigDict(
-    {
-      "projector_hidden": 256,
-      "predictor_hidden": 256,
-      "projection_size": 64,
-      "tau_base": 0.96,
-    }
-  )
-  config.optim = ConfigDict({"base_rate": 8.0, "weight_decay": 1e-6, "warmup_epochs": 6.0})
-  config.train = ConfigDict({"epochs": 80.0, "batch_size": 64})
-  config.checkpoint = ConfigDict({"every_epochs": 20.0})
-  config.log = ConfigDict({"every_steps": 20})
-  config.eval = ConfigDict({"resize": 8})
+  config.model = {
+    "arch": "custom",
+    "blocks": (1, 1, 1),
+    "channels": (16, 32, 64),
+    "stem": "small",
+    "stem_channels": 16,
+  }
+  config.byol = {
+    "projector_hidden": 256,
+    "predictor_hidden": 256,
+    "projection_size": 64,
+    "tau_base": 0.96,
+  }
+  config.optim = {"base_rate": 8.0, "weight_decay": 1e-6, "warmup_epochs": 6.0}
+  config.train = {"epochs": 80.0, "batch_size": 64}
+  config.checkpoint = {"every_epochs": 20.0}
+  config.log = {"every_steps": 20}
+  config.eval = {"resize": 8}
   return config

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float32, Int, Num
+from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 _MEMORY = 10  # pairs of steps and gradient changes that L-BFGS keeps
 _CURVATURE = 0.02  # a typical p (1 - p) at the optimum; any value gives the same optimum
@@ -80,8 +80,8 @@ def _fit(
   labels: Int[Array, "n"],
   l2: Float32[Array, "l"],
   classes: int,
-  tolerance: float,
-  max_iterations: int,
+  tolerance: Float[Array, ""],
+  max_iterations: Int[Array, ""],
 ):
   """`linear_probe` on padded arrays: kernel, bias, objective, converged, iterations."""
   counted = (labels >= 0).astype(x.dtype)
@@ -123,8 +123,8 @@ class _Search(NamedTuple):
 def _minimise(
   objectives: Callable[[Float32[Array, "l a b"]], Float32[Array, "l"]],
   start: Float32[Array, "l a b"],
-  tolerance: float,
-  max_iterations: int,
+  tolerance: Float[Array, ""],
+  max_iterations: Int[Array, ""],
 ) -> _Search:
   """Minimises l independent convex objectives at once, by L-BFGS with backtracking.
 
@@ -206,7 +206,7 @@ def _vote(
   blocks: Float32[Array, "blocks m d"],
   classes: int,
   k: int,
-  temperature: float,
+  temperature: Float[Array, ""],
 ) -> Int[Array, "blocks m"]:
   x = _unit(x)
 
@@ -239,11 +239,14 @@ def _padded(
 ) -> tuple[Float32[np.ndarray, "rows columns"], Int[np.ndarray, "rows"]]:
   """Rows (label -1) and columns of zeros are added, so that few distinct shapes are compiled."""
   n, d = features.shape
-  # Multiples of a sixteenth of the next power of two: an eighth more than needed, at most.
-  step = max(_ROWS, 2 ** math.ceil(math.log2(n)) // 16)
-  rows, columns = math.ceil(n / step) * step, math.ceil(d / _COLUMNS) * _COLUMNS
-  x = np.zeros((rows, columns), np.float32)
+  x = np.zeros((_padded_rows(n), math.ceil(d / _COLUMNS) * _COLUMNS), np.float32)
   x[:n, :d] = features
-  y = np.full(rows, -1, np.int32)
+  y = np.full(len(x), -1, np.int32)
   y[:n] = labels
   return x, y
+
+
+def _padded_rows(n: int) -> int:
+  """n in whole 1/16 of the next power of two: at most an eighth more, beyond a few hundred."""
+  step = max(_ROWS, 2 ** math.ceil(math.log2(n)) // 16)
+  return math.ceil(n / step) * step

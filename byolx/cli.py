@@ -148,7 +148,7 @@ def _show_views(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _fields(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.config import FIELDS
+  from byolx.fields import FIELDS
 
   for name, field in FIELDS.items():
     print(f"{name:<34} {field.default!s:<26} {field.meaning}")

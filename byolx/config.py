@@ -1,17 +1,15 @@
-"""Every field of a run: default, meaning, and what values it takes.
+"""From a file of `configs/` to a whole config.
 
-A file of `configs/` sets some fields; the others keep the default written here. `load` merges file,
-defaults and `--config.field=value` overrides, and refuses unknown names and impossible values in one
-line that names the field, the value and the choices.
+A file sets some fields; the others keep the defaults of `byolx.fields`. `load` merges file, defaults
+and `--config.field=value` overrides, and refuses unknown names and impossible values in one line that
+names the field, the value and the choices.
 """
 
-import dataclasses
 import difflib
 import hashlib
 import importlib.util
 import inspect
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,234 +17,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-Number = int | float
-Check = Callable[[Any], str | None]
-"""Returns what was expected where a value is impossible, else None."""
+from byolx.fields import FIELDS
 
 
 class ConfigError(ValueError):
   """A field, a value, or a combination of them that cannot run. The message is one line."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-  """One field: `free` ones may differ when a run is continued, since no result depends on them."""
-
-  default: Any
-  meaning: str
-  check: Check = lambda value: None
-  free: bool = False
-
-
-def at_least(minimum: Number) -> Check:
-  """A finite number, not below the minimum."""
-  return lambda x: (
-    None if math.isfinite(x) and x >= minimum else f"a finite number of at least {minimum}"
-  )
-
-
-def whole(minimum: int) -> Check:
-  """A whole number, not below the minimum. For elements of lists, which have no type of their own."""
-  return lambda x: (
-    None if isinstance(x, int) and x >= minimum else f"a whole number of at least {minimum}"
-  )
-
-
-def above(minimum: Number) -> Check:
-  """A finite number above the minimum."""
-  return lambda x: None if math.isfinite(x) and x > minimum else f"a finite number above {minimum}"
-
-
-def between(low: Number, high: Number) -> Check:
-  """A number in [low, high]."""
-  return lambda x: None if low <= x <= high else f"a number from {low} to {high}"
-
-
-def one_of(*choices: str) -> Check:
-  """One of a few names."""
-  return lambda x: None if x in choices else f"one of {', '.join(choices)}"
-
-
-def interval(low: Number, high: Number) -> Check:
-  """Two numbers in order, both in [low, high]."""
-  return lambda pair: (
-    None
-    if len(pair) == 2 and low <= pair[0] <= pair[1] <= high
-    else f"two numbers in order, from {low} to {high}"
-  )
-
-
-def each(check: Check, length: int | None = None) -> Check:
-  """A list of values that all pass."""
-
-  def of_list(values: Sequence[Any]) -> str | None:
-    if length is not None and len(values) != length:
-      return f"{length} values"
-    return next((f"each {wanted}" for wanted in map(check, values) if wanted), None)
-
-  return of_list
-
-
-_view = {
-  "crop_probability": Field(1.0, "share of images that are cropped", between(0, 1)),
-  "crop_area": Field(
-    (0.08, 1.0), "area of the crop as a share of the image's; 1 is all of it", interval(1e-4, 1)
-  ),
-  "crop_aspect": Field(
-    (3 / 4, 4 / 3), "width over height, drawn on a log scale", interval(0.01, 100)
-  ),
-  "flip_probability": Field(0.5, "left-right flip", between(0, 1)),
-  "jitter_probability": Field(
-    0.8, "colour jitter, its four operations in random order", between(0, 1)
-  ),
-  "brightness": Field(0.4, "largest brightness change", between(0, 1)),
-  "contrast": Field(0.4, "largest contrast change", between(0, 1)),
-  "saturation": Field(0.2, "largest saturation change", between(0, 1)),
-  "hue": Field(0.1, "largest hue shift, in turns", between(0, 0.5)),
-  "grayscale_probability": Field(0.2, "colour dropping", between(0, 1)),
-  "blur_probability": Field(1.0, "Gaussian blur", between(0, 1)),
-  "blur_sigma": Field((0.1, 2.0), "its standard deviation, in pixels", interval(1e-3, 100)),
-  "solarise_probability": Field(0.0, "solarisation", between(0, 1)),
-}
-_second_view = _view | {
-  "blur_probability": dataclasses.replace(_view["blur_probability"], default=0.1),
-  "solarise_probability": dataclasses.replace(_view["solarise_probability"], default=0.2),
-}
-
-FIELDS: dict[str, Field] = {
-  "task": Field("pretrain", "what is trained", one_of("pretrain")),
-  "seed": Field(0, "of everything that is drawn: parameters, order, views", between(0, 2**32 - 1)),
-  # Data.
-  "data.source": Field(
-    "digits", "where images come from", one_of("digits", "fashion_mnist", "image_folder")
-  ),
-  "data.folder": Field("", "folder of the source; empty takes the source's own", free=True),
-  "data.test_share": Field(
-    0.2, "share held out for testing, where the source has no test set", between(0.01, 0.9)
-  ),
-  "data.max_failed_share": Field(
-    0.01, "share of files that may fail to decode before the run stops", between(0, 1)
-  ),
-  "data.workers": Field(0, "worker processes that make views; 0: a thread", at_least(0), free=True),
-  "data.prefetch": Field(2, "batches made ahead", at_least(1), free=True),
-  # Views: appendix C, Table 6.
-  "views.size": Field(224, "side of a view, pixels", at_least(4)),
-  "views.crop_rule": Field(
-    "one_draw",
-    "one draw clamped to the image, or ten tries as torchvision",
-    one_of("one_draw", "retry"),
-  ),
-  "views.antialias": Field(False, "antialias when a crop is made smaller"),
-  "views.brightness_rule": Field(
-    "additive", "x + d, or x * (1 + d) as torch ports", one_of("additive", "multiplicative")
-  ),
-  "views.placement": Field(
-    "host", "where colours are worked: input threads or the step", one_of("host", "device")
-  ),
-  "views.mean": Field(
-    (0.485, 0.456, 0.406), "subtracted after augmentation", each(between(0, 1), 3)
-  ),
-  "views.std": Field((0.229, 0.224, 0.225), "divided by after augmentation", each(above(0), 3)),
-  **{f"views.view1.{name}": field for name, field in _view.items()},
-  **{f"views.view2.{name}": field for name, field in _second_view.items()},
-  # Encoder: appendix A, Table 9.
-  "model.arch": Field(
-    "resnet50",
-    "encoder; custom takes model.blocks, channels, bottleneck",
-    one_of("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200", "custom"),
-  ),
-  "model.width": Field(1.0, "multiplies every channel count", above(0)),
-  "model.blocks": Field((), "custom: residual blocks per stage", each(whole(1))),
-  "model.channels": Field((), "custom: output channels per stage", each(whole(1))),
-  "model.strides": Field((), "custom: of each stage; empty: 1, 2, 2, ...", each(at_least(1))),
-  "model.bottleneck": Field(False, "custom: 1x1, 3x3, 1x1 blocks instead of two 3x3"),
-  "model.stem": Field(
-    "imagenet",
-    "7x7 stride 2 and max pool; small: 3x3 stride 1; medium: 5x5 stride 2",
-    one_of("imagenet", "small", "medium"),
-  ),
-  "model.stem_channels": Field(64, "output channels of the stem, before width", at_least(1)),
-  "model.padding": Field(
-    "same", "TensorFlow's rule, or torch's for its weights", one_of("same", "torch")
-  ),
-  "model.dilation": Field(1, "of the last stage, which then keeps its resolution", at_least(1)),
-  "model.bn_decay": Field(0.9, "of the running averages", between(0, 1)),
-  "model.bn_eps": Field(1e-5, "added to variances", above(0)),
-  "model.bn_group": Field(
-    0, "images per statistics group; 0: the whole batch, or micro-batch", at_least(0)
-  ),
-  "model.bn_debias": Field(True, "zero-debiased running averages, as the reference"),
-  "model.bn_last_scale": Field(1.0, "initial gamma of a block's last normalisation", at_least(0)),
-  "model.kernel_init": Field(
-    "uncorrected",
-    "truncated normal as the reference, or corrected",
-    one_of("uncorrected", "corrected"),
-  ),
-  "model.dtype": Field(
-    "float32", "compute type; parameters are float32", one_of("float32", "bfloat16")
-  ),
-  # BYOL: appendices A and B.
-  "byol.projection_size": Field(256, "size of projection and prediction", at_least(1)),
-  "byol.projector_hidden": Field(4096, "hidden size of the projector", at_least(1)),
-  "byol.projector_depth": Field(2, "linear layers of the projector", at_least(1)),
-  "byol.predictor_hidden": Field(4096, "hidden size of the predictor", at_least(1)),
-  "byol.predictor_depth": Field(2, "linear layers of the predictor", at_least(1)),
-  "byol.output_bias": Field(False, "a bias in the last layer of both"),
-  "byol.predictor": Field(True, "False: the projection is the prediction (Table 19)"),
-  "byol.target": Field(
-    "ema", "what is predicted (Table 19)", one_of("ema", "stop_gradient", "online")
-  ),
-  "byol.target_init": Field(
-    "own_key", "target drawn apart from the online network, or a copy", one_of("own_key", "online")
-  ),
-  "byol.tau_base": Field(0.996, "tau at step 0", between(0, 1)),
-  "byol.tau_rule": Field("cosine", "tau rises to 1, or stays", one_of("cosine", "constant")),
-  "byol.average_statistics": Field(False, "the moving average takes BatchNorm's averages too"),
-  "byol.directions": Field("sum", "how the two directions' losses join", one_of("sum", "mean")),
-  "byol.norm_guard": Field(1e-12, "smallest squared norm in the loss; 0: none", at_least(0)),
-  "byol.probe_weight": Field(
-    1.0, "of the online probe's loss; 0 leaves the probe out", at_least(0)
-  ),
-  # Optimiser: appendix A.
-  "optim.name": Field("lars", "optimiser", one_of("lars", "sgd", "adamw")),
-  "optim.base_rate": Field(0.2, "peak learning rate per 256 images of a batch", above(0)),
-  "optim.weight_decay": Field(1.5e-6, "of kernels", at_least(0)),
-  "optim.momentum": Field(0.9, "lars, sgd", between(0, 1)),
-  "optim.trust": Field(1e-3, "lars: eta of the trust ratio", above(0)),
-  "optim.warmup_epochs": Field(10.0, "of linear warm-up; a cosine to 0 follows", at_least(0)),
-  "optim.exclude": Field(True, "no decay, no trust ratio for biases and normalisations"),
-  # Run.
-  "train.epochs": Field(1000.0, "passes over the training images", above(0)),
-  "train.batch_size": Field(4096, "images per optimiser step, over all devices", at_least(1)),
-  "train.micro_batch": Field(
-    0, "images per forward pass, gradients averaged over passes; 0: all", at_least(0)
-  ),
-  "mesh.data": Field(
-    0, "devices over which a batch is spread; 0: all there are", at_least(0), free=True
-  ),
-  "mesh.cpu_devices": Field(
-    0, "devices that a CPU is split into; 0: as many as cores and batch allow", at_least(0), free=True
-  ),
-  "checkpoint.every_epochs": Field(1.0, "between checkpoints", above(0), free=True),
-  "checkpoint.keep": Field(2, "latest checkpoints kept", at_least(1), free=True),
-  "log.every_steps": Field(50, "between rows of metrics.jsonl", at_least(1), free=True),
-  "log.every_seconds": Field(10.0, "between progress lines", at_least(0), free=True),
-  # Evaluation of frozen features.
-  "eval.resize": Field(
-    256, "shorter side, pixels, before the centre crop of views.size", at_least(4), free=True
-  ),
-  "eval.crop_rule": Field(
-    "paper", "resize then crop, or crop then resize", one_of("paper", "reference"), free=True
-  ),
-  "eval.fractions": Field(
-    (0.01, 0.1, 1.0), "shares of the training labels", each(between(1e-6, 1)), free=True
-  ),
-  "eval.draws": Field(3, "seeded draws of each share below 1", at_least(1), free=True),
-  "eval.batch_size": Field(256, "images per forward pass", at_least(1), free=True),
-  "eval.max_train": Field(
-    0, "at most so many training images, for large sets; 0: all", at_least(0), free=True
-  ),
-}
 
 
 def defaults() -> ConfigDict:

@@ -114,9 +114,7 @@ def _centred_unit(z: Float[Array, "b d"]) -> Float[Array, "b d"]:
   return unit - jnp.mean(unit, axis=0)
 
 
-def _rank_of_label(
-  logits: Float[Array, "b classes"], labels: Int[Array, "b"]
-) -> Int[Array, "b"]:
+def _rank_of_label(logits: Float[Array, "b classes"], labels: Int[Array, "b"]) -> Int[Array, "b"]:
   """How many classes come before the label; for label -1, meaningless."""
   own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)
   later: Bool[Array, "b classes"] = jnp.arange(logits.shape[1]) >= labels[:, None]

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from byolx.metrics import STD_WARNING
 
@@ -193,7 +194,10 @@ def embedding(
   # Drawn in random order, so that no class hides the others.
   order = rng.permutation(len(points))
   points, labels = points[order], labels[order]
-  figure = Figure(figsize=(7.0, 5.4), layout="constrained")
+  shown = np.unique(labels).tolist()
+  columns = 1 if len(shown) <= 20 else 2
+  figure = Figure(figsize=(4.8 + 2.2 * columns, 5.4), layout="constrained")
+  figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
   ax = figure.subplots()
   _style(ax, title)
   ax.set(xticks=[], yticks=[])
@@ -210,7 +214,7 @@ def embedding(
       alpha=0.85,
       linewidths=0,
     )
-  _legend(ax, np.unique(labels).tolist(), classes)
+  _legend(figure, shown, classes, columns)
   _save(figure, path)
 
 
@@ -232,7 +236,9 @@ def _project(features: Num[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "
     random_state=seed,
     n_jobs=1,
   )
-  return tsne.fit_transform(components.astype(np.float32))
+  # One thread: several wait for each other in a busy loop, for minutes where cores are shared.
+  with threadpool_limits(1):
+    return tsne.fit_transform(components.astype(np.float32))
 
 
 def _appearance(label: int) -> tuple[str, str]:
@@ -252,8 +258,8 @@ def _name(label: int, classes: Sequence[str]) -> str:
   return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _legend(ax: Axes, labels: Sequence[int], classes: Sequence[str]) -> None:
-  """Names of classes beside the map, in one or two columns; the first forty of many."""
+def _legend(figure: Figure, labels: Sequence[int], classes: Sequence[str], columns: int) -> None:
+  """Names of classes beside the map; the first forty of many."""
   shown = labels[:_LARGEST_LEGEND]
   names = [_name(label, classes) for label in shown]
   looks = [_appearance(label) for label in shown]
@@ -264,13 +270,12 @@ def _legend(ax: Axes, labels: Sequence[int], classes: Sequence[str]) -> None:
     Line2D([], [], linestyle="", marker=shape, markersize=5.5, color=colour, markeredgewidth=0)
     for colour, shape in looks
   ]
-  few = len(names) <= 20
-  ax.figure.legend(
+  figure.legend(
     handles,
     names,
     loc="outside right center",
-    ncols=1 if few else 2,
-    fontsize=8.5 if few else 7,
+    ncols=columns,
+    fontsize=8.5 if columns == 1 else 7,
     frameon=False,
     labelcolor=_INK,
     handletextpad=0.3,

@@ -346,7 +346,9 @@ def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[di
 
 def untrained_encoder(exp: Experiment) -> nnx.Module:
   """The same network as it was before training, its statistics warmed on the same images."""
-  encoder = exp.task.init(nnx.Rngs(exp.encoder_key)).online.encoder
+  # The very program that made the first state; draw by draw it would take several times as long.
+  state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  encoder = state.model().online.encoder
   evaluate.warm_statistics(
     encoder, exp.normalise, exp.evaluation_batches(training_subset(exp, most=20_000)), exp.mesh
   )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from byolx import sharding
 from byolx.tasks.base import Batch, Task
@@ -32,11 +33,12 @@ class DivergedError(RuntimeError):
 class TrainState:
   """Everything that training changes: one pytree, one checkpoint.
 
+  `step` is an int32 scalar, of any leaf type: jax builds this class around shapes and shardings too.
   `params` are what the optimiser sees; `rest` is every other variable (statistics, target network,
   frozen parameters).
   """
 
-  step: Int[Array, ""]
+  step: Any
   params: nnx.State
   rest: nnx.State
   opt_state: optax.OptState

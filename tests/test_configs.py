@@ -1,0 +1,227 @@
+"""Every file in configs/: it loads, holds the paper's values, and describes what can be built."""
+
+import ast
+import importlib.util
+import inspect
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from byolx import config, experiment
+from byolx.config import ConfigError
+from byolx.fields import FIELDS
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(ROOT.joinpath("configs").glob("*.py"))
+IMAGENET, PLACES365 = 1_281_167, 1_803_460
+
+# Table 6: T, T'.
+TABLE_6 = {
+  "crop_probability": (1.0, 1.0),
+  "flip_probability": (0.5, 0.5),
+  "jitter_probability": (0.8, 0.8),
+  "brightness": (0.4, 0.4),
+  "contrast": (0.4, 0.4),
+  "saturation": (0.2, 0.2),
+  "hue": (0.1, 0.1),
+  "grayscale_probability": (0.2, 0.2),
+  "blur_probability": (1.0, 0.1),
+  "solarise_probability": (0.0, 0.2),
+  # Appendix C, in words.
+  "crop_area": ((0.08, 1.0),) * 2,
+  "crop_aspect": ((3 / 4, 4 / 3),) * 2,
+  "blur_sigma": ((0.1, 2.0),) * 2,
+}
+
+# What all pretraining of the paper shares: appendices A and C.
+APPENDIX_A = {
+  "task": "pretrain",
+  "data.source": "image_folder",
+  "views.size": 224,
+  "views.mean": (0.485, 0.456, 0.406),
+  "views.std": (0.229, 0.224, 0.225),
+  "model.arch": "resnet50",
+  "model.width": 1.0,
+  "model.stem": "imagenet",
+  "model.stem_channels": 64,
+  "model.bn_decay": 0.9,
+  "model.bn_eps": 1e-5,
+  "model.bn_group": 0,
+  "model.dtype": "float32",
+  "byol.projector_hidden": 4096,
+  "byol.predictor_hidden": 4096,
+  "byol.projection_size": 256,
+  "byol.projector_depth": 2,
+  "byol.predictor_depth": 2,
+  "byol.predictor": True,
+  "byol.target": "ema",
+  "byol.tau_rule": "cosine",
+  "byol.directions": "sum",
+  "optim.name": "lars",
+  "optim.momentum": 0.9,
+  "optim.trust": 1e-3,
+  "optim.warmup_epochs": 10.0,
+  "optim.exclude": True,
+  "train.micro_batch": 0,
+  "eval.resize": 256,
+}
+
+
+def hyperparameters(batch, epochs, base_rate, weight_decay, tau_base):
+  return {
+    "train.batch_size": batch,
+    "train.epochs": epochs,
+    "optim.base_rate": base_rate,
+    "optim.weight_decay": weight_decay,
+    "byol.tau_base": tau_base,
+  }
+
+
+# File and arguments -> what the paper, or its authors' code, trains with.
+PAPER = {
+  "pretrain_imagenet.py": hyperparameters(4096, 1000, 0.2, 1.5e-6, 0.996),
+  "pretrain_imagenet.py:epochs=1000": hyperparameters(4096, 1000, 0.2, 1.5e-6, 0.996),
+  "pretrain_imagenet.py:epochs=300": hyperparameters(4096, 300, 0.3, 1e-6, 0.99),
+  "pretrain_imagenet.py:epochs=100": hyperparameters(4096, 100, 0.45, 1e-6, 0.99),
+  "pretrain_imagenet.py:epochs=40": hyperparameters(4096, 40, 0.45, 1e-6, 0.97),
+  "pretrain_imagenet_b512.py": hyperparameters(512, 1000, 0.4, 1.5e-6, 0.9995),
+  "pretrain_places365.py": hyperparameters(4096, 1000, 0.2, 1.5e-6, 0.996),
+}
+
+
+def load(name):
+  return config.load(str(ROOT / "configs" / name))
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def file(request):
+  return request.param
+
+
+def signature(file):
+  """Names and defaults of the arguments of a file's get_config."""
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return {p.name: p.default for p in inspect.signature(module.get_config).parameters.values()}
+
+
+# Every file
+
+
+def test_a_file_imports_only_ml_collections(file):
+  imported = set()
+  for node in ast.walk(ast.parse(file.read_text())):
+    if isinstance(node, ast.Import):
+      imported |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      imported.add(node.module)
+  assert imported == {"ml_collections"}
+
+
+def test_a_file_begins_with_its_command(file):
+  doc = ast.get_docstring(ast.parse(file.read_text()))
+  assert f"byolx train --config=configs/{file.name}" in doc
+  if file.name.startswith("pretrain_"):
+    for part in ("Cost (paper)", "Result (paper; this config was not run here)", "Deviations"):
+      assert f"\n{part}" in doc
+
+
+def test_a_file_loads_without_arguments(file):
+  cfg = load(file.name)
+  config.check(cfg)
+  assert set(config.flatten(cfg)) == set(FIELDS)
+
+
+def test_every_argument_can_be_given(file):
+  arguments = signature(file)
+  spelt = ",".join(f"{name}={default}" for name, default in arguments.items())
+  assert config.flatten(load(f"{file.name}:{spelt}")) == config.flatten(load(file.name))
+  with pytest.raises(ConfigError, match="unknown argument; it takes: ") as caught:
+    load(f"{file.name}:no_such_argument=1")
+  assert all(f"{name}={default}" in str(caught.value) for name, default in arguments.items())
+
+
+def test_a_file_describes_something_that_can_be_built(file):
+  cfg = load(file.name)
+  task = experiment.build_task(cfg, 10, steps=1000)
+  rate, tx, params = experiment.build_optimiser(cfg, task, warmup_steps=100)
+  assert {path[0] for path, _ in nnx.to_flat_state(params)} == {"online", "predictor", "probe"}
+  momenta = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
+  assert momenta == [x.shape for x in jax.tree.leaves(params)]
+  peak = cfg.optim.base_rate * cfg.train.batch_size / 256
+  assert float(rate(100)) == pytest.approx(peak, rel=1e-6)
+  assert float(rate(0)) == 0.0
+  assert float(rate(1000)) == pytest.approx(0.0, abs=1e-6 * peak)
+  experiment.build_views(cfg)
+
+
+# The paper's
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_values_are_the_papers(name):
+  flat = config.flatten(load(name))
+  for field, value in (APPENDIX_A | PAPER[name]).items():
+    assert flat[field] == value, field
+  for field, (first, second) in TABLE_6.items():
+    assert flat[f"views.view1.{field}"] == first, field
+    assert flat[f"views.view2.{field}"] == second, field
+
+
+def test_all_files_named_after_the_paper_are_checked():
+  named = {file.name for file in FILES if file.name.startswith("pretrain_")}
+  assert named == {name.partition(":")[0] for name in PAPER}
+
+
+def test_places365_trains_as_imagenet_does():
+  imagenet, places = load("pretrain_imagenet.py"), load("pretrain_places365.py")
+  assert config.flatten(imagenet) == config.flatten(places)
+
+
+def test_other_epochs_are_refused_with_the_choices():
+  with pytest.raises(ConfigError, match=r"epochs=200: expected one of 40, 100, 300, 1000"):
+    load("pretrain_imagenet.py:epochs=200")
+
+
+def test_arguments_of_the_papers_networks():
+  cfg = load("pretrain_imagenet.py:arch=resnet200,width=2,batch=1024")
+  assert (cfg.model.arch, cfg.model.width, cfg.train.batch_size) == ("resnet200", 2.0, 1024)
+  spec = experiment.build_encoder(cfg)
+  assert spec.blocks == (3, 24, 36, 3)
+  assert spec.channels == (512, 1024, 2048, 4096)
+  # The base rate is per 256 images, so it stays.
+  assert cfg.optim.base_rate == load("pretrain_imagenet.py").optim.base_rate
+
+
+@pytest.mark.parametrize(
+  ("name", "images", "steps", "warmup"),
+  [
+    # Appendix J.1: int(1000. * 1281167 / 4096), int(10. * 1281167 / 4096).
+    ("pretrain_imagenet.py", IMAGENET, 312_784, 3127),
+    ("pretrain_places365.py", PLACES365, 440_297, 4402),
+    ("pretrain_imagenet_b512.py", IMAGENET, 2_502_279, 25_022),
+  ],
+)
+def test_steps_are_those_of_appendix_j(name, images, steps, warmup):
+  found = experiment.count_steps(load(name), images)
+  assert found == (steps, warmup)
+
+
+# A folder of one's own
+
+
+@pytest.mark.parametrize("size", [16, 32, 63, 64, 128, 224, 256])
+@pytest.mark.parametrize("epochs", [1, 5, 100, 1000])
+def test_any_size_and_length_of_image_folder_goes_together(size, epochs):
+  cfg = load(f"image_folder.py:size={size},epochs={epochs},batch=8")
+  assert cfg.views.size == size <= cfg.eval.resize
+  assert cfg.optim.warmup_epochs < cfg.train.epochs
+  assert cfg.checkpoint.every_epochs <= cfg.train.epochs
+  assert cfg.model.stem == ("imagenet" if size >= 64 else "small")
+  if size == 224:
+    assert cfg.eval.resize == 256
+  steps, warmup = experiment.count_steps(cfg, images=10)
+  assert 0 <= warmup < steps

@@ -1,0 +1,102 @@
+"""The mesh, and how batches get on it."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from byolx import sharding
+
+
+@pytest.mark.parametrize(("wanted", "devices"), [(1, 1), (2, 2), (8, 8), (0, 8)])
+def test_a_mesh_takes_the_first_devices(wanted, devices):
+  mesh = sharding.make_mesh(wanted)
+  assert mesh.shape == {"data": devices}
+  assert list(mesh.devices.ravel()) == jax.devices()[:devices]
+  assert mesh.axis_types == (AxisType.Auto,)
+
+
+def test_more_devices_than_there_are_is_refused():
+  with pytest.raises(ValueError, match=r"mesh\.data=9: expected at most the 8 devices"):
+    sharding.make_mesh(9)
+
+
+def test_gathers_and_products_over_the_batch_axis_work():
+  """With Explicit axes, jax's default, both raise."""
+  mesh = sharding.make_mesh(8)
+  z = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
+  index = np.arange(16)[::-1].copy()
+  batch = sharding.put_batch({"z": z, "index": index}, mesh)
+  got = jax.jit(lambda b: (b["z"] @ b["z"].T, b["z"][b["index"]]))(batch)
+  np.testing.assert_allclose(got[0], z @ z.T, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(got[1], z[::-1])
+
+
+def test_a_batch_is_spread_by_example_and_a_state_is_everywhere():
+  mesh = sharding.make_mesh(4)
+  batch = {
+    "view1": np.arange(8 * 2 * 2 * 3, dtype=np.uint8).reshape(8, 2, 2, 3),
+    "draws1": (np.arange(8.0, dtype=np.float32), np.arange(16, dtype=np.int32).reshape(8, 2)),
+  }
+  placed = sharding.put_batch(batch, mesh)
+  for ours, theirs in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
+    assert ours.dtype == theirs.dtype
+    assert ours.sharding.spec == PartitionSpec("data")
+    for device, shard in enumerate(ours.addressable_shards):
+      np.testing.assert_array_equal(shard.data, theirs[2 * device : 2 * device + 2])
+  everywhere = jax.device_put(jnp.arange(3.0), sharding.replicated(mesh))
+  assert [len(shard.data) for shard in everywhere.addressable_shards] == [3] * 4
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 10])
+def test_prefetch_keeps_order_and_number_and_reads_no_further_than_told(ahead):
+  read = []
+
+  def batches():
+    for step in range(5):
+      read.append(step)
+      yield {"x": np.full((2, 1), step, np.int32)}
+
+  got = []
+  for batch in sharding.prefetch(batches(), sharding.make_mesh(2), ahead):
+    got.append(int(batch["x"][0, 0]))
+    assert len(read) == min(5, len(got) + ahead)
+  assert got == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+  ("images", "wanted", "cores", "expected"),
+  [
+    (64, 0, 2, 2),
+    (64, 0, 16, 4),
+    (48, 0, 2, 2),
+    (33, 0, 2, 1),
+    (96, 0, 5, 4),
+    (8, 0, 8, 1),
+    (8, 3, 2, 3),
+  ],
+)
+def test_a_cpu_is_split_so_that_every_device_has_work(monkeypatch, images, wanted, cores, expected):
+  told = []
+  monkeypatch.delenv("XLA_FLAGS")
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+  monkeypatch.setattr(jax.config, "update", lambda name, value: told.append((name, value)))
+  sharding.split_cpu(images, wanted)
+  assert told == [("jax_num_cpu_devices", expected)]
+  assert wanted or images % expected == 0
+
+
+def test_a_number_of_devices_set_outside_wins(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+  monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("changed the devices"))
+  sharding.split_cpu(64, 2)
+
+
+def test_splitting_after_the_devices_are_there_does_nothing(monkeypatch):
+  monkeypatch.delenv("XLA_FLAGS")
+  assert len(jax.devices()) == 8
+  sharding.split_cpu(64, 2)
+  assert len(jax.devices()) == 8

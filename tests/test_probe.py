@@ -155,7 +155,7 @@ def test_selection_takes_the_best_on_validation_and_reports_on_test(split):
   train, validation, test = split
   score = probe.select_and_score(*split, classes=10, l2=L2)
   assert score.l2 in (1e-3, 0.1)  # 1e4 leaves next to nothing of the kernel
-  assert score.accuracy > 0.8
+  assert score.accuracy > 0.6
   # Whichever classifier the validation labels agree with is chosen; the test labels do not matter.
   probes = linear_probe(*train, L2, classes=10, tolerance=1e-5, max_iterations=100)
   for i, l2 in enumerate(L2):

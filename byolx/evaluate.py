@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from byolx import sharding
+from byolx.models.norm import BatchNorm
 from byolx.tasks.base import Batch, Task
 
 PIXELS_SIDE = 32
@@ -96,8 +97,14 @@ def warm_statistics(
   batches: Iterator[Batch],
   mesh: Mesh,
 ) -> None:
-  """Gives an untrained encoder the running averages of the images in `batches`, in place."""
+  """Gives an untrained encoder the running averages of the images in `batches`, in place.
+
+  Statistics must not see padding, so each batch is cut to what the devices and the encoder's own
+  normalisation groups divide. Batches with masked rows are left out, unless there is nothing else.
+  """
   graphdef, state = nnx.split(encoder)
+  norms = (module for _, module in nnx.iter_modules(encoder) if isinstance(module, BatchNorm))
+  divisor = math.lcm(mesh.size, *{norm.group or 1 for norm in norms})
 
   @functools.partial(jax.jit, donate_argnums=0)
   def one(state: nnx.State, image: Array) -> nnx.State:
@@ -106,9 +113,13 @@ def warm_statistics(
     return nnx.state(model)
 
   state = jax.tree.map(jnp.copy, state)
+  warm = False
   for batch in batches:
-    if batch["mask"].all():
-      state = one(state, _placed(batch, mesh)["image"])
+    image = batch["image"][batch["mask"]]
+    image = image[: len(image) // divisor * divisor]
+    if len(image) and (batch["mask"].all() or not warm):
+      state = one(state, sharding.put_batch({"image": image}, mesh)["image"])
+      warm = True
   nnx.update(encoder, state)
 
 

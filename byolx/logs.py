@@ -35,9 +35,7 @@ class RunLog:
     self._last_step = start
     self._last_time = self._printed = time.monotonic()
     self._file = _open_after(folder / "metrics.jsonl", start)
-    self._events = SummaryWriter(
-      str(folder / "tensorboard"), purge_step=start + 1 if start else None
-    )
+    self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
   def begin(self) -> None:
     """Starts the clock; call it when the first step is about to run."""

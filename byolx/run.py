@@ -158,8 +158,9 @@ def parameter_table(exp: Experiment) -> str:
     adapted = optim.role(variable).adapted or not o.exclude
     parts.setdefault(_part(path), []).append((math.prod(variable.shape), adapted))
   rows = [("trained part", "arrays", "parameters", head)]
+  ordered = sorted(parts.items(), key=lambda item: item[0] != "encoder stem")
   whole = [one for found in parts.values() for one in found]
-  for part, found in [*parts.items(), ("all", whole)]:
+  for part, found in [*ordered, ("all", whole)]:
     excluded = [size for size, adapted in found if not adapted]
     numbers = f"{sum(excluded):,} in {len(excluded)} (biases, BatchNorm)" if excluded else "none"
     rows.append((part, f"{len(found):,}", f"{sum(size for size, _ in found):,}", numbers))

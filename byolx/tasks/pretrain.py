@@ -82,7 +82,9 @@ class Pretrain:
       labelled = jnp.maximum(jnp.sum(batch["label"] >= 0), 1)
       probe = jnp.sum(losses.cross_entropy(logits, batch["label"])) / labelled
       total = total + self.probe_weight * probe
-      scalars |= {"loss_probe": probe, "top1": metrics.topk_accuracy(logits, batch["label"], 1)}
+      # A batch without labels has no accuracy; NaN would pass for divergence.
+      top1 = jnp.nan_to_num(metrics.topk_accuracy(logits, batch["label"], 1))
+      scalars |= {"loss_probe": probe, "top1": top1}
     return total, {"loss": total, **scalars}
 
   def after_update(self, model: BYOL, step: Int[Array, ""]) -> dict[str, Array]:

@@ -2,6 +2,9 @@
 
   byolx train --config=configs/quickstart.py
 
+Cost: about 2 minutes a seed on 2 CPU cores. Result: linear probe at 1 %, 10 % and 100 % of the labels
+81.7, 96.6 and 98.1 % (raw pixels: 67.7, 92.1, 96.1), mean of seeds 0, 1, 2; see docs/digits.md.
+
 The paper's method at a fiftieth of its image size: 1437 images of 8x8 pixels, a residual network of
 three basic blocks and 64 features, many small steps.
 """

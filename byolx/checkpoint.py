@@ -31,6 +31,11 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep), enable_async_checkpointing=True
       ),
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+      },
     )
 
   def latest(self) -> int | None:
@@ -50,6 +55,10 @@ class Checkpoints:
       ),
     )
 
+  def data(self, step: int) -> dict[str, Any]:
+    """The data position of a step, without its arrays."""
+    return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
   def restore(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
     """The state of a step (the latest unless given), placed as `abstract` says, and its data position.
 
@@ -60,17 +69,13 @@ class Checkpoints:
       ValueError: the checkpoint's arrays are not those of `abstract`.
     """
     step = self.latest() if step is None else step
+    # Before any array is read: a read that fails half-way leaves others running.
+    _refuse_other_arrays(step, self._manager.item_metadata(step)["state"].tree, abstract)
     wanted = named(abstract)
-    try:
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()
-        ),
-      )
-    except (ValueError, KeyError) as error:
-      summary = str(error).splitlines()[0]
-      raise ValueError(f"checkpoint of step {step} holds another model: {summary}") from error
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()),
+    )
     leaves = _in_order(restored["state"], abstract)
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["data"]
 
@@ -90,6 +95,23 @@ def named(tree: Any) -> dict[str, Any]:
       node = node.setdefault(group, {})
     node[last] = leaf
   return nested
+
+
+def _refuse_other_arrays(step: int, stored: Any, wanted: Any) -> None:
+  """Raises ValueError unless the two have the same names, shapes and types."""
+  there, here = _kinds(stored), _kinds(wanted)
+  for name in here | there:
+    found, expected = there.get(name, "missing"), here.get(name, "no such array")
+    if found != expected:
+      raise ValueError(
+        f"checkpoint of step {step} holds another model: {name} is {found}, expected {expected}"
+      )
+
+
+def _kinds(tree: Any) -> dict[str, str]:
+  """`float32[8, 10]` and the like, by the dotted name of each array."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {".".join(_names(path)): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flat}
 
 
 def _in_order(nested: dict[str, Any], like: Any) -> list[Any]:

@@ -2,15 +2,14 @@
 
 import contextlib
 import functools
+import itertools
 import json
-import math
 import os
 import subprocess
 import time
 from pathlib import Path
 
 import cv2
-import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
@@ -25,7 +24,7 @@ from byolx import (
   experiment,
   logs,
   metrics,
-  optim,
+  overview,
   probe,
   report,
   sharding,
@@ -51,7 +50,7 @@ def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
   """
   exp = experiment.build(cfg)
   claim(workdir, cfg)
-  print(overview(exp, workdir), flush=True)
+  print(overview.describe(exp, workdir), flush=True)
   every = parameter_overview.get_parameter_overview(
     nnx.to_pure_dict(exp.abstract_params), include_stats=False
   )
@@ -70,7 +69,7 @@ def evaluate_run(workdir: Path) -> list[dict]:
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
   if checkpoints.latest() is None:
     raise ConfigError(f"--from={workdir}: expected a checkpoint in {workdir / 'checkpoints'}")
-  state, _ = checkpoints.restore(_abstract(exp))
+  state = _restore(exp, checkpoints)
   checkpoints.close()
   return conclude(exp, state, workdir)
 
@@ -120,63 +119,6 @@ def claim(workdir: Path, cfg: ConfigDict) -> None:
       )
   workdir.mkdir(parents=True, exist_ok=True)
   write_atomically(path, config.to_json(cfg))
-
-
-def overview(exp: Experiment, workdir: Path) -> str:
-  """What will run, before the first step: devices, parameters, exclusions, steps, rates."""
-  c = exp.config
-  device = jax.devices()[0]
-  peak = c.optim.base_rate * c.train.batch_size / 256
-  encoder = exp.task.spec.encoder
-  passes = f"{exp.passes} passes of {c.train.batch_size // exp.passes}"
-  lines = [
-    parameter_table(exp),
-    "",
-    f"devices   {exp.mesh.size} x {device.device_kind}, mesh {dict(exp.mesh.shape)}",
-    f"images    {len(exp.train_source):,} to train on, {len(exp.test_source):,} held out "
-    f"({exp.train_source.name}, {len(exp.train_source.classes)} classes)",
-    f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.channels[-1]} features, "
-    f"computed in {c.model.dtype}",
-    f"steps     {exp.steps:,} of {c.train.batch_size} images"
-    + (f" in {passes}" if exp.passes > 1 else "")
-    + f", {c.train.epochs:g} epochs",
-    f"rate      0 to {peak:g} ({c.optim.base_rate:g} * {c.train.batch_size} / 256) in "
-    f"{exp.warmup_steps:,} steps, then a cosine to 0; {c.optim.name}",
-    f"target    {c.byol.target}, tau from {c.byol.tau_base:g} ({c.byol.tau_rule})",
-    f"workdir   {workdir}",
-    "",
-  ]
-  return "\n".join(lines)
-
-
-def parameter_table(exp: Experiment) -> str:
-  """What is trained, part by part, and what of it takes neither decay nor trust ratio."""
-  o = exp.config.optim
-  head = "no decay, no trust ratio" if o.name == "lars" else "no decay"
-  parts: dict[str, list[tuple[int, bool]]] = {}
-  for path, variable in nnx.to_flat_state(exp.abstract_params):
-    adapted = optim.role(variable).adapted or not o.exclude
-    parts.setdefault(_part(path), []).append((math.prod(variable.shape), adapted))
-  rows = [("trained part", "arrays", "parameters", head)]
-  ordered = sorted(parts.items(), key=lambda item: item[0] != "encoder stem")
-  whole = [one for found in parts.values() for one in found]
-  for part, found in [*ordered, ("all", whole)]:
-    excluded = [size for size, adapted in found if not adapted]
-    numbers = f"{sum(excluded):,} in {len(excluded)} (biases, BatchNorm)" if excluded else "none"
-    rows.append((part, f"{len(found):,}", f"{sum(size for size, _ in found):,}", numbers))
-  widths = [max(len(row[i]) for row in rows) for i in range(4)]
-  return "\n".join(
-    f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}".rstrip()
-    for a, b, c, d in rows
-  )
-
-
-def _part(path: tuple) -> str:
-  """`online encoder stage 2`, `predictor`: the row of the table that a parameter belongs to."""
-  names = [str(name) for name in path]
-  if names[:2] == ["online", "encoder"]:
-    return f"encoder stage {int(names[3]) + 1}" if names[2] == "groups" else "encoder stem"
-  return names[1] if names[0] == "online" else names[0]
 
 
 def write_views(
@@ -254,12 +196,18 @@ def fit(exp: Experiment, workdir: Path) -> train.TrainState:
     stack.callback(checkpoints.close)
     if start < exp.steps:
       batches = stack.enter_context(contextlib.closing(exp.train_batches(start)))
+      placed = sharding.prefetch(batches, exp.mesh)
+      first = next(placed)
       print("compiling the step ...", flush=True)
+      began = time.monotonic()
+      step_function = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
+      compiled = step_function.lower(state, first, exp.step_key).compile()
+      print(f"compiled in {logs.duration(time.monotonic() - began)}", flush=True)
       log.begin()
       state = train.train(
-        train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh),
+        compiled,
         state,
-        sharding.prefetch(batches, exp.mesh),
+        itertools.chain([first], placed),
         exp.step_key,
         steps=exp.steps,
         log_every=c.log.every_steps,
@@ -277,17 +225,31 @@ def data_position(exp: Experiment, step: int) -> dict:
     "seed": exp.config.seed,
     "source": exp.train_source.name,
     "images": len(exp.train_source),
+    "classes": len(exp.train_source.classes),
   }
 
 
 def _first_state(exp: Experiment, checkpoints: checkpoint.Checkpoints) -> train.TrainState:
   if checkpoints.latest() is None:
     return train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
-  state, position = checkpoints.restore(_abstract(exp))
-  expected = data_position(exp, int(state.step))
-  if position != expected:
-    raise ConfigError(f"the checkpoint's input stood at {position}; expected {expected}")
+  state = _restore(exp, checkpoints)
   print(f"going on from step {int(state.step):,} of {exp.steps:,}", flush=True)
+  return state
+
+
+def _restore(exp: Experiment, checkpoints: checkpoint.Checkpoints) -> train.TrainState:
+  """The newest checkpoint, if it was made from the images that there are now."""
+  step = checkpoints.latest()
+  found, expected = checkpoints.data(step), data_position(exp, step)
+  changed = [
+    f"{name}: {found[name]} -> {expected[name]}" for name in found if found[name] != expected[name]
+  ]
+  if changed:
+    raise ConfigError(
+      f"the checkpoint of step {step} was trained on other images ({'; '.join(changed)}); choose "
+      "another --workdir, or bring the images of data.folder back"
+    )
+  state, _ = checkpoints.restore(_abstract(exp), step)
   return state
 
 

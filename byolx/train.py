@@ -125,7 +125,7 @@ def _accumulate(
 
 def compile_step(
   task: Task, tx: optax.GradientTransformation, passes: int, mesh: Mesh
-) -> StepFunction:
+) -> jax.stages.Wrapped:
   """The jitted step over a mesh: replicated state (donated), batches spread by example."""
   everywhere, spread = sharding.replicated(mesh), sharding.by_example(mesh)
   return jax.jit(
@@ -170,7 +170,7 @@ def train(
   """Runs from the state's step to `steps`.
 
   Args:
-    step_function: from `compile_step`.
+    step_function: from `compile_step`, as it is or compiled ahead of time.
     state: is donated.
     batches: on the devices already, starting at the state's step.
     key: of whatever a loss draws; folded with the step.

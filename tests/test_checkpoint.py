@@ -114,7 +114,7 @@ def test_the_latest_steps_are_kept(opened):
   for step in (9, 10):
     state, data = again.restore(shape_of(small(0)), step)
     assert float(state["w"][0, 0]) == float(state["step"]) == step
-    assert data == {"next_example": 2 * step}
+    assert data == again.data(step) == {"next_example": 2 * step}
   state, _ = again.restore(shape_of(small(0)))
   assert int(state["step"]) == 10
   with pytest.raises(FileNotFoundError):
@@ -175,15 +175,32 @@ def test_facts_about_the_run_are_kept_in_plain_json(opened, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "other", [{"classes": 0}, {"classes": 11}, {"projector_depth": 3}, {"predictor": False}]
+  ("other", "difference"),
+  [
+    ({"classes": 0}, ".probe.bias is float32[10], expected no such array"),
+    ({"classes": 11}, " params.probe.bias is float32[10], expected float32[11]"),
+    ({"projector_depth": 3}, ".projector.hidden.1.bias is missing, expected float32[12]"),
+    ({"predictor": False}, ".predictor.hidden.0.bias is float32[12], expected no such array"),
+  ],
 )
-def test_another_models_checkpoint_is_refused(opened, shapes, other):
+def test_another_models_checkpoint_is_refused_by_what_differs(opened, shapes, other, difference):
   checkpoints = opened()
   checkpoints.save(1, fill(shapes[1], 0), {}, {})
   checkpoints.close()
-  with pytest.raises(ValueError, match="checkpoint of step 1 holds another model") as raised:
+  with pytest.raises(ValueError, match="checkpoint of step 1 holds another model: ") as raised:
     opened().restore(abstract(1, **other))
-  assert "\n" not in str(raised.value)
+  message = str(raised.value)
+  assert "\n" not in message
+  assert message.endswith(difference)
+
+
+def test_another_type_is_refused_and_not_converted(opened):
+  checkpoints = opened()
+  checkpoints.save(1, small(1), {}, {})
+  checkpoints.close()
+  like = shape_of(small(0) | {"w": small(0)["w"].astype(jnp.bfloat16)})
+  with pytest.raises(ValueError, match=r"w is float32\[4, 2\], expected bfloat16\[4, 2\]"):
+    opened().restore(like)
 
 
 def test_names_are_the_paths_of_the_arrays(shapes):

@@ -363,10 +363,16 @@ FOLDER = [
 ]  # fmt: skip
 
 
+IMAGE_FOLDER = f"{ROOT / 'configs' / 'image_folder.py'}:size=12,epochs=3,batch=4"
+
+
+def load_folder(folder):
+  return config.load(IMAGE_FOLDER, [*FOLDER, f"--config.data.folder={folder}"])
+
+
 def image_folder(folder, workdir, *overrides):
-  name = ROOT / "configs" / "image_folder.py"
-  given = [f"--config={name}:size=12,epochs=3,batch=4", f"--config.data.folder={folder}"]
-  return byolx("train", *given, f"--workdir={workdir}", *FOLDER, *overrides)
+  given = [f"--config={IMAGE_FOLDER}", *FOLDER, f"--config.data.folder={folder}", *overrides]
+  return byolx("train", *given, f"--workdir={workdir}")
 
 
 def photographs(folder, count, seed=0):
@@ -399,7 +405,9 @@ def test_a_folder_of_badly_behaved_images(tmp_path, caplog):
   exif[0x0112] = 6
   whole.save(folder / "b" / "turned.jpg", exif=exif)
 
-  done = image_folder(folder, tmp_path / "run", "--config.data.max_failed_share=0.5")
+  # Without the online probe this is the very program of the test below, 15 steps of 4 images.
+  given = ["--config.data.max_failed_share=0.5", "--config.byol.probe_weight=0"]
+  done = image_folder(folder, tmp_path / "run", *given)
   assert done.code == 0
   warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
   for path in bad:
@@ -411,15 +419,35 @@ def test_a_folder_of_badly_behaved_images(tmp_path, caplog):
 
 
 def test_images_without_labels(tmp_path):
-  photographs(tmp_path / "photos", 10)
+  photographs(tmp_path / "photos", 25)
   done = image_folder(tmp_path / "photos", tmp_path / "run")
   assert done.code == 0
-  assert "8 to train on, 2 held out (image_folder, 0 classes)" in done.out
+  assert "20 to train on, 5 held out (image_folder, 0 classes)" in done.out
   assert "no labels: nothing to measure" in done.out
   assert results(tmp_path / "run") == []
   assert "top1" not in rows(tmp_path / "run")[-1]
   for name in ("curves.png", "views.png", "embedding.png"):
     assert cv2.imread(str(tmp_path / "run" / name)).std() > 5
+
+
+def test_a_folder_that_changed_is_another_run(tmp_path):
+  """Checked before any array is read: a class more is a column more of the online probe."""
+  folder, workdir = tmp_path / "photos", tmp_path / "run"
+  photographs(folder / "a", 5)
+  photographs(folder / "b", 5)
+  exp = experiment.build(load_folder(folder))
+  run.claim(workdir, exp.config)
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+  state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  checkpoints.save(2, state, run.data_position(exp, 2), {})
+  checkpoints.close()
+  photographs(folder / "c", 5)
+  for done in (image_folder(folder, workdir), byolx("eval", f"--from={workdir}")):
+    assert done.code == 2
+    assert done.err.splitlines()[-1] == (
+      "byolx: error: the checkpoint of step 2 was trained on other images (images: 8 -> 12; "
+      "classes: 2 -> 3); choose another --workdir, or bring the images of data.folder back"
+    )
 
 
 def test_too_many_unreadable_images_stop_a_run(tmp_path):

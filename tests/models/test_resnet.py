@@ -1,6 +1,7 @@
 """Residual networks: Table 9's sizes, shapes of all stages, paddings, types and first values."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -32,6 +33,7 @@ def build(spec, **changes):
   return ResNet(dataclasses.replace(spec, kernel_init=numpy_init, **changes), rngs=nnx.Rngs(0))
 
 
+@functools.cache
 def parameters(spec):
   """How many numbers an encoder has."""
   encoder = ResNet(dataclasses.replace(spec, kernel_init=no_memory), rngs=nnx.Rngs(0))

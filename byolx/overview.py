@@ -1,0 +1,67 @@
+"""What will run, said before the first step: devices, images, parameters, exclusions, rates."""
+
+import math
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from byolx import optim
+from byolx.experiment import Experiment
+
+
+def describe(exp: Experiment, workdir: Path) -> str:
+  """What will run, before the first step: devices, parameters, exclusions, steps, rates."""
+  c = exp.config
+  device = jax.devices()[0]
+  peak = c.optim.base_rate * c.train.batch_size / 256
+  encoder = exp.task.spec.encoder
+  passes = f"{exp.passes} passes of {c.train.batch_size // exp.passes}"
+  lines = [
+    parameter_table(exp),
+    "",
+    f"devices   {exp.mesh.size} x {device.device_kind}, mesh {dict(exp.mesh.shape)}",
+    f"images    {len(exp.train_source):,} to train on, {len(exp.test_source):,} held out "
+    f"({exp.train_source.name}, {len(exp.train_source.classes)} classes)",
+    f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.channels[-1]} features, "
+    f"computed in {c.model.dtype}",
+    f"steps     {exp.steps:,} of {c.train.batch_size} images"
+    + (f" in {passes}" if exp.passes > 1 else "")
+    + f", {c.train.epochs:g} epochs",
+    f"rate      0 to {peak:g} ({c.optim.base_rate:g} * {c.train.batch_size} / 256) in "
+    f"{exp.warmup_steps:,} steps, then a cosine to 0; {c.optim.name}",
+    f"target    {c.byol.target}, tau from {c.byol.tau_base:g} ({c.byol.tau_rule})",
+    f"workdir   {workdir}",
+    "",
+  ]
+  return "\n".join(lines)
+
+
+def parameter_table(exp: Experiment) -> str:
+  """What is trained, part by part, and what of it takes neither decay nor trust ratio."""
+  o = exp.config.optim
+  head = "no decay, no trust ratio" if o.name == "lars" else "no decay"
+  parts: dict[str, list[tuple[int, bool]]] = {}
+  for path, variable in nnx.to_flat_state(exp.abstract_params):
+    adapted = optim.role(variable).adapted or not o.exclude
+    parts.setdefault(_part(path), []).append((math.prod(variable.shape), adapted))
+  rows = [("trained part", "arrays", "parameters", head)]
+  ordered = sorted(parts.items(), key=lambda item: item[0] != "encoder stem")
+  whole = [one for found in parts.values() for one in found]
+  for part, found in [*ordered, ("all", whole)]:
+    excluded = [size for size, adapted in found if not adapted]
+    numbers = f"{sum(excluded):,} in {len(excluded)} (biases, BatchNorm)" if excluded else "none"
+    rows.append((part, f"{len(found):,}", f"{sum(size for size, _ in found):,}", numbers))
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  return "\n".join(
+    f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}".rstrip()
+    for a, b, c, d in rows
+  )
+
+
+def _part(path: tuple) -> str:
+  """`online encoder stage 2`, `predictor`: the row of the table that a parameter belongs to."""
+  names = [str(name) for name in path]
+  if names[:2] == ["online", "encoder"]:
+    return f"encoder stage {int(names[3]) + 1}" if names[2] == "groups" else "encoder stem"
+  return names[1] if names[0] == "online" else names[0]

@@ -11,9 +11,9 @@ files are named and left out. Look at the views first: what they hide, the encod
 Arguments: `size` of a view in pixels; `arch`, the encoder; `epochs`, of which more are better, most
 of all for small folders; `batch`, at most the number of training images. Thousands of images: 256.
 
-Cost: a forward and backward pass of ResNet-18 at 128 pixels takes 0.6 GFLOP (multiply-adds) times 8
-for each image. That is seconds per epoch of a thousand images on a GPU, minutes on a CPU, where
-`size=64` costs a quarter. The run prints its own estimate.
+Cost: an image takes 8 forward passes' worth of work, each 0.6 billion multiply-adds for ResNet-18 at
+128 pixels. One core of a 2-core CPU does about four images a second, so an epoch of a thousand images
+takes minutes there; `size=64` costs a quarter. The run prints its own estimate.
 
 Result: depends on the images; not a setting of the paper. Rate, decay and tau are its authors' preset
 of 100 epochs, the encoder is that of their small example.

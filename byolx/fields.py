@@ -49,12 +49,12 @@ def one_of(*choices: str) -> Check:
   return lambda x: None if x in choices else f"one of {', '.join(choices)}"
 
 
-def interval(low: Number, high: Number) -> Check:
-  """Two numbers in order, both in [low, high]."""
+def interval(low: Number, high: Number, top: str = "") -> Check:
+  """Two numbers in order, both in [low, high]; `top` says what `high` means."""
   return lambda pair: (
     None
     if len(pair) == 2 and low <= pair[0] <= pair[1] <= high
-    else f"two numbers in order, from {low} to {high}"
+    else f"two numbers in order, from {low} to {high}{top and f', {top}'}"
   )
 
 
@@ -72,7 +72,7 @@ def each(check: Check, length: int | None = None) -> Check:
 _view = {
   "crop_probability": Field(1.0, "share of images that are cropped", between(0, 1)),
   "crop_area": Field(
-    (0.08, 1.0), "area of the crop as a share of the image's; 1 is all of it", interval(1e-4, 1)
+    (0.08, 1.0), "area of the crop as a share of the image's", interval(1e-4, 1, "the whole image")
   ),
   "crop_aspect": Field(
     (3 / 4, 4 / 3), "width over height, drawn on a log scale", interval(0.01, 100)

@@ -194,7 +194,8 @@ def test_wrong_arguments(refused, arguments, said):
     (["optim.base_rate=-0.2"], "optim.base_rate=-0.2: expected a finite number above 0"),
     (
       ["views.view2.crop_area=(0.08, 1.5)"],
-      "views.view2.crop_area=(0.08, 1.5): expected two numbers in order, from 0.0001 to 1",
+      "views.view2.crop_area=(0.08, 1.5): expected two numbers in order, from 0.0001 to 1, the "
+      "whole image",
     ),
     (
       ["views.size=16"],

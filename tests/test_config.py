@@ -167,9 +167,18 @@ def test_float_overrides_are_exact(name, number):
     ("seed=4294967296", "seed=4294967296: expected a number from 0 to 4294967295"),
     ("model.blocks=(1, 2.5)", "model.blocks=(1, 2.5): expected each a whole number of at least 1"),
     ("views.mean=(0.5, 0.5)", "views.mean=(0.5, 0.5): expected 3 values"),
-    ("views.view1.crop_area=(0.08, 1.5)", "expected two numbers in order, from 0.0001 to 1"),
-    ("views.view1.crop_area=(0.9, 0.5)", "expected two numbers in order, from 0.0001 to 1"),
-    ("views.view1.crop_area=all", "expected two numbers in order, from 0.0001 to 1"),
+    (
+      "views.view1.crop_area=(0.08, 1.5)",
+      "expected two numbers in order, from 0.0001 to 1, the whole image",
+    ),
+    (
+      "views.view1.crop_area=(0.9, 0.5)",
+      "expected two numbers in order, from 0.0001 to 1, the whole image",
+    ),
+    (
+      "views.view1.crop_area=all",
+      "expected two numbers in order, from 0.0001 to 1, the whole image",
+    ),
     ("views.view1.blur_sigma=('a', 'b')", "expected values in brackets, such as (0.1, 1.0)"),
   ],
 )

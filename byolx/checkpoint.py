@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-_log = logging.getLogger("byolx")
 Tree = TypeVar("Tree")
 
 

@@ -1,6 +1,7 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard events, progress lines."""
+"""What a run writes: whole files, and while it trains metrics.jsonl, TensorBoard, progress lines."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,17 @@ class RunLog:
     return "  ".join([*parts, f"{rate:.0f} images/s", f"{duration(left)} left"])
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+  """Writes a whole file or leaves the old one; makes its folder."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
 def duration(seconds: float) -> str:
   """`2 h 05 min`, `3 min 20 s`, `12 s`."""
   seconds = round(seconds)
@@ -93,7 +105,5 @@ def _open_after(path: Path, start: int):
         continue
       if row["step"] <= start:
         kept.append(line + "\n")
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept))
-  temporary.replace(path)
+  write_atomically(path, "".join(kept))
   return path.open("a")

@@ -14,7 +14,7 @@ def describe(exp: Experiment, workdir: Path) -> str:
   """What will run, before the first step: devices, parameters, exclusions, steps, rates."""
   c = exp.config
   device = jax.devices()[0]
-  peak = c.optim.base_rate * c.train.batch_size / 256
+  peak = float(exp.rate(exp.warmup_steps))
   encoder = exp.task.spec.encoder
   passes = f"{exp.passes} passes of {c.train.batch_size // exp.passes}"
   lines = [

@@ -4,9 +4,9 @@ Every function takes data and a path, and writes a whole file or leaves the old 
 matplotlib objects of their own: nothing here touches pyplot, so any thread or notebook may call it.
 """
 
+import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
+from byolx.logs import write_atomically
 from byolx.metrics import STD_WARNING
 
 LARGEST_EMBEDDING = 2000
@@ -309,11 +310,7 @@ def _style(ax: Axes, title: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-  """Writes the PNG beside its place first, then moves it there."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=160, facecolor="white")
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  """The PNG, drawn whole before a file is touched."""
+  png = io.BytesIO()
+  FigureCanvasAgg(figure).print_figure(png, format="png", dpi=160, facecolor="white")
+  write_atomically(path, png.getvalue())

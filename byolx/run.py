@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -54,7 +53,7 @@ def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
   every = parameter_overview.get_parameter_overview(
     nnx.to_pure_dict(exp.abstract_params), include_stats=False
   )
-  write_atomically(workdir / "parameters.txt", every + "\n")
+  logs.write_atomically(workdir / "parameters.txt", every + "\n")
   write_views(cfg, exp.train_source, workdir / "views.png")
   state = fit(exp, workdir)
   return conclude(exp, state, workdir)
@@ -82,7 +81,7 @@ def pretrain_seeds(cfg: ConfigDict, workdir: Path, seeds: list[int]) -> list[dic
     of_seed.seed = seed
     every += pretrain(of_seed, workdir / f"seed_{seed}")
   means = mean_over_seeds(every)
-  write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
+  logs.write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
   print(f"\nMean over seeds {', '.join(map(str, seeds))}\n{probe.format_table(means)}")
   return every + means
 
@@ -118,7 +117,7 @@ def claim(workdir: Path, cfg: ConfigDict) -> None:
         "choose another --workdir, or undo the change"
       )
   workdir.mkdir(parents=True, exist_ok=True)
-  write_atomically(path, config.to_json(cfg))
+  logs.write_atomically(path, config.to_json(cfg))
 
 
 def write_views(
@@ -149,9 +148,8 @@ def write_views(
       f"such as {unreadable[0]}; expected images"
     )
   sheet = views.draw_sheet(originals, rows)
-  path.parent.mkdir(parents=True, exist_ok=True)
   _, png = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-  write_atomically(path, png.tobytes())
+  logs.write_atomically(path, png.tobytes())
 
 
 def _pair(image, specs, cfg: ConfigDict, record: int, epoch: int) -> tuple[np.ndarray, ...]:
@@ -281,7 +279,7 @@ def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[di
   print(f"effective rank of the representation: {rank:.1f} of {test['online'].shape[1]}")
   if not (test_labels >= 0).any():
     print("no labels: nothing to measure; see embedding.png, curves.png")
-    write_atomically(workdir / "results.json", "[]\n")
+    logs.write_atomically(workdir / "results.json", "[]\n")
     return []
   known = {"task": "pretrain", "seed": exp.config.seed, "step": int(state.step)}
   known |= {"config": config.fingerprint(exp.config), "commit": commit()}
@@ -300,7 +298,7 @@ def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[di
     online = {"protocol": "online_probe", "encoder": "online", "labels": 1.0, "split": "test"}
     value = {"metric": "top1", "value": measured["top1"], "interval": None, "n": 1}
     records.append({**known, **online, **value})
-  write_atomically(workdir / "results.json", json.dumps(records, indent=1) + "\n")
+  logs.write_atomically(workdir / "results.json", json.dumps(records, indent=1) + "\n")
   print(f"\n{probe.format_table(records)}\n")
   print(f"evaluated in {logs.duration(time.monotonic() - began)}; results, curves.png, views.png,")
   print(f"embedding.png and checkpoints are in {workdir}")
@@ -346,10 +344,3 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
   except (OSError, subprocess.SubprocessError):
     return f"v{byolx.__version__}"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-  """Writes a whole file or leaves the old one."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-  temporary.replace(path)

@@ -9,6 +9,7 @@ has two bodies that agree to one grey level, `augment_host.apply_host` (numpy an
 
 import functools
 import math
+import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ EVALUATION_RULES = ("paper", "reference")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 _TRIES = {"one_draw": 1, "retry": 10}
-_BLOCK = 16
+_BLOCK = 8
+"""Rows of a resize per matrix product: fewer are many small calls, more are many zeros."""
 
 
 @dataclass(frozen=True)
@@ -249,29 +251,57 @@ def blur_radius(size: int) -> int:
 
 
 def _resize(image, rows, columns, antialias):
-  """Applies two sets of weights from `_resize_weights` to a uint8 image: columns, then rows."""
-  height, width = image.shape[:2]
-  x = cv2.transpose(image).reshape(width, -1)
-  x = _multiply(columns, x.astype(np.float32))
+  """Applies two sets of weights from `_resize_weights` to a uint8 image."""
+  if antialias:  # Pillow's order, which keeps 8 bits between the passes
+    first, second, image = columns, rows, cv2.transpose(image)
+  else:
+    first, second = rows, columns
+  across, along = image.shape[:2]
+  x = _scratch.floats(0, across, 3 * along)
+  np.copyto(x.reshape(image.shape), image)
+  x = _multiply(first, x, slot=1)
   if antialias:
-    x = _to_uint8(x)  # Pillow keeps 8 bits between its passes
-  x = cv2.transpose(x.reshape(len(x), height, 3))
-  x = _multiply(rows, x.reshape(height, -1).astype(np.float32, copy=False))
-  return _to_uint8(x).reshape(len(x), -1, 3)
+    np.copyto(x, _to_uint8(x))
+  turned = _scratch.floats(0, along, len(x), 3)
+  cv2.transpose(x.reshape(len(x), along, 3), turned)
+  x = _multiply(second, turned.reshape(along, -1), slot=1)
+  resized = _to_uint8(x).reshape(len(x), -1, 3)
+  return resized if antialias else cv2.transpose(resized)
 
 
 def _to_uint8(x):
-  """Clips to [0, 255] and rounds; ties go up, as in Pillow."""
-  _, x = cv2.threshold(x, 0, 0, cv2.THRESH_TOZERO)
+  """Clips to [0, 255] and rounds; ties go up, as in Pillow. Overwrites x."""
+  cv2.threshold(x, 0, 0, cv2.THRESH_TOZERO, x)
   return cv2.convertScaleAbs(x, beta=1e-4)
 
 
-def _multiply(blocks, x):
+def _multiply(blocks, x, slot):
   """The banded matrix times x [n, m]: blocks of rows, each with the columns that it reaches."""
-  out = np.empty((blocks[-1].stop, x.shape[1]), np.float32)
+  out = _scratch.floats(slot, blocks[-1].stop, x.shape[1])
   for block in blocks:
     np.matmul(block.weights, x[block.low : block.high], out=out[block.start : block.stop])
   return out
+
+
+class _Scratch(threading.local):
+  """Memory of this thread that is used again: fresh pages cost as much as the arithmetic."""
+
+  _MOST = 2**23  # floats; a larger image gets memory of its own, which is given back
+
+  def __init__(self):
+    self._slots = [np.empty(0, np.float32), np.empty(0, np.float32)]
+
+  def floats(self, slot: int, *shape: int) -> np.ndarray:
+    """An array with any content, valid until the slot is asked for again."""
+    count = math.prod(shape)
+    if count > self._MOST:
+      return np.empty(shape, np.float32)
+    if count > len(self._slots[slot]):
+      self._slots[slot] = np.empty(count, np.float32)
+    return self._slots[slot][:count].reshape(shape)
+
+
+_scratch = _Scratch()
 
 
 class _Block(NamedTuple):
@@ -284,7 +314,7 @@ class _Block(NamedTuple):
   weights: Float32[np.ndarray, "rows columns"]
 
 
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=4096)
 def _resize_weights(
   source: int, target: int, first: int, count: int, antialias: bool
 ) -> tuple[_Block, ...]:

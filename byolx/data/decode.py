@@ -40,6 +40,8 @@ MAX_PIXELS = 2**27
 """More pixels than this (134 million, 400 MB of RGB) are refused before anything is decoded."""
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_FRAME_MARKERS = frozenset(bytes((0xC0 + n,)) for n in range(16) if n not in (4, 8, 12))
+_RGB_AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _APNG_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
 
 
@@ -61,11 +63,20 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
   Raises:
     DecodeError: the file cannot be read, or see `decode`.
   """
+  return decode(read_file(path), str(path))
+
+
+def read_file(path: str | Path) -> bytes:
+  """The bytes of a file.
+
+  Raises:
+    DecodeError: the file cannot be read.
+  """
   try:
-    data = Path(path).read_bytes()
+    with open(path, "rb", buffering=0) as file:
+      return file.readall()
   except OSError as error:
     raise DecodeError(f"{path}: {error.strerror or type(error).__name__}") from error
-  return decode(data, str(path))
 
 
 def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -104,14 +115,13 @@ def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _jpeg(data: bytes) -> tuple[np.ndarray, bytes]:
-  data, exif = _split_exif(data)
-  image = _opened(JpegImageFile, data)
+  data, exif, frame = _jpeg_segments(data)
   # A file without the end marker may be cut short, which OpenCV would not say.
-  if image.mode in ("RGB", "L") and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+  if _is_plain(frame) and data.rstrip(b"\0").endswith(b"\xff\xd9"):
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _RGB_AS_STORED)
     if pixels is not None:
-      return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), exif
+      return pixels, exif
+  image = _opened(JpegImageFile, data)
   image.load()
   if image.mode == "CMYK" and "adobe" not in image.info:
     image = ImageChops.invert(image)  # Pillow takes every CMYK file for Adobe's, stored inverted
@@ -167,23 +177,34 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
   return np.rint(values).astype(np.uint8)
 
 
-def _split_exif(data: bytes) -> tuple[bytes, bytes]:
-  """Takes the EXIF segments out of a JPEG: (the file without them, the first one or b"").
+def _jpeg_segments(data: bytes) -> tuple[bytes, bytes, bytes]:
+  """Walks a JPEG's header: (the file without EXIF segments, the first of them, the frame header).
 
-  Pillow would parse them on opening, and warn about the damage that is common in them.
+  Pillow would parse the EXIF on opening, and warn about the damage that is common in it. What is
+  not there is b"". The frame header starts with its marker, ff c0 to ff cf.
   """
-  kept, blocks, position = [data[:2]], [], 2
+  kept, exif, frame, position = [data[:2]], [], b"", 2
   while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
     length = int.from_bytes(data[position + 2 : position + 4], "big")
     segment = data[position : position + 2 + length]
     if segment[1:2] == b"\xe1" and segment[4:10] == b"Exif\0\0":
-      blocks.append(segment[4:])
+      exif.append(segment[4:])
     else:
       kept.append(segment)
+    if segment[1:2] in _FRAME_MARKERS:
+      frame = segment
     position += 2 + length
-  if not blocks:
-    return data, b""
-  return b"".join([*kept, data[position:]]), blocks[0]
+  if not exif:
+    return data, b"", frame
+  return b"".join([*kept, data[position:]]), exif[0], frame
+
+
+def _is_plain(frame: bytes) -> bool:
+  """True for 8 bits, grey or three channels, and a size that is not refused."""
+  if len(frame) < 10:
+    return False
+  bits, height, width, channels = struct.unpack_from(">BHHB", frame, 4)
+  return bits == 8 and channels in (1, 3) and 0 < height * width <= MAX_PIXELS
 
 
 def _still(data: bytes) -> bytes:

@@ -14,7 +14,17 @@ from ml_collections import ConfigDict
 
 from byolx import optim, schedules, sharding
 from byolx.config import ConfigError
-from byolx.data import augment, augment_device, pipeline, sources
+from byolx.data import (
+  augment,
+  augment_device,
+  cifar,
+  folders,
+  pipeline,
+  records,
+  sources,
+  splits,
+  tfds,
+)
 from byolx.models.byol import BYOLSpec
 from byolx.models.layers import INITIALIZERS
 from byolx.models.resnet import ARCHITECTURES, STEMS, ResNetSpec, widen
@@ -88,6 +98,7 @@ class Experiment:
       placement=c.views.placement,
       antialias=c.views.antialias,
       workers=c.data.workers,
+      threads=c.data.threads,
       host_index=jax.process_index(),
       host_count=jax.process_count(),
       max_failed_share=c.data.max_failed_share,
@@ -105,8 +116,10 @@ class Experiment:
       c.eval.crop_rule,
       c.eval.batch_size,
       workers=c.data.workers,
+      threads=c.data.threads,
       max_failed_share=c.data.max_failed_share,
       named=self.named,
+      prefetch=c.data.prefetch,
     )
 
 
@@ -163,24 +176,40 @@ def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
 
 
 def build_sources(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
-  """Training and test images.
+  """Training and test images; with data.validation, both are training images of the source.
 
   Raises:
-    ConfigError: they are not there.
+    ConfigError: they are not there, or not enough of them.
   """
   data = config.data
   makers = {
     "digits": functools.partial(sources.digits, test_share=data.test_share),
     "fashion_mnist": functools.partial(sources.fashion_mnist, data.folder),
     "image_folder": functools.partial(
-      sources.image_folder, data.folder, test_share=data.test_share
+      folders.image_folder, data.folder, test_share=data.test_share
     ),
+    "imagenet": functools.partial(folders.imagenet, data.folder),
+    "places365": functools.partial(folders.places365, data.folder),
+    "cifar10": functools.partial(cifar.cifar10, data.folder),
+    "cifar100": functools.partial(cifar.cifar100, data.folder),
+    "array_record": functools.partial(records.prepared, data.folder, test_share=data.test_share),
+    "tfds": functools.partial(tfds.tfds, data.folder),
   }
   make = makers[data.source]
   try:
-    return make(split="train"), make(split="test")
+    train = make(split="train")
+    if data.validation == "none":
+      return train, make(split="test")
   except ValueError as error:
     raise ConfigError(str(error)) from None
+  try:
+    parts = splits.imagenet_validation(train.names, data.validation)
+  except ValueError as error:
+    raise ConfigError(
+      f"data.validation={data.validation}: {error}; it is meant for ImageNet (data.source=imagenet,"
+      " or ImageNet as array_record, tfds or image_folder) and works for any source that large"
+    ) from None
+  return sources.subset(train, parts[0]), sources.subset(train, parts[1])
 
 
 def build_views(config: ConfigDict) -> tuple[augment.ViewSpec, augment.ViewSpec]:

@@ -100,16 +100,41 @@ FIELDS: dict[str, Field] = {
   "seed": Field(0, "of everything that is drawn: parameters, order, views", between(0, 2**32 - 1)),
   # Data.
   "data.source": Field(
-    "digits", "where images come from", one_of("digits", "fashion_mnist", "image_folder")
+    "digits",
+    "where images come from",
+    one_of(
+      "digits",
+      "fashion_mnist",
+      "image_folder",
+      "imagenet",
+      "places365",
+      "cifar10",
+      "cifar100",
+      "array_record",
+      "tfds",
+    ),
   ),
-  "data.folder": Field("", "folder of the source; empty takes the source's own", free=True),
+  "data.folder": Field(
+    "", "folder of the source, as it was unpacked or prepared; digits needs none", free=True
+  ),
+  "data.validation": Field(
+    "none",
+    "training images kept apart as the test set: ImageNet's of appendix D.1, or of the code",
+    one_of("none", "last_10009", "first_10000"),
+  ),
   "data.test_share": Field(
     0.2, "share held out for testing, where the source has no test set", between(0.01, 0.9)
   ),
   "data.max_failed_share": Field(
     0.01, "share of files that may fail to decode before the run stops", between(0, 1)
   ),
-  "data.workers": Field(0, "worker processes that make views; 0: a thread", at_least(0), free=True),
+  "data.workers": Field(
+    0,
+    "processes that make views; 0: this process; -1: one per core",
+    at_least(-1),
+    free=True,
+  ),
+  "data.threads": Field(1, "threads that make views, in each of them", at_least(1), free=True),
   "data.prefetch": Field(2, "batches made ahead", at_least(1), free=True),
   # Views: appendix C, Table 6.
   "views.size": Field(224, "side of a view, pixels", at_least(4)),

@@ -30,7 +30,7 @@ from byolx import (
   train,
 )
 from byolx.config import ConfigError
-from byolx.data import augment, augment_host, decode, pipeline, sources, splits, views
+from byolx.data import augment, augment_host, decode, order, sources, splits, views
 from byolx.experiment import Experiment
 
 EMBEDDED_IMAGES = 1000
@@ -156,7 +156,7 @@ def _pair(image, specs, cfg: ConfigDict, record: int, epoch: int) -> tuple[np.nd
   """Both views of an image in an epoch, as the run will see them."""
   pair = []
   for view, spec in enumerate(specs):
-    generator = pipeline.view_generator(cfg.seed, epoch, record, view)
+    generator = order.view_generator(cfg.seed, epoch, record, view)
     draws = augment.draw(spec, generator, *image.shape[:2])
     crop = augment.crop_and_resize(image, draws.crop, cfg.views.size, cfg.views.antialias)
     pair.append(augment_host.apply_host(crop, draws, spec.brightness_rule))

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from byolx.machine import usable_cores
+
 DATA = "data"
 LEAST_IMAGES_PER_CORE = 16
 
@@ -24,9 +26,7 @@ def split_cpu(images: int, wanted: int = 0) -> None:
     wanted: number of devices; 0 takes the most that the cores allow, with at least
       LEAST_IMAGES_PER_CORE images each.
   """
-  affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-  cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-  most = min(cores, images // LEAST_IMAGES_PER_CORE)
+  most = min(usable_cores(), images // LEAST_IMAGES_PER_CORE)
   count = wanted or next(n for n in range(max(1, most), 0, -1) if images % n == 0)
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return

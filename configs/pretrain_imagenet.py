@@ -4,7 +4,8 @@
   byolx train --config=configs/pretrain_imagenet.py:arch=resnet200,width=2 --config.data.folder=...
   byolx train --config=configs/pretrain_imagenet.py:epochs=100,batch=1024 --config.data.folder=...
 
-Data: a folder with `train/CLASS/*.JPEG` (1,281,167 images) and `val/CLASS/*.JPEG` (50,000).
+Data: a folder with `train/WNID/*.JPEG` (1,281,167 images) and `val/WNID/*.JPEG` (50,000). The paper
+chose its hyperparameters on `--config.data.validation=last_10009`, training images kept apart.
 
 Cost (paper): ResNet-50, 1000 epochs: 8 hours on 512 TPU v3 cores, 44,000 images a second. Where that
 many do not fit on the devices at once, `--config.train.micro_batch=512` averages gradients over
@@ -43,7 +44,7 @@ def get_config(
   base_rate, weight_decay, tau_base = PRESETS[epochs]
 
   config = ConfigDict()
-  config.data = {"source": "image_folder", "folder": "", "workers": 16}
+  config.data = {"source": "imagenet", "folder": "", "validation": "none", "workers": 16}
   config.views = {"size": 224}
   config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
   config.byol = {

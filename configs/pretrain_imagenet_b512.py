@@ -2,7 +2,8 @@
 
   byolx train --config=configs/pretrain_imagenet_b512.py --config.data.folder=/data/imagenet
 
-Data: a folder with `train/CLASS/*.JPEG` (1,281,167 images) and `val/CLASS/*.JPEG` (50,000).
+Data: a folder with `train/WNID/*.JPEG` (1,281,167 images) and `val/WNID/*.JPEG` (50,000). The paper
+chose its hyperparameters on `--config.data.validation=last_10009`, training images kept apart.
 
 Cost (paper): ResNet-50, 1000 epochs: about 4 days on 64 TPU v3 cores.
 
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 def get_config(arch: str = "resnet50", width: int = 1) -> ConfigDict:
   """Fields that are not named here keep their defaults: views.view1 and view2 are Table 6."""
   config = ConfigDict()
-  config.data = {"source": "image_folder", "folder": "", "workers": 16}
+  config.data = {"source": "imagenet", "folder": "", "validation": "none", "workers": 16}
   config.views = {"size": 224}
   config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
   config.byol = {

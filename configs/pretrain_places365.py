@@ -2,7 +2,8 @@
 
   byolx train --config=configs/pretrain_places365.py --config.data.folder=/data/places365
 
-Data: a folder with `train/CLASS/*.jpg` (1,803,460 images, 365 classes) and `val/CLASS/*.jpg` (36,500).
+Data: the folder of `places365_train_standard.txt` (1,803,460 images, 365 classes), `places365_val.txt`
+(36,500), and their images in `data_256/` and `val_256/`, or `data_large/` and `val_large/`.
 
 Cost (paper): not stated; 1.4 times the steps of ImageNet's run, which took 8 hours on 512 TPU v3
 cores.
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 def get_config(arch: str = "resnet50", width: int = 1) -> ConfigDict:
   """Fields that are not named here keep their defaults: views.view1 and view2 are Table 6."""
   config = ConfigDict()
-  config.data = {"source": "image_folder", "folder": "", "workers": 16}
+  config.data = {"source": "places365", "folder": "", "validation": "none", "workers": 16}
   config.views = {"size": 224}
   config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
   config.byol = {

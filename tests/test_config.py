@@ -163,7 +163,12 @@ def test_float_overrides_are_exact(name, number):
     ("byol.predictor=no!", "byol.predictor='no!': expected True or False"),
     ("byol.tau_base=1.5", "byol.tau_base=1.5: expected a number from 0 to 1"),
     ("byol.target=emma", "byol.target='emma': expected one of ema, stop_gradient, online"),
-    ("data.source=cifar", "'cifar': expected one of digits, fashion_mnist, image_folder"),
+    (
+      "data.source=cifar",
+      "'cifar': expected one of digits, fashion_mnist, image_folder, imagenet, places365, cifar10,"
+      " cifar100, array_record, tfds",
+    ),
+    ("data.validation=last", "'last': expected one of none, last_10009, first_10000"),
     ("seed=4294967296", "seed=4294967296: expected a number from 0 to 4294967295"),
     ("model.blocks=(1, 2.5)", "model.blocks=(1, 2.5): expected each a whole number of at least 1"),
     ("views.mean=(0.5, 0.5)", "views.mean=(0.5, 0.5): expected 3 values"),

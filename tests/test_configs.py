@@ -38,7 +38,7 @@ TABLE_6 = {
 # What all pretraining of the paper shares: appendices A and C.
 APPENDIX_A = {
   "task": "pretrain",
-  "data.source": "image_folder",
+  "data.validation": "none",
   "views.size": 224,
   "views.mean": (0.485, 0.456, 0.406),
   "views.std": (0.229, 0.224, 0.225),
@@ -178,6 +178,8 @@ def test_all_files_named_after_the_paper_are_checked():
 
 def test_places365_trains_as_imagenet_does():
   imagenet, places = load("pretrain_imagenet.py"), load("pretrain_places365.py")
+  assert (imagenet.data.source, places.data.source) == ("imagenet", "places365")
+  places.data.source = "imagenet"
   assert config.flatten(imagenet) == config.flatten(places)
 
 

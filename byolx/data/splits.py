@@ -1,7 +1,8 @@
 """Which examples are used: balanced subsets of the labels, and held-out shares.
 
 Section 4.1 and appendix D.1 train on 1 % and 10 % of the labels; Figure 4 on other fractions. A
-held-out share stands in where a data set has no test or validation split of its own. Everything
+held-out share stands in where a data set has no test or validation split of its own. ImageNet's
+validation images are those of the paper (appendix D.1), whatever order the files are in. Everything
 here is a function of labels, names and seeds: it never looks at an image or a disk.
 """
 
@@ -92,6 +93,46 @@ def stratified_holdout(
   quotas = _quotas(sizes, _ceil(share * len(labels)))
   held = np.zeros(len(labels), bool)
   held[order] = _rank_in_class(class_of[order]) < quotas[class_of[order]]
+  return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
+
+
+IMAGENET_VALIDATION = {"last_10009": 10009, "first_10000": 10000}
+"""How many training images a rule keeps apart."""
+
+
+def imagenet_validation(
+  names: Sequence[str], rule: str
+) -> tuple[Int64[np.ndarray, "r"], Int64[np.ndarray, "h"]]:
+  """Splits ImageNet's training images in two: (rest, held out), sorted indices.
+
+  The paper holds out "the last 10009 images of the official TensorFlow ImageNet split" (appendix
+  D.1). That order is the order of md5("train" + file name); the last 8 of its 1024 shards hold
+  10009 of the 1,281,167 images. The authors' code takes the first 10000 instead.
+
+  Args:
+    names: of the training images; what stands before the last slash is ignored.
+    rule: 'last_10009' or 'first_10000'.
+
+  Raises:
+    ValueError: unknown rule, or not more names than are held out.
+  """
+  if rule not in IMAGENET_VALIDATION:
+    raise ValueError(f"rule is {rule!r}; expected one of {', '.join(IMAGENET_VALIDATION)}")
+  count = IMAGENET_VALIDATION[rule]
+  if len(names) <= count:
+    raise ValueError(
+      f"{rule} are to be held out of {len(names)} training images; expected more than {count}"
+    )
+  salted = hashlib.md5(b"train", usedforsecurity=False)
+  digests = bytearray()
+  for name in names:
+    digest = salted.copy()
+    digest.update(os.fsencode(name.rpartition("/")[2]))
+    digests += digest.digest()
+  high, low = np.frombuffer(digests, ">u8").reshape(-1, 2).T
+  order = np.lexsort((low, high))
+  held = np.zeros(len(names), bool)
+  held[order[-count:] if rule == "last_10009" else order[:count]] = True
   return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)
 
 

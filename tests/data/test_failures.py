@@ -13,8 +13,8 @@ from sklearn.datasets import load_sample_image
 
 from byolx.data.augment import ViewSpec
 from byolx.data.failures import ENOUGH, HANDFUL, Failure, FailureLog
+from byolx.data.folders import image_folder
 from byolx.data.pipeline import evaluation_batches, evaluation_images, train_batches
-from byolx.data.sources import image_folder
 
 VIEWS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
 

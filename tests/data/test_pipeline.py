@@ -14,13 +14,8 @@ from sklearn.datasets import load_sample_image
 from byolx.data.augment import ViewSpec, crop_and_resize, draw, evaluation_view
 from byolx.data.augment_host import apply_host
 from byolx.data.decode import DecodeError
-from byolx.data.pipeline import (
-  epoch_order,
-  evaluation_batches,
-  evaluation_images,
-  train_batches,
-  view_generator,
-)
+from byolx.data.order import epoch_order, view_generator
+from byolx.data.pipeline import evaluation_batches, evaluation_images, train_batches
 from byolx.data.sources import Example, digits
 
 T = ViewSpec()
@@ -46,6 +41,7 @@ class FakeSource:
 
   def __post_init__(self):
     self.labels = (np.arange(self.count) % 2).astype(np.int32)
+    self.names = tuple(f"fake/{i}" for i in range(self.count))
 
   def __len__(self):
     return self.count
@@ -62,6 +58,11 @@ def first(count, *args, **kwargs):
   """The first batches, made without a thread, with copies of their arrays."""
   with train_batches(*args, **{"prefetch": 0} | kwargs) as batches:
     return [jax.tree.map(np.array, batch) for batch in itertools.islice(batches, count)]
+
+
+def block_of(batch, host, hosts):
+  """One host's rows of a global batch."""
+  return jax.tree.map(lambda a: np.split(a, hosts)[host], batch)
 
 
 def assert_equal(one, other):
@@ -196,8 +197,7 @@ def test_hosts_share_the_global_batch(hosts, placement):
   ]  # fmt: skip
   for step, batch in enumerate(whole):
     for host in range(hosts):
-      mine = jax.tree.map(lambda a, host=host: a[host::hosts], batch)
-      assert_equal(parts[host][step], mine)
+      assert_equal(parts[host][step], block_of(batch, host, hosts))
 
 
 def test_restart_in_the_middle_is_bit_equal(digits_test):
@@ -308,7 +308,7 @@ def test_evaluation_on_several_hosts():
   whole = list(evaluation_batches(FakeSource(10), 4, 4, "paper", 4))
   for host in range(2):
     part = list(evaluation_batches(FakeSource(10), 4, 4, "paper", 4, host_index=host, host_count=2))
-    assert_equal(part, [jax.tree.map(lambda a, host=host: a[host::2], batch) for batch in whole])
+    assert_equal(part, [block_of(batch, host, 2) for batch in whole])
 
 
 # Settings
@@ -326,7 +326,8 @@ def test_evaluation_on_several_hosts():
     ({"start_step": -1}, "start_step is -1; expected at least 0"),
     ({"size": 0}, "size is 0; expected at least 1"),
     ({"views": ()}, "no view was given"),
-    ({"workers": -1}, "workers is -1"),
+    ({"workers": -2}, "workers is -2; expected at least 0, or -1"),
+    ({"threads": 0}, "threads is 0; expected at least 1"),
     ({"prefetch": -1}, "prefetch is -1"),
     ({"max_failed_share": 2.0}, "data.max_failed_share is 2.0"),
     ({"source": FakeSource(0)}, "fake is empty; expected at least one record"),

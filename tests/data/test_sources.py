@@ -1,7 +1,6 @@
-"""Sources: scikit-learn's and Debian's data as they are, folders in every state."""
+"""Sources: scikit-learn's and Debian's data as they are; arrays, files and subsets of them."""
 
 import gzip
-import logging
 import os
 import pickle
 import struct
@@ -9,32 +8,24 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 
-from byolx.data.decode import DecodeError
+from byolx.data.decode import DecodeError, decode
+from byolx.data.names import Names
 from byolx.data.sources import (
   FASHION_MNIST_CLASSES,
   FASHION_MNIST_FOLDER,
+  ArraySource,
+  EncodedSource,
+  FileSource,
+  Source,
   Subset,
   digits,
   fashion_mnist,
-  image_folder,
+  subset,
 )
 
 HAS_FASHION_MNIST = os.path.isdir(FASHION_MNIST_FOLDER)
-
-
-def write_images(root, names, size=(6, 4)):
-  """Files of one colour, which is a function of the name."""
-  for name in names:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    colour = tuple(np.random.default_rng(list(name.encode())).integers(0, 256, 3).tolist())
-    Image.new("RGB", size, colour).save(path, "PNG")
-
-
-def keys(source):
-  return [os.path.relpath(source[i].key, source.folder) for i in range(len(source))]
 
 
 # digits
@@ -148,145 +139,73 @@ if HAS_FASHION_MNIST:  # Debian's package, where it is installed
     np.testing.assert_allclose([pixels.mean(), pixels.std()], [0.2860, 0.3530], atol=0.005)
 
 
-# image_folder
+# The kinds of source
 
 
-def test_class_folders(tmp_path):
-  names = [f"{c}/{i}.png" for c in ("cat", "ant", "bee") for i in range(10)]
-  write_images(tmp_path, [*names, "bee/nested/deep/x.JPEG", "ant/.hidden.png", ".git/a.png"])
-  (tmp_path / "ant" / "notes.txt").write_text("text")
-  (tmp_path / "LICENSE").write_text("text")
-  train, test = (image_folder(tmp_path, split, 0.2) for split in ("train", "test"))
-  assert train.classes == test.classes == ("ant", "bee", "cat")
-  assert sorted(keys(train) + keys(test)) == sorted([*names, "bee/nested/deep/x.JPEG"])
-  assert len(test) == 7  # ceil(0.2 * 31)
-  assert sorted(np.bincount(test.labels)) == [2, 2, 3]
-  for source in (train, test):
-    assert source.labels.dtype == np.int32
-    for key, label in zip(keys(source), source.labels):
-      assert source.classes[label] == key.split(os.sep)[0]
-  image, label, key = train[0]
-  np.testing.assert_array_equal(image, Image.open(key).convert("RGB"))
-  assert label == train.labels[0]
+@pytest.fixture
+def photos(tmp_path):
+  """A source of three crops of a photograph, in files of three formats."""
+  picture = Image.fromarray(load_sample_image("flower.jpg"))
+  for i, extension in enumerate(("png", "jpg", "webp")):
+    path = tmp_path / f"class {i % 2}" / f"{i}.{extension}"
+    path.parent.mkdir(exist_ok=True)
+    picture.crop((40 * i, 30 * i, 40 * i + 64, 30 * i + 48)).save(path)
+  files = Names.of(["class 0/0.png", "class 1/1.jpg", "class 0/2.webp"])
+  labels = np.array([0, 1, 0], np.int32)
+  return FileSource("photos", str(tmp_path), files, labels, ("class 0", "class 1"))
 
 
-def test_split_depends_on_names_only(tmp_path):
-  names = [f"{c}/{i}.png" for c in "ab" for i in range(15)]
-  write_images(tmp_path / "one", names)
-  write_images(tmp_path / "elsewhere" / "two", names[::-1], size=(3, 3))
-  assert keys(image_folder(tmp_path / "one", "test")) == keys(
-    image_folder(tmp_path / "elsewhere" / "two", "test")
-  )
+def test_files(photos):
+  assert isinstance(photos, Source)
+  assert isinstance(photos, EncodedSource)
+  assert list(photos.names) == ["class 0/0.png", "class 1/1.jpg", "class 0/2.webp"]
+  for i, name in enumerate(photos.names):
+    path = os.path.join(photos.folder, name)
+    with open(path, "rb") as file:
+      assert photos.encoded(i) == (file.read(), path)
+    np.testing.assert_array_equal(photos[i].image, decode(*photos.encoded(i)))
+    assert photos[i][1:] == (photos.labels[i], path)
+  np.testing.assert_array_equal(photos[0].image, load_sample_image("flower.jpg")[:48, :64])
 
 
-def test_flat_folder(tmp_path):
-  write_images(tmp_path, [f"{i}.png" for i in range(10)])
-  (tmp_path / "empty").mkdir()
-  train, test = (image_folder(str(tmp_path), split, 0.3) for split in ("train", "test"))
-  assert (len(train), len(test)) == (7, 3)
-  assert train.classes == ()
-  assert set(train.labels) == set(test.labels) == {-1}
+def test_unreadable_files_are_named(photos):
+  path = os.path.join(photos.folder, photos.names[1])
+  os.truncate(path, os.path.getsize(path) - 200)
+  photos.encoded(1)
+  with pytest.raises(DecodeError, match=r"^.*class 1/1\.jpg: "):
+    photos[1]
+  os.remove(path)
+  for read in (photos.encoded, photos.__getitem__):
+    with pytest.raises(DecodeError, match=r"class 1/1\.jpg: No such file or directory$"):
+      read(1)
 
 
-@pytest.mark.parametrize("second", ["val", "test"])
-def test_folders_of_splits(tmp_path, second):
-  write_images(tmp_path, [f"train/{c}/{i}.png" for c in "abc" for i in range(3)])
-  write_images(tmp_path, [f"{second}/{c}/{i}.png" for c in "bc" for i in range(2)])
-  train, test = (image_folder(tmp_path, split) for split in ("train", "test"))
-  assert keys(train) == [f"{c}/{i}.png" for c in "abc" for i in range(3)]
-  assert keys(test) == [f"{c}/{i}.png" for c in "bc" for i in range(2)]
-  assert test.classes == train.classes == ("a", "b", "c")
-  assert test.labels.tolist() == [1, 1, 2, 2]
+def test_arrays_grey_and_coloured():
+  rgb = load_sample_image("china.jpg")[:40, :48].reshape(2, 20, 48, 3)
+  coloured = ArraySource("photo", rgb, np.array([1, 0], np.int32), ("top", "bottom"))
+  grey = ArraySource("photo", rgb[..., 1], np.array([1, 0], np.int32), ("top", "bottom"))
+  for source in (coloured, grey):
+    assert isinstance(source, Source)
+    assert not isinstance(source, EncodedSource)
+    assert list(source.names) == [source[i].key for i in range(2)] == ["photo/0", "photo/1"]
+  np.testing.assert_array_equal(coloured[1].image, rgb[1])
+  np.testing.assert_array_equal(grey[1].image, np.stack([rgb[1, ..., 1]] * 3, axis=2))
+  for source in (coloured, grey):  # an example may be written to
+    source[0].image[:] = 0
+    assert source[0].image.any()
 
 
-def test_unlabelled_test_folder_gives_way_to_val(tmp_path):
-  write_images(tmp_path, ["train/a/0.png", "val/a/1.png", "test/2.png"])  # as ImageNet has it
-  assert keys(image_folder(tmp_path, "test")) == ["a/1.png"]
-  write_images(tmp_path, ["test/a/3.png"])
-  assert keys(image_folder(tmp_path, "test")) == ["a/3.png"]
-
-
-def test_only_a_train_folder_is_entered(tmp_path):
-  write_images(tmp_path, [f"train/{c}/{i}.png" for c in "ab" for i in range(5)])
-  assert image_folder(tmp_path, "train").classes == ("a", "b")
-  assert len(image_folder(tmp_path, "test")) == 2
-
-
-def test_classes_of_the_splits_must_fit(tmp_path):
-  write_images(tmp_path, ["train/a/0.png", "val/a/1.png", "val/z/1.png"])
-  with pytest.raises(ValueError, match=r"val has the class 'z', which train/ does not have"):
-    image_folder(tmp_path, "test")
-
-
-def test_links_are_followed_once(tmp_path):
-  write_images(tmp_path, ["data/a/0.png", "store/1.png"])
-  (tmp_path / "data" / "b").symlink_to(tmp_path / "store")
-  (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data" / "a")
-  source = image_folder(tmp_path / "data", "train", 0.0)
-  assert keys(source) == ["a/0.png", "b/1.png"]
-
-
-@pytest.mark.parametrize(
-  ("make", "message"),
-  [
-    (lambda root: root / "gone", "gone', which does not exist"),
-    (lambda root: root / "file.png", "file.png', which is not a folder"),
-    (lambda root: root / "empty", "train split has no image"),
-    (lambda root: root / "texts", "train split has no image"),
-    (lambda root: "", "data.folder is '', which does not exist"),
-  ],
-)
-def test_wrong_folders(tmp_path, make, message):
-  write_images(tmp_path, ["file.png"])
-  (tmp_path / "empty").mkdir()
-  (tmp_path / "texts" / "a").mkdir(parents=True)
-  (tmp_path / "texts" / "a" / "readme.md").write_text("text")
-  with pytest.raises(ValueError, match=message) as caught:
-    image_folder(make(tmp_path), "train")
-  message = str(caught.value)
-  assert message.startswith("data.folder is ")
-  assert "expected a folder with one subfolder of images per class" in message
-  assert "\n" not in message
-
-
-def test_empty_test_split(tmp_path):
-  write_images(tmp_path, ["a/0.png", "b/1.png"])
-  assert len(image_folder(tmp_path, "train")) == 2
-  with pytest.raises(ValueError, match=r"test split has no image \(2 found, data.test_share 0.2\)"):
-    image_folder(tmp_path, "test")
-
-
-def test_the_log_counts_other_files(tmp_path, caplog):
-  write_images(tmp_path, ["a/0.png", "a/1.png", "beside.png"])
-  for name in ("a/x.txt", "a/y.TXT", "b.gif"):
-    (tmp_path / name).write_text("text")
-  with caplog.at_level(logging.INFO, logger="byolx"):
-    image_folder(tmp_path, "train", 0.0)
-  (record,) = caplog.records
-  message = record.getMessage()
-  assert "2 images, 1 classes in the train split; 4 other files ignored" in message
-  assert "2 .txt" in message
-  assert "1 .gif" in message
-  assert "1 images beside the class folders" in message
-
-
-def test_unreadable_files_raise_when_asked_for(tmp_path):
-  write_images(tmp_path, ["a/0.png"])
-  (tmp_path / "a" / "bad.jpg").write_bytes(b"")
-  source = image_folder(tmp_path, "train", 0.0)
-  assert source[0].image.shape == (4, 6, 3)
-  with pytest.raises(DecodeError, match=r"a/bad\.jpg: the file is empty"):
-    source[1]
-
-
-def test_sources_can_be_pickled(tmp_path, idx_folder):
-  write_images(tmp_path / "images", [f"{c}/{i}.png" for c in "ab" for i in range(3)])
-  folder, _ = idx_folder
-  images = image_folder(tmp_path / "images", "train")
-  for source in (images, digits("test"), fashion_mnist(folder, "train")):
+def test_sources_can_be_pickled(photos, tmp_path):
+  (tmp_path / "idx").mkdir()
+  pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+  write_idx(tmp_path / "idx/train-images-idx3-ubyte.gz", (0, 8, 3), (5, 28, 28), pixels.tobytes())
+  write_idx(tmp_path / "idx/train-labels-idx1-ubyte.gz", (0, 8, 1), (5,), bytes([3, 1, 4, 1, 9]))
+  fashion = fashion_mnist(tmp_path / "idx", "train")
+  for source in (photos, digits("test"), fashion, subset(photos, np.array([2, 0]))):
     copy = pickle.loads(pickle.dumps(source))
     assert (copy.name, copy.classes, len(copy)) == (source.name, source.classes, len(source))
     np.testing.assert_array_equal(copy.labels, source.labels)
+    assert list(copy.names) == list(source.names)
     for i in range(len(source)):
       np.testing.assert_array_equal(copy[i].image, source[i].image)
       assert copy[i][1:] == source[i][1:]
@@ -294,9 +213,21 @@ def test_sources_can_be_pickled(tmp_path, idx_folder):
 
 def test_subset():
   source = digits("train")
-  subset = Subset(source, np.array([5, 3, 900]))
-  assert (len(subset), subset.name, subset.classes) == (3, "digits", source.classes)
-  np.testing.assert_array_equal(subset.labels, source.labels[[5, 3, 900]])
+  chosen = subset(source, np.array([5, 3, 900]))
+  assert type(chosen) is Subset
+  assert isinstance(chosen, Source)
+  assert not isinstance(chosen, EncodedSource)
+  assert (len(chosen), chosen.name, chosen.classes) == (3, "digits", source.classes)
+  np.testing.assert_array_equal(chosen.labels, source.labels[[5, 3, 900]])
+  assert list(chosen.names) == ["digits/5", "digits/3", "digits/900"]
   for i, record in enumerate((5, 3, 900)):
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(subset))[i].image, source[record].image)
-    assert subset[i].label == source.labels[record]
+    np.testing.assert_array_equal(chosen[i].image, source[record].image)
+    assert chosen[i].label == source.labels[record]
+
+
+def test_subset_of_encoded_images(photos):
+  chosen = subset(subset(photos, np.array([2, 1])), np.array([1]))
+  assert isinstance(chosen, EncodedSource)
+  assert list(chosen.names) == ["class 1/1.jpg"]
+  assert chosen.encoded(0) == photos.encoded(1)
+  np.testing.assert_array_equal(chosen[0].image, photos[1].image)

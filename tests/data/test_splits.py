@@ -1,5 +1,7 @@
 """Properties of the splits over arbitrary label sets."""
 
+import hashlib
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from byolx.data.splits import balanced_subset, stratified_holdout
+from byolx.data.names import Names
+from byolx.data.splits import balanced_subset, imagenet_validation, stratified_holdout
 
 SEEDS = st.integers(0, 2**32 - 1)
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=120).map(np.array)
@@ -130,3 +133,84 @@ def test_holdout_errors():
     stratified_holdout(np.zeros(3, int), 0.5, 0, ["a", "b"])
   rest, held = stratified_holdout(np.zeros(0, int), 0.5, 0)
   assert len(rest) == len(held) == 0
+
+
+# ImageNet's validation images
+
+
+def imagenet_names(count):
+  """Names as ImageNet's: n01440764_26.JPEG and so on, about 1281 of a class."""
+  return [f"n{1440764 + 217 * (i // 1281):08d}_{26 + 3 * (i % 1281)}.JPEG" for i in range(count)]
+
+
+def tensorflow_shards(names, shards):
+  """TensorFlow Datasets' files: names sorted by salted hash, cut where round(n * k / shards) says."""
+
+  def key(name):
+    salted = hashlib.md5()
+    salted.update(b"train")
+    salted.update(name.encode())
+    return int(salted.hexdigest(), 16)
+
+  ordered = sorted(names, key=key)
+  ends = [round(len(names) * k / shards) for k in range(shards + 1)]
+  return [ordered[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def flat(shards):
+  return {name for shard in shards for name in shard}
+
+
+def test_imagenet_validation_is_the_end_or_the_start_of_the_hashed_order():
+  names = imagenet_names(12_000)
+  ordered = [name for shard in tensorflow_shards(names, 16) for name in shard]
+  for rule, expected in (("last_10009", ordered[-10009:]), ("first_10000", ordered[:10000])):
+    rest, held = imagenet_validation(names, rule)
+    assert {names[i] for i in held} == set(expected)
+    np.testing.assert_array_equal(np.sort(np.concatenate([rest, held])), np.arange(12_000))
+    assert (np.diff(rest) > 0).all()
+    assert (np.diff(held) > 0).all()
+    assert held.dtype == rest.dtype == np.int64
+
+
+FIRST_THREE = ["n01441198_122.JPEG", "n01441415_1097.JPEG", "n01442283_341.JPEG"]
+LAST_TWELVE = [
+  "n01440764_1142.JPEG", "n01440764_3800.JPEG", "n01440981_2375.JPEG", "n01440981_2588.JPEG",
+  "n01441198_833.JPEG", "n01441415_3038.JPEG", "n01441849_3332.JPEG", "n01442066_2945.JPEG",
+  "n01442066_3053.JPEG", "n01442283_89.JPEG", "n01442283_1856.JPEG", "n01442283_2075.JPEG",
+]  # fmt: skip
+
+
+def test_imagenet_validation_by_stored_names():
+  """What TensorFlow Datasets 4.9.10's own shuffler puts first and last of 10,012 names."""
+  names = imagenet_names(10_012)
+  rest, _ = imagenet_validation(names, "last_10009")
+  assert [names[i] for i in rest] == FIRST_THREE
+  rest, _ = imagenet_validation(names, "first_10000")
+  assert [names[i] for i in rest] == LAST_TWELVE
+
+
+def test_imagenet_validation_whatever_the_order_and_the_folders():
+  names = imagenet_names(10_500)
+  expected = {names[i] for i in imagenet_validation(names, "last_10009")[1]}
+  order = np.random.default_rng(0).permutation(len(names))
+  shuffled = [f"train/{names[i][:9]}/{names[i]}" for i in order]
+  held = imagenet_validation(shuffled, "last_10009")[1]
+  assert {shuffled[i].rpartition("/")[2] for i in held} == expected
+
+
+def test_the_last_shards_of_imagenet_hold_10009():
+  """1,281,167 names, 1024 shards, of which the last 8 are the paper's validation images."""
+  names = imagenet_names(1_281_167)
+  rest, held = imagenet_validation(Names.of(names), "last_10009")
+  assert (len(rest), len(held)) == (1_271_158, 10_009)
+  last = flat(tensorflow_shards(names, 1024)[-8:])
+  assert len(last) == 10_009
+  assert {names[i] for i in held} == last
+
+
+def test_imagenet_validation_errors():
+  with pytest.raises(ValueError, match=r"last_10009 are to be held out of 10009 training images"):
+    imagenet_validation(imagenet_names(10_009), "last_10009")
+  with pytest.raises(ValueError, match=r"rule is 'none'; expected one of last_10009, first_10000"):
+    imagenet_validation(imagenet_names(10_010), "none")

@@ -1,6 +1,8 @@
-"""The `byolx` command: train, eval, show-views, fields."""
+"""The `byolx` command: train, eval, show-views, prepare, bench, fields."""
 
 import argparse
+import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,6 +28,36 @@ examples:
 Every field is listed by `byolx fields`. In the workdir: config.json, metrics.jsonl, tensorboard/,
 checkpoints/, results.json, parameters.txt, curves.png, views.png, embedding.png.
 """
+_PREPARE = """\
+Put the images of a data set into a few large files that are read at random much faster than
+millions of small ones: data.source=array_record trains from them.
+
+Give a folder of class folders or of images, or with train/ and test/ (or val/) of these; or plain
+tar archives of the same, which are read as they are. ImageNet's archive of archives is understood.
+Without --short_side every file is stored as it is. Files that cannot be decoded are listed in
+unreadable.txt and left out.
+
+Start the same command again and it goes on where it stopped. With --to and --verify alone, a set
+is verified.
+"""
+_PREPARE_MORE = """\
+examples:
+  byolx prepare --from=photos --to=sets/photos
+  byolx prepare --from=ILSVRC2012_img_train.tar --test=ILSVRC2012_img_val.tar \\
+    --test_labels=val.txt --to=sets/imagenet --verify
+  byolx prepare --from=imagenet --to=sets/imagenet_256 --short_side=256
+  byolx prepare --to=sets/imagenet --verify
+"""
+_BENCH = """\
+Measure the input of a config, on its own images: each stage in one thread; the limit, which is
+the bare functions on bytes in memory; the pipeline in this process and in worker processes; and
+what it can feed. About a minute; leave the machine alone meanwhile.
+"""
+_BENCH_MORE = """\
+examples:
+  byolx bench input --config=configs/image_folder.py --config.data.folder=photos
+  byolx bench input --config=configs/pretrain_imagenet.py --config.data.folder=imagenet --json=input.json
+"""
 _CONFIG_HELP = "config file, with arguments after a colon; --config.FIELD=VALUE changes a field"
 
 
@@ -47,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (DivergedError, TooManyFailuresError, OSError) as error:
     return _fail(error, FAILED)
   except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+    print("\nstopped; the same command goes on from there", file=sys.stderr)
     return 130
 
 
@@ -95,6 +127,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   show.add_argument("--images", type=_count, default=8, help="rows; default: 8")
   show.add_argument("--pairs", type=_count, default=4, help="pairs of views per image; default: 4")
 
+  _add_prepare(command)
+  _add_bench(command)
   command("fields", _fields, "list every config field with its default and meaning")
   arguments, rest = parser.parse_known_args(argv)
   for word in rest:
@@ -105,6 +139,65 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   return arguments, rest
 
 
+def _add_prepare(command) -> None:
+  sub = command(
+    "prepare",
+    _prepare,
+    "put a folder or tar archives of images into a few large files",
+    description=_PREPARE,
+    epilog=_PREPARE_MORE,
+  )
+  sub.add_argument(
+    "--from", dest="source", type=Path, metavar="FOLDER|TAR", help="training images, or all"
+  )
+  sub.add_argument(
+    "--test",
+    type=Path,
+    metavar="FOLDER|TAR",
+    help="images of the test split; default: as in --from",
+  )
+  sub.add_argument(
+    "--test_labels", type=Path, metavar="FILE", help="lines `file-name class-name` for --test"
+  )
+  sub.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="of the prepared set")
+  sub.add_argument("--name", default="", help="of the set; default: as --from is called")
+  size = sub.add_mutually_exclusive_group()
+  size.add_argument("--shard_mb", type=_count, default=256, help="input per shard; default: 256")
+  size.add_argument("--shards", type=_count, help="shards of the training split")
+  sub.add_argument(
+    "--short_side", type=_count, help="make images smaller whose shorter side is longer than this"
+  )
+  sub.add_argument("--quality", type=_quality, default=95, help="of their JPEGs; default: 95")
+  sub.add_argument("--workers", type=_count, help="processes; default: one per core")
+  sub.add_argument(
+    "--max_failed_share", type=_share, default=0.01, help="of unreadable images; default: 0.01"
+  )
+  sub.add_argument(
+    "--verify",
+    nargs="?",
+    const="bytes",
+    choices=("bytes", "images"),
+    help="read the set again and compare every byte; `images` also decodes every image",
+  )
+
+
+def _add_bench(command) -> None:
+  sub = command(
+    "bench", _bench, "measure how fast images come", description=_BENCH, epilog=_BENCH_MORE
+  )
+  sub.add_argument("what", choices=("input",), help="input: reading, decoding, views, transfer")
+  sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=_CONFIG_HELP)
+  sub.add_argument(
+    "--workers",
+    type=_counts,
+    help="numbers of worker processes to try; default: 0, 1 and all cores",
+  )
+  sub.add_argument(
+    "--seconds", type=_seconds, default=3.0, help="of each of some 20 measurements; default: 3"
+  )
+  sub.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+
+
 def _seeds(text: str) -> list[int]:
   seeds = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
   if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -112,9 +205,42 @@ def _seeds(text: str) -> list[int]:
   return seeds
 
 
+def _counts(text: str) -> list[int]:
+  parts = text.split(",")
+  if not all(part.isdecimal() for part in parts):
+    raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers such as 0,2,4")
+  return sorted(set(map(int, parts)))
+
+
+def _seconds(text: str) -> float:
+  try:
+    seconds = float(text)
+  except ValueError:
+    seconds = 0.0
+  if not 0 < seconds < 3600:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, and below 3600")
+  return seconds
+
+
 def _count(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+  return int(text)
+
+
+def _share(text: str) -> float:
+  try:
+    share = float(text)
+  except ValueError:
+    share = -1.0
+  if not 0 <= share <= 1:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
+  return share
+
+
+def _quality(text: str) -> int:
+  if not text.isdecimal() or not 1 <= int(text) <= 100:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 100")
   return int(text)
 
 
@@ -144,6 +270,46 @@ def _show_views(arguments: argparse.Namespace, overrides: list[str]) -> int:
   source, _ = experiment.build_sources(cfg)
   run.write_views(cfg, source, arguments.output, arguments.images, arguments.pairs)
   print(f"wrote {arguments.output}")
+  return 0
+
+
+def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  from byolx import config, prepare
+  from byolx.data.shards import Encode
+  from byolx.machine import usable_cores
+
+  workers = arguments.workers or usable_cores()
+  if arguments.source is not None:
+    short_side = arguments.short_side
+    options = prepare.Options(
+      name=arguments.name,
+      shards=arguments.shards,
+      shard_mb=arguments.shard_mb,
+      encode=Encode(short_side, arguments.quality) if short_side else None,
+      workers=workers,
+      max_failed_share=arguments.max_failed_share,
+    )
+    prepare.prepare(arguments.source, arguments.to, options, arguments.test, arguments.test_labels)
+  elif not arguments.verify:
+    raise config.ConfigError(
+      "neither --from nor --verify was given; expected what to prepare, or verify"
+    )
+  if arguments.verify:
+    prepare.verify(arguments.to, workers, arguments.verify == "images")
+  return 0
+
+
+def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  from byolx import bench, config, logs
+  from byolx.machine import usable_cores
+
+  cfg = config.load(arguments.config, overrides)
+  workers = arguments.workers or sorted({0, 1, usable_cores()})
+  report = bench.measure_input(cfg, workers, arguments.seconds)
+  print(report.text())
+  if arguments.json:
+    text = json.dumps(dataclasses.asdict(report), indent=1)
+    logs.write_atomically(arguments.json, text + "\n")
   return 0
 
 

@@ -20,6 +20,7 @@ from byolx.data.decode import DecodeError
 from byolx.data.failures import Failure, TooManyFailuresError
 from byolx.data.order import REPLACEMENT, VIEW, Rows, Stream, epoch_order
 from byolx.data.sources import Example, Source
+from byolx.machine import end_with_parent
 
 Batch = dict[str, Any]
 
@@ -203,9 +204,10 @@ def join(parts: Sequence[Made]) -> Made:
 
 
 def start_worker(*_) -> None:
-  """Settles a worker process: its arrays go straight into shared memory, see `_pixels`."""
+  """Settles a worker process: it writes into shared memory, and ends when its parent does."""
   global _in_worker
   _in_worker = True
+  end_with_parent()
   one_thread_per_image()
   threadpoolctl.threadpool_limits(1)
 

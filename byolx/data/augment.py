@@ -185,7 +185,11 @@ def _draw_crop(spec, height, width, u_top, u_left, u_shapes):
 
 
 def crop_and_resize(
-  image: UInt8[np.ndarray, "h w 3"], crop: Int32[np.ndarray, "4"], size: int, antialias: bool
+  image: UInt8[np.ndarray, "h w 3"],
+  crop: Int32[np.ndarray, "4"],
+  size: int,
+  antialias: bool,
+  out: UInt8[np.ndarray, "size size 3"] | None = None,
 ) -> UInt8[np.ndarray, "size size 3"]:
   """Cuts `crop` (top, left, height, width) out of `image` and resizes it, bicubic, to `size`.
 
@@ -193,7 +197,7 @@ def crop_and_resize(
   dropped and the rest normalised. Without antialiasing, as the reference, this is
   `jax.image.resize(patch, method='cubic', antialias=False)`, clipped and rounded. With it, the
   kernel widens where the patch shrinks and this is Pillow's BICUBIC, which also clips and rounds
-  between the horizontal and the vertical pass.
+  between the horizontal and the vertical pass. The result is written to `out`, if that is given.
 
   Raises:
     ValueError: if the crop is empty or reaches outside the image, or `size` is not positive.
@@ -207,7 +211,7 @@ def crop_and_resize(
     )
   rows = _resize_weights(height, size, 0, size, antialias)
   columns = _resize_weights(width, size, 0, size, antialias)
-  return _resize(image[top : top + height, left : left + width], rows, columns, antialias)
+  return _resize(image[top : top + height, left : left + width], rows, columns, antialias, out)
 
 
 def evaluation_view(
@@ -250,8 +254,8 @@ def blur_radius(size: int) -> int:
   return int(size / 10 / 2)
 
 
-def _resize(image, rows, columns, antialias):
-  """Applies two sets of weights from `_resize_weights` to a uint8 image."""
+def _resize(image, rows, columns, antialias, out=None):
+  """Applies two sets of weights from `_resize_weights` to a uint8 image, into `out` if given."""
   if antialias:  # Pillow's order, which keeps 8 bits between the passes
     first, second, image = columns, rows, cv2.transpose(image)
   else:
@@ -265,14 +269,15 @@ def _resize(image, rows, columns, antialias):
   turned = _scratch.floats(0, along, len(x), 3)
   cv2.transpose(x.reshape(len(x), along, 3), turned)
   x = _multiply(second, turned.reshape(along, -1), slot=1)
-  resized = _to_uint8(x).reshape(len(x), -1, 3)
-  return resized if antialias else cv2.transpose(resized)
+  if antialias:
+    return _to_uint8(x, None if out is None else out.reshape(x.shape)).reshape(len(x), -1, 3)
+  return cv2.transpose(_to_uint8(x).reshape(len(x), -1, 3), out)
 
 
-def _to_uint8(x):
+def _to_uint8(x, out=None):
   """Clips to [0, 255] and rounds; ties go up, as in Pillow. Overwrites x."""
   cv2.threshold(x, 0, 0, cv2.THRESH_TOZERO, x)
-  return cv2.convertScaleAbs(x, beta=1e-4)
+  return cv2.convertScaleAbs(x, out, beta=1e-4)
 
 
 def _multiply(blocks, x, slot):
@@ -314,23 +319,28 @@ class _Block(NamedTuple):
   weights: Float32[np.ndarray, "rows columns"]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=2048)
 def _resize_weights(
   source: int, target: int, first: int, count: int, antialias: bool
 ) -> tuple[_Block, ...]:
   """The matrix that resizes a line of `source` pixels to `target`, outputs first:first+count."""
   scale = source / target
+  stretch = max(scale, 1.0) if antialias else 1.0
   centre = (np.arange(first, first + count) + 0.5) * scale - 0.5
-  distance = np.abs(centre[:, None] - np.arange(source))
-  weights = _keys(distance / max(scale, 1.0) if antialias else distance)
-  weights /= weights.sum(axis=1, keepdims=True)
+  taps = np.arange(math.ceil(4 * stretch) + 1)
+  pixel = np.ceil(centre - 2 * stretch).astype(np.int64)[:, None] + taps
+  weights = _keys(np.abs(centre[:, None] - pixel) / stretch)
+  inside = (pixel >= 0) & (pixel < source)
+  weights /= weights.sum(axis=1, keepdims=True, where=inside)
+  lows = np.maximum(pixel[::_BLOCK, 0], 0)
+  column = pixel - np.repeat(lows, _BLOCK)[:count, None]
+  row = np.broadcast_to(np.arange(count)[:, None], pixel.shape)
+  banded = np.zeros((count, int(column.max()) + 1), np.float32)
+  banded[row[inside], column[inside]] = weights[inside]
   blocks = []
-  for start in range(0, count, _BLOCK):
-    rows = weights[start : start + _BLOCK]
-    reached = np.flatnonzero(rows.any(axis=0))
-    low, high = int(reached[0]), int(reached[-1]) + 1
-    rows = np.ascontiguousarray(rows[:, low:high], np.float32)
-    blocks.append(_Block(start, start + len(rows), low, high, rows))
+  for start, low in zip(range(0, count, _BLOCK), lows.tolist()):
+    rows = banded[start : start + _BLOCK, : source - low]
+    blocks.append(_Block(start, start + len(rows), low, low + rows.shape[1], rows))
   return tuple(blocks)
 
 

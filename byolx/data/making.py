@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import threadpoolctl
-from grain.multiprocessing import SharedMemoryArray
+from jaxtyping import UInt8
 
 from byolx.data.augment import Draws, ViewSpec, crop_and_resize, draw, evaluation_view
 from byolx.data.augment_host import apply_host
 from byolx.data.decode import DecodeError
 from byolx.data.failures import Failure, TooManyFailuresError
+from byolx.data.lending import Borrower, Lender, Loan
 from byolx.data.order import REPLACEMENT, VIEW, Rows, Stream, epoch_order
 from byolx.data.sources import Example, Source
 from byolx.machine import end_with_parent
@@ -27,16 +28,20 @@ Batch = dict[str, Any]
 _REPLACEMENTS = 1000
 """After so many unreadable records in a row the source is given up."""
 
-SHARED_BYTES = 2**16
-"""Smaller arrays come from workers through a pipe: each segment of shared memory is a file."""
-
-_in_worker = False
-
 
 class Made(NamedTuple):
-  """A part of a batch and the unreadable records that came up in making it."""
+  """A part of a batch and the unreadable records that came up in making it.
 
-  batch: Batch
+  Attributes:
+    names: of the images in the batch: view1, view2, or image.
+    pixels: all of them, or a loan of them.
+    rest: what else is in the batch.
+    failures: in the order of rows.
+  """
+
+  names: tuple[str, ...]
+  pixels: UInt8[np.ndarray, "names b size size 3"] | Loan
+  rest: Batch
   failures: tuple[Failure, ...]
 
 
@@ -95,12 +100,13 @@ class TrainPart:
     self._on_host = placement == "host"
     self._antialias = antialias
     self._crew = crew
+    self._lender = Lender()
 
   def __call__(self, number: int) -> Made:
     places = self._rows.of(number)
     count, size = len(places), self._size
     label, index = np.empty(count, np.int32), np.empty(count, np.int32)
-    images = [_pixels(count, size, size, 3) for _ in self._views]
+    images, sent = self._lender.take(len(self._views), count, size, size, 3)
     draws: list[list] = [[None] * count for _ in self._views]
 
     def fill(rows: range) -> list[Failure]:
@@ -113,20 +119,20 @@ class TrainPart:
         height, width = example.image.shape[:2]
         for view, spec in enumerate(self._views):
           drawn = draw(spec, stream.at(VIEW, record, epoch, view), height, width)
-          image = crop_and_resize(example.image, drawn.crop, size, self._antialias)
+          out = images[view, row]
+          crop_and_resize(example.image, drawn.crop, size, self._antialias, out)
           if self._on_host:
-            image = apply_host(image, drawn, spec.brightness_rule)
-          images[view][row] = image
+            out[:] = apply_host(out, drawn, spec.brightness_rule)
           draws[view][row] = drawn
       return failures
 
-    failures = _fill_or_free(self._crew, count, fill, images)
-    batch: Batch = {"label": label, "index": index}
-    for view, (pixels, drawn) in enumerate(zip(images, draws, strict=True), start=1):
-      batch[f"view{view}"] = pixels
-      if not self._on_host:
-        batch[f"draws{view}"] = Draws(*map(np.stack, zip(*drawn)))
-    return Made(batch, failures)
+    failures = self._crew.fill(count, fill)
+    numbers = range(1, len(self._views) + 1)
+    rest: Batch = {"label": label, "index": index}
+    if not self._on_host:
+      for view, drawn in zip(numbers, draws, strict=True):
+        rest[f"draws{view}"] = Draws(*map(np.stack, zip(*drawn)))
+    return Made(tuple(f"view{view}" for view in numbers), sent, rest, failures)
 
   def _read(self, record: int, stream: Stream, failures: list[Failure]) -> tuple[Example, int]:
     """The record, or a readable one in its place, which depends on seed and record only."""
@@ -160,11 +166,12 @@ class EvaluationPart:
     self._view = (size, resize, rule)
     self._rows = rows
     self._crew = crew
+    self._lender = Lender()
 
   def __call__(self, number: int) -> Made:
     places = self._rows.of(number)
     count, size = len(places), self._view[0]
-    image = _pixels(count, size, size, 3)
+    (image,), sent = self._lender.take(1, count, size, size, 3)
     label, index = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
     mask = np.zeros(count, bool)
 
@@ -184,29 +191,31 @@ class EvaluationPart:
         label[row], index[row], mask[row] = example.label, record, True
       return failures
 
-    failures = _fill_or_free(self._crew, count, fill, [image])
-    return Made({"image": image, "label": label, "mask": mask, "index": index}, failures)
+    failures = self._crew.fill(count, fill)
+    return Made(("image",), sent, {"label": label, "mask": mask, "index": index}, failures)
 
 
-def join(parts: Sequence[Made]) -> Made:
-  """One batch of its parts, in order."""
-  if len(parts) == 1:
-    return parts[0]
-  batch = {}
-  for key, first in parts[0].batch.items():
-    values = [part.batch[key] for part in parts]
-    batch[key] = (
-      Draws(*map(np.concatenate, zip(*values)))
-      if isinstance(first, Draws)
-      else (np.concatenate(values))
-    )
-  return Made(batch, tuple(failure for part in parts for failure in part.failures))
+def join(parts: Sequence[Made], borrower: Borrower) -> tuple[Batch, tuple[Failure, ...]]:
+  """One batch of its parts, in order, and what failed in them; a single part is not copied."""
+  pixels = [borrower.open(part.pixels) for part in parts]
+  batch = {
+    name: _concatenated([images[i] for images in pixels]) for i, name in enumerate(parts[0].names)
+  }
+  for key in parts[0].rest:
+    batch[key] = _concatenated([part.rest[key] for part in parts])
+  return batch, tuple(failure for part in parts for failure in part.failures)
+
+
+def _concatenated(values):
+  if len(values) == 1:
+    return values[0]
+  if isinstance(values[0], Draws):
+    return Draws(*map(np.concatenate, zip(*values)))
+  return np.concatenate(values)
 
 
 def start_worker(*_) -> None:
-  """Settles a worker process: it writes into shared memory, and ends when its parent does."""
-  global _in_worker
-  _in_worker = True
+  """Settles a worker process: it uses one core, and ends when its parent does."""
   end_with_parent()
   one_thread_per_image()
   threadpoolctl.threadpool_limits(1)
@@ -215,21 +224,3 @@ def start_worker(*_) -> None:
 def one_thread_per_image() -> None:
   """OpenCV's own threads only get into the way of many small images."""
   cv2.setNumThreads(0)
-
-
-def _pixels(*shape: int) -> np.ndarray:
-  """Uninitialised uint8, in a worker process where the training process can reach it."""
-  if _in_worker and math.prod(shape) >= SHARED_BYTES:
-    return SharedMemoryArray(shape, np.uint8)
-  return np.empty(shape, np.uint8)
-
-
-def _fill_or_free(crew, count, fill, images):
-  """Fills the rows; gives shared memory back if that fails, since nobody else will."""
-  try:
-    return crew.fill(count, fill)
-  except BaseException:
-    for image in images:
-      if isinstance(image, SharedMemoryArray):
-        image.unlink_on_del()
-    raise

@@ -7,7 +7,7 @@ drawn again.
 
 grain runs the work: part of a batch -> arrays is a `grain.MapDataset`. Its elements are parts of
 batches rather than records because its bookkeeping per element costs as much as a view of a small
-image. Worker processes write pixels into shared memory, which the training process reads in place.
+image. Worker processes write pixels into memory that the training process reads in place, see `lending`.
 
 Files that cannot be read do not stop a run: see `failures`.
 """
@@ -30,8 +30,8 @@ from jaxtyping import Int32, UInt8
 
 from byolx.data.augment import ViewSpec, evaluation_view
 from byolx.data.failures import FailureLog
+from byolx.data.lending import Borrower
 from byolx.data.making import (
-  SHARED_BYTES,
   Batch,
   Crew,
   EvaluationPart,
@@ -46,6 +46,9 @@ from byolx.data.sources import Source
 from byolx.machine import usable_cores
 
 PLACEMENTS = ("host", "device")
+
+_SHARED_BYTES = 2**16
+"""Smaller arrays come from workers through a pipe: each array in shared memory is a file."""
 
 PART_ROWS = 128
 """Worker processes make larger batches in parts of about so many rows: their memory stays small."""
@@ -218,11 +221,12 @@ class Batches(Iterator[Batch]):
         flags.FLAGS.mark_as_parsed()  # grain hands its flags on to the workers
       ahead = max(1, math.ceil(prefetch * parts / workers))
       options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
-      dataset = WithOptionsIterDataset(dataset, DatasetOptions(min_shm_size=SHARED_BYTES))
+      dataset = WithOptionsIterDataset(dataset, DatasetOptions(min_shm_size=_SHARED_BYTES))
       dataset = dataset.mp_prefetch(options, worker_init_fn=start_worker)
     else:
       dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
     self._parts = parts
+    self._borrower = Borrower()
     self._running = [crew, iter(dataset)]  # empty once closed; closed from the last to the first
     self._failures = failures
     self._finalizer = weakref.finalize(self, _close_all, self._running)
@@ -235,7 +239,7 @@ class Batches(Iterator[Batch]):
       parts = list(itertools.islice(self._running[-1], self._parts))
       if not parts:
         raise StopIteration
-      batch, failures = join(parts)
+      batch, failures = join(parts, self._borrower)
       self._failures.add(batch["index"], failures)
     except BaseException:
       self.close()

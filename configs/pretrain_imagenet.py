@@ -44,7 +44,7 @@ def get_config(
   base_rate, weight_decay, tau_base = PRESETS[epochs]
 
   config = ConfigDict()
-  config.data = {"source": "imagenet", "folder": "", "validation": "none", "workers": 16}
+  config.data = {"source": "imagenet", "folder": "", "validation": "none", "workers": -1}
   config.views = {"size": 224}
   config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
   config.byol = {

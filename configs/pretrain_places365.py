@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 def get_config(arch: str = "resnet50", width: int = 1) -> ConfigDict:
   """Fields that are not named here keep their defaults: views.view1 and view2 are Table 6."""
   config = ConfigDict()
-  config.data = {"source": "places365", "folder": "", "validation": "none", "workers": 16}
+  config.data = {"source": "places365", "folder": "", "validation": "none", "workers": -1}
   config.views = {"size": 224}
   config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
   config.byol = {

@@ -78,9 +78,13 @@ class Checkpoints:
     leaves = _in_order(restored["state"], abstract)
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["data"]
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Waits for the save under way, if any."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the save under way, if any."""
+    self.wait()
     self._manager.close()
 
 

@@ -11,6 +11,8 @@ from typing import NoReturn
 
 USAGE = 2
 FAILED = 1
+STOPPED = 75  # EX_TEMPFAIL: start the same command again
+INTERRUPTED = 130
 
 _TRAIN = """\
 Pretrain an encoder without labels by BYOL, then tell what it learned: k-NN and linear probe at
@@ -62,7 +64,7 @@ _CONFIG_HELP = "config file, with arguments after a colon; --config.FIELD=VALUE 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; returns its exit code: 0, 1 where a run failed, 2 where it could not start."""
+  """Runs one command; returns its exit code: see the constants above."""
   arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
   logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
   logging.getLogger("byolx").setLevel(logging.INFO)
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   # Imported here: `byolx --help` answers without waiting for jax.
   from byolx.config import ConfigError
   from byolx.data.failures import TooManyFailuresError
+  from byolx.fit import StoppedError
   from byolx.train import DivergedError
 
   try:
@@ -78,9 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _fail(error, USAGE)
   except (DivergedError, TooManyFailuresError, OSError) as error:
     return _fail(error, FAILED)
+  except StoppedError as error:
+    print(f"byolx: {error}; the same command goes on from there", file=sys.stderr)
+    return INTERRUPTED if error.by_keyboard else STOPPED
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from there", file=sys.stderr)
-    return 130
+    return INTERRUPTED
 
 
 class _Parser(argparse.ArgumentParser):

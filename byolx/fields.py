@@ -237,7 +237,23 @@ FIELDS: dict[str, Field] = {
     at_least(0),
     free=True,
   ),
+  "train.max_gradient_norm": Field(
+    0.0, "a gradient norm above this counts as divergence; 0: only what is not finite", at_least(0)
+  ),
+  "train.on_divergence": Field(
+    "stop",
+    "stop, or go back to the last checkpoint and leave out the batches since",
+    one_of("stop", "rollback"),
+    free=True,
+  ),
+  "train.max_rollbacks": Field(
+    3, "after so many, a divergence stops the run", at_least(0), free=True
+  ),
   "checkpoint.every_epochs": Field(1.0, "between checkpoints", above(0), free=True),
+  "checkpoint.every_steps": Field(0, "between checkpoints as well; 0: off", at_least(0), free=True),
+  "checkpoint.every_minutes": Field(
+    0.0, "between checkpoints as well; 0: off", at_least(0), free=True
+  ),
   "checkpoint.keep": Field(2, "latest checkpoints kept", at_least(1), free=True),
   "log.every_steps": Field(50, "between rows of metrics.jsonl", at_least(1), free=True),
   "log.every_seconds": Field(10.0, "between progress lines", at_least(0), free=True),

@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import itertools
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,18 +13,17 @@ from clu import parameter_overview
 from flax import nnx
 from ml_collections import ConfigDict
 
-import byolx
 from byolx import (
   checkpoint,
   config,
   evaluate,
   experiment,
+  fit,
   logs,
   metrics,
   overview,
   probe,
   report,
-  sharding,
   train,
 )
 from byolx.config import ConfigError
@@ -55,7 +52,7 @@ def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
   )
   logs.write_atomically(workdir / "parameters.txt", every + "\n")
   write_views(cfg, exp.train_source, workdir / "views.png")
-  state = fit(exp, workdir)
+  state = fit.fit(exp, workdir)
   return conclude(exp, state, workdir)
 
 
@@ -68,8 +65,8 @@ def evaluate_run(workdir: Path) -> list[dict]:
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
   if checkpoints.latest() is None:
     raise ConfigError(f"--from={workdir}: expected a checkpoint in {workdir / 'checkpoints'}")
-  state = _restore(exp, checkpoints)
-  checkpoints.close()
+  with contextlib.closing(checkpoints):
+    state = fit.restore(exp, checkpoints, fit.Rollbacks(workdir))
   return conclude(exp, state, workdir)
 
 
@@ -163,98 +160,6 @@ def _pair(image, specs, cfg: ConfigDict, record: int, epoch: int) -> tuple[np.nd
   return tuple(pair)
 
 
-def fit(exp: Experiment, workdir: Path) -> train.TrainState:
-  """Runs the loop from the newest checkpoint, or from the start."""
-  c = exp.config
-  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.keep)
-  state = _first_state(exp, checkpoints)
-  start = int(state.step)
-  log = logs.RunLog(
-    workdir,
-    steps=exp.steps,
-    steps_per_epoch=exp.steps_per_epoch,
-    images_per_step=c.train.batch_size,
-    start=start,
-    every_seconds=c.log.every_seconds,
-  )
-  warned = set()
-
-  def write(step: int, scalars: dict[str, float]) -> None:
-    log.write(step, {**scalars, "rate": float(exp.rate(step - 1))})
-    warning = metrics.collapse_warning(scalars["std"], scalars["rank"], c.byol.projection_size)
-    if warning and step > exp.warmup_steps and not warned:
-      warned.add(step)
-      print(f"warning: step {step}: {warning}", flush=True)
-
-  def save(step: int, current: train.TrainState) -> None:
-    checkpoints.save(step, current, data_position(exp, step), {"commit": commit()})
-
-  with contextlib.ExitStack() as stack:
-    stack.callback(log.close)
-    stack.callback(checkpoints.close)
-    if start < exp.steps:
-      batches = stack.enter_context(contextlib.closing(exp.train_batches(start)))
-      placed = sharding.prefetch(batches, exp.mesh)
-      first = next(placed)
-      print("compiling the step ...", flush=True)
-      began = time.monotonic()
-      step_function = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
-      compiled = step_function.lower(state, first, exp.step_key).compile()
-      print(f"compiled in {logs.duration(time.monotonic() - began)}", flush=True)
-      log.begin()
-      state = train.train(
-        compiled,
-        state,
-        itertools.chain([first], placed),
-        exp.step_key,
-        steps=exp.steps,
-        log_every=c.log.every_steps,
-        save_every=max(1, round(c.checkpoint.every_epochs * exp.steps_per_epoch)),
-        log=write,
-        save=save,
-      )
-  return state
-
-
-def data_position(exp: Experiment, step: int) -> dict:
-  """Where the input stands after a step: a pure function of step, seed and images."""
-  return {
-    "next_example": step * exp.config.train.batch_size,
-    "seed": exp.config.seed,
-    "source": exp.train_source.name,
-    "images": len(exp.train_source),
-    "classes": len(exp.train_source.classes),
-  }
-
-
-def _first_state(exp: Experiment, checkpoints: checkpoint.Checkpoints) -> train.TrainState:
-  if checkpoints.latest() is None:
-    return train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
-  state = _restore(exp, checkpoints)
-  print(f"going on from step {int(state.step):,} of {exp.steps:,}", flush=True)
-  return state
-
-
-def _restore(exp: Experiment, checkpoints: checkpoint.Checkpoints) -> train.TrainState:
-  """The newest checkpoint, if it was made from the images that there are now."""
-  step = checkpoints.latest()
-  found, expected = checkpoints.data(step), data_position(exp, step)
-  changed = [
-    f"{name}: {found[name]} -> {expected[name]}" for name in found if found[name] != expected[name]
-  ]
-  if changed:
-    raise ConfigError(
-      f"the checkpoint of step {step} was trained on other images ({'; '.join(changed)}); choose "
-      "another --workdir, or bring the images of data.folder back"
-    )
-  state, _ = checkpoints.restore(_abstract(exp), step)
-  return state
-
-
-def _abstract(exp: Experiment) -> train.TrainState:
-  return train.abstract_state(exp.task, exp.tx, exp.encoder_key, exp.mesh)
-
-
 def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[dict]:
   """Does it know anything? k-NN, linear probe and pictures for four encoders side by side."""
   rows = report.read_metrics(workdir / "metrics.jsonl")
@@ -282,7 +187,7 @@ def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[di
     logs.write_atomically(workdir / "results.json", "[]\n")
     return []
   known = {"task": "pretrain", "seed": exp.config.seed, "step": int(state.step)}
-  known |= {"config": config.fingerprint(exp.config), "commit": commit()}
+  known |= {"config": config.fingerprint(exp.config), "commit": fit.commit()}
   train_features, train_labels, _ = extract(batches=exp.evaluation_batches(training_subset(exp)))
   records = probe.evaluate_features(
     {name: (train_features[name], test[name]) for name in test},
@@ -326,21 +231,3 @@ def training_subset(exp: Experiment, most: int = 0):
     return sources.Subset(source, np.linspace(0, len(source) - 1, limit).astype(np.int64))
   limit = max(limit, len(source.classes))
   return sources.Subset(source, splits.balanced_subset(source.labels, limit, seed=0))
-
-
-@functools.cache
-def commit() -> str:
-  """The git commit of this code, with `+` where files are changed; the version where git is not."""
-  here = Path(__file__).parent
-
-  def git(*arguments: str) -> str:
-    done = subprocess.run(
-      ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()
-
-  try:
-    changed = git("status", "--porcelain", "--untracked-files=no", ".")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-  except (OSError, subprocess.SubprocessError):
-    return f"v{byolx.__version__}"

@@ -25,7 +25,11 @@ IN_FLIGHT = 2
 
 
 class DivergedError(RuntimeError):
-  """A loss or an update that is not finite."""
+  """A loss or an update that is not finite, or a gradient beyond its limit, at `step`."""
+
+  def __init__(self, message: str, step: int):
+    super().__init__(message)
+    self.step = step
 
 
 @jax.tree_util.register_dataclass
@@ -163,11 +167,13 @@ def train(
   *,
   steps: int,
   log_every: int,
-  save_every: int,
+  save_when: Callable[[int], bool],
+  stop_when: Callable[[int], bool],
   log: Callable[[int, dict[str, float]], None],
-  save: Callable[[int, TrainState], None],
+  save: Callable[[int, TrainState, dict[str, float]], None],
+  most_gradient: float = math.inf,
 ) -> TrainState:
-  """Runs from the state's step to `steps`.
+  """Runs from the state's step to `steps`, or to where it is stopped.
 
   Args:
     step_function: from `compile_step`, as it is or compiled ahead of time.
@@ -175,12 +181,15 @@ def train(
     batches: on the devices already, starting at the state's step.
     key: of whatever a loss draws; folded with the step.
     steps: to stop at.
-    log_every, save_every: steps between calls of `log` and `save`; both are called at the end.
+    log_every: steps between calls of `log`, which is also called at the end.
+    save_when: asked after each step whether to save; the last step and one that stops are saved.
+    stop_when: asked after each step whether to stop there.
     log: takes a step (1 is the first) and its scalars.
-    save: takes a step and its state, which is finite.
+    save: takes a step, its state, which is good, and its scalars.
+    most_gradient: a norm of the gradient above this counts as divergence.
 
   Raises:
-    DivergedError: before a state that is not finite would be logged as good or saved.
+    DivergedError: before a state that is not good would be logged or saved.
   """
   pending: list[tuple[int, Scalars]] = []
   for step in range(int(state.step) + 1, steps + 1):
@@ -188,16 +197,19 @@ def train(
     pending.append((step, scalars))
     if len(pending) > IN_FLIGHT:
       jax.block_until_ready(pending[-1 - IN_FLIGHT][1])
-    saves, last = step % save_every == 0, step == steps
-    if step % log_every == 0 or saves or last:
+    stops, last = stop_when(step), step == steps
+    saves = save_when(step) or stops or last
+    if step % log_every == 0 or saves:
       rows = [(at, _floats(values)) for at, values in pending]
       pending.clear()
       for at, row in rows:
-        _refuse_non_finite(at, row)
+        _refuse_diverged(at, row, most_gradient)
         if at % log_every == 0 or at == steps:
           log(at, row)
-      if saves or last:
-        save(step, state)
+      if saves:
+        save(step, state, rows[-1][1])
+    if stops:
+      break
   return state
 
 
@@ -205,11 +217,15 @@ def _floats(scalars: Scalars) -> dict[str, float]:
   return {name: float(np.asarray(value)) for name, value in jax.device_get(scalars).items()}
 
 
-def _refuse_non_finite(step: int, row: dict[str, float]) -> None:
-  bad = [name for name, value in row.items() if not math.isfinite(value)]
+def _refuse_diverged(step: int, row: dict[str, float], most_gradient: float) -> None:
+  bad = [f"{name}={value}" for name, value in row.items() if not math.isfinite(value)]
+  expected = "finite numbers"
+  if not bad and row["norm_gradient"] > most_gradient:
+    bad = [f"norm_gradient={row['norm_gradient']:.4g}"]
+    expected = f"at most train.max_gradient_norm={most_gradient}"
   if bad:
     raise DivergedError(
-      f"step {step}: {', '.join(f'{name}={row[name]}' for name in bad)}: expected finite numbers. "
-      "The last good checkpoint is kept; try a lower optim.base_rate or a longer "
-      "optim.warmup_epochs."
+      f"step {step}: {', '.join(bad)}: expected {expected}. The last good checkpoint is kept; try a"
+      " lower optim.base_rate or a longer optim.warmup_epochs.",
+      step,
     )

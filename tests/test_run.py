@@ -15,13 +15,15 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from byolx import checkpoint, cli, config, experiment, run, train
+from byolx import fit as fitting
 
 ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 # 1437 images to train on: 14.97 steps per epoch, 89 steps, 7 of them warm-up.
 CONFIG = """
@@ -77,25 +79,6 @@ def byolx(*arguments):
   return Done(code, out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-  """A folder of compiled programs, so that equal ones are compiled once by all tests here."""
-  base = tmp_path_factory.getbasetemp()
-  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-  settings = {
-    "jax_compilation_cache_dir": str(folder),
-    "jax_persistent_cache_min_compile_time_secs": 0.2,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield {name.upper(): str(value) for name, value in settings.items()}
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
   path = tmp_path_factory.mktemp("configs") / "tiny.py"
@@ -123,7 +106,7 @@ def fit(cfg, workdir):
   out = io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
     run.claim(workdir, cfg)
-    run.fit(experiment.build(cfg), workdir)
+    fitting.fit(experiment.build(cfg), workdir)
   return out.getvalue()
 
 
@@ -439,7 +422,7 @@ def test_a_folder_that_changed_is_another_run(tmp_path):
   run.claim(workdir, exp.config)
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
   state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
-  checkpoints.save(2, state, run.data_position(exp, 2), {})
+  checkpoints.save(2, state, fitting.data_position(exp, 2), {})
   checkpoints.close()
   photographs(folder / "c", 5)
   for done in (image_folder(folder, workdir), byolx("eval", f"--from={workdir}")):

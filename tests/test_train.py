@@ -259,11 +259,11 @@ def test_a_merged_model_is_a_copy():
 
 def counting(state, batch, key):
   """A step that only counts, and logs what it was given."""
-  scalars = {"loss": jnp.asarray(batch, jnp.float32)}
+  scalars = {"loss": jnp.asarray(batch, jnp.float32), "norm_gradient": jnp.float32(1)}
   return dataclasses.replace(state, step=state.step + 1), scalars
 
 
-def loop(step_function, state, batches, **options):
+def loop(step_function, state, batches, *, save_every, stop_at=None, **options):
   """(final state, logged rows, saved steps, what happened in order)."""
   rows, saved, events = {}, {}, []
 
@@ -271,16 +271,28 @@ def loop(step_function, state, batches, **options):
     rows[step] = scalars
     events.append(("log", step))
 
-  def save(step, current):
+  def save(step, current, scalars):
     assert int(current.step) == step
+    assert step not in rows or rows[step] == scalars
     saved[step] = host(current)
     events.append(("save", step))
 
   result = None
   try:
-    result = train.train(step_function, state, batches, KEY, log=log, save=save, **options)
+    result = train.train(
+      step_function,
+      state,
+      batches,
+      KEY,
+      log=log,
+      save=save,
+      save_when=lambda step: step % save_every == 0,
+      stop_when=lambda step: step == stop_at,
+      **options,
+    )
   except train.DivergedError as error:
     events.append(("diverged", str(error)))
+    events.append(("at", error.step))
   return result, rows, saved, events
 
 
@@ -307,7 +319,7 @@ def test_when_it_logs_and_saves(first, steps, log_every, save_every, logged, sav
   assert int(result.step) == steps
   assert next(batches) == steps  # not one batch more than needed
   for step, row in rows.items():
-    assert row == {"loss": step - 1.0}  # of that very step, whose batch counts from 0
+    assert row["loss"] == step - 1.0  # of that very step, whose batch counts from 0
     assert type(row["loss"]) is float
 
 
@@ -316,6 +328,32 @@ def test_a_row_is_logged_before_its_state_is_saved():
   options = {"steps": 4, "log_every": 2, "save_every": 2}
   events = loop(counting, state, iter(range(9)), **options)[3]
   assert events == [("log", 2), ("save", 2), ("log", 4), ("save", 4)]
+
+
+@pytest.mark.parametrize(("stop_at", "logged"), [(3, [2]), (4, [2, 4])])
+def test_a_run_that_is_stopped_saves_that_very_step(stop_at, logged):
+  state, _, _ = start(Toy())
+  batches = iter(range(9))
+  result, rows, saved, _ = loop(
+    counting, state, batches, steps=8, log_every=2, save_every=100, stop_at=stop_at
+  )
+  assert int(result.step) == stop_at == next(batches)
+  assert list(rows) == logged
+  assert list(saved) == [stop_at]
+
+
+def test_a_gradient_beyond_its_limit_is_divergence():
+  state, _, _ = start(Toy())
+
+  def growing(state, batch, key):
+    state, scalars = counting(state, batch, key)
+    return state, scalars | {"norm_gradient": jnp.float32(2.0) ** batch}
+
+  options = {"steps": 8, "log_every": 1, "save_every": 1, "most_gradient": 5.0}
+  *_, saved, events = loop(growing, state, iter(range(9)), **options)
+  assert list(saved) == [1, 2, 3]  # norms 1, 2, 4
+  assert events[-1] == ("at", 4)
+  assert "norm_gradient=8: expected at most train.max_gradient_norm=5.0" in events[-2][1]
 
 
 def test_continuing_from_a_saved_state_repeats_and_leaves_out_nothing(running):
@@ -351,9 +389,10 @@ def test_a_state_that_is_not_finite_is_never_saved(running, value, save_every, l
   step, _, first = running
   options = {"steps": 20, "log_every": log_every, "save_every": save_every}
   *_, saved, happened = loop(step, first(), poisoned(3, value), **options)
-  assert happened[:-1] == events
-  kind, message = happened[-1]
+  *before, (kind, message), at = happened
+  assert before == events
   assert kind == "diverged"
+  assert at == ("at", 3)
   assert message.startswith("step 3: ")
   assert "loss=" in message
   assert "optim.base_rate" in message
@@ -368,6 +407,6 @@ def test_an_absurd_rate_is_noticed_by_its_update():
   step = train.compile_step(task, tx, 1, mesh)
   options = {"steps": 50, "log_every": 10, "save_every": 1}
   *_, saved, events = loop(step, state, toy_batches(), **options)
-  assert events[-1][0] == "diverged"
-  assert "norm_update=inf" in events[-1][1]
+  assert events[-2][0] == "diverged"
+  assert "norm_update=inf" in events[-2][1]
   assert not saved

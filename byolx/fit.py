@@ -1,0 +1,314 @@
+"""Training one workdir, whatever happens: checkpoints, stops, restarts, rollbacks.
+
+A run goes on from its newest good checkpoint, and what it does then is what it would have done
+without a stop: the state is restored bit for bit, the input is a function of the step, and rows of
+`metrics.jsonl` after the checkpoint are dropped and written again.
+
+SIGTERM and Ctrl-C let the step under way finish, save it, and end the run with `StoppedError`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import byolx
+from byolx import checkpoint, logs, metrics, sharding, train
+from byolx.config import ConfigError
+from byolx.experiment import Experiment
+
+ROLLBACKS = "rollbacks.jsonl"
+
+
+class StoppedError(RuntimeError):
+  """A run that was asked to stop, and saved what it had."""
+
+  def __init__(self, name: str, step: int, steps: int):
+    super().__init__(f"stopped by {name} after step {step:,} of {steps:,}, which is saved")
+    self.by_keyboard = name == "SIGINT"
+
+
+class Stop:
+  """Turns SIGTERM and SIGINT into a request, while used as a context manager in the main thread.
+
+  A second signal of the same kind acts as it would without this.
+  """
+
+  def __init__(self):
+    self.name = ""
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> "Stop":
+    with contextlib.suppress(ValueError):  # not in the main thread: nothing to listen to
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._request)
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    self._before = {}
+
+  def _request(self, number: int, _) -> None:
+    self.name = signal.Signals(number).name
+    signal.signal(number, self._before.pop(number))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollback:
+  """Training diverged at step `at` and went back to step `to`, leaving out `left_out` batches."""
+
+  number: int
+  at: int
+  to: int
+  left_out: int
+  reason: str
+
+
+class Rollbacks:
+  """The rollbacks of a workdir, each on disk before anything is done about it."""
+
+  def __init__(self, workdir: Path):
+    self._path = workdir / ROLLBACKS
+    lines = self._path.read_text().splitlines() if self._path.exists() else []
+    self._all = [Rollback(**json.loads(line)) for line in lines]
+
+  @property
+  def count(self) -> int:
+    """How many there were."""
+    return max((rollback.number for rollback in self._all), default=0)
+
+  def skipped(self, step: int) -> int:
+    """How many batches are left out before the batch of the step after `step`."""
+    return sum(rollback.left_out for rollback in self._all if rollback.to <= step)
+
+  def skipped_before(self, step: int) -> int:
+    """How many had been left out when `step` was reached for the first time."""
+    return sum(rollback.left_out for rollback in self._all if rollback.to < step)
+
+  def segments(self, start: int) -> list[tuple[int, int | None]]:
+    """The steps from `start` on, as (first, end) between the places where batches are left out."""
+    cuts = [start, *sorted({rollback.to for rollback in self._all if rollback.to > start})]
+    return list(zip(cuts, [*cuts[1:], None], strict=True))
+
+  def add(self, at: int, to: int, reason: str) -> None:
+    """One more: every batch between the checkpoint and the divergence is left out from now on."""
+    left_out = at + self.skipped(at) - to - self.skipped(to)
+    earlier = [rollback for rollback in self._all if rollback.to <= to]
+    self._all = [*earlier, Rollback(self.count + 1, at, to, left_out, reason)]
+    lines = [json.dumps(dataclasses.asdict(rollback)) + "\n" for rollback in self._all]
+    logs.write_atomically(self._path, "".join(lines))
+
+
+def fit(exp: Experiment, workdir: Path) -> train.TrainState:
+  """Trains from the newest good checkpoint, or from the start, to the last step.
+
+  Raises:
+    StoppedError: by a signal; the same call goes on.
+    train.DivergedError: and train.on_divergence is stop, or it has rolled back often enough.
+    checkpoint.CheckpointError: a save failed, or no checkpoint can be used.
+  """
+  c = exp.config
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.keep)
+  rollbacks = Rollbacks(workdir)
+  with contextlib.closing(checkpoints), Stop() as stop:
+    compiled = None
+    state = first_state(exp, checkpoints, rollbacks)
+    while int(state.step) < exp.steps:
+      start = int(state.step)
+      try:
+        with contextlib.ExitStack() as stack:
+          log = stack.enter_context(contextlib.closing(_open_log(exp, workdir, start)))
+          batches = stack.enter_context(contextlib.closing(_batches(exp, rollbacks, start)))
+          placed = sharding.prefetch(batches, exp.mesh)
+          first = next(placed)
+          compiled = compiled or _compile(exp, state, first)
+          log.begin()
+          state = train.train(
+            compiled,
+            state,
+            itertools.chain([first], placed),
+            exp.step_key,
+            steps=exp.steps,
+            log_every=c.log.every_steps,
+            save_when=_save_when(exp),
+            stop_when=lambda step: bool(stop.name),
+            log=_writer(exp, log),
+            save=_saver(exp, checkpoints, rollbacks, log),
+            most_gradient=c.train.max_gradient_norm or math.inf,
+          )
+          checkpoints.wait()
+      except train.DivergedError as error:
+        state = _go_back(exp, checkpoints, rollbacks, error)
+      if stop.name and int(state.step) < exp.steps:
+        raise StoppedError(stop.name, int(state.step), exp.steps)
+  return state
+
+
+def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
+  """Where the input stands after a step: a pure function of step, seed, images and rollbacks."""
+  return {
+    "next_example": (step + skipped) * exp.config.train.batch_size,
+    "seed": exp.config.seed,
+    "source": exp.train_source.name,
+    "images": len(exp.train_source),
+    "classes": len(exp.train_source.classes),
+  }
+
+
+def first_state(
+  exp: Experiment, checkpoints: checkpoint.Checkpoints, rollbacks: Rollbacks
+) -> train.TrainState:
+  """The newest checkpoint's state, or a new one."""
+  if checkpoints.latest() is None:
+    return train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  state = restore(exp, checkpoints, rollbacks)
+  print(f"going on from step {int(state.step):,} of {exp.steps:,}", flush=True)
+  return state
+
+
+def restore(
+  exp: Experiment, checkpoints: checkpoint.Checkpoints, rollbacks: Rollbacks
+) -> train.TrainState:
+  """The newest checkpoint, if it was made from the images that there are now.
+
+  Raises:
+    ConfigError: it was made from others.
+  """
+  abstract = train.abstract_state(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  step = checkpoints.latest()
+  found = checkpoints.data(step)
+  expected = data_position(exp, step, rollbacks.skipped_before(step))
+  changed = [
+    f"{name}: {found[name]} -> {expected[name]}" for name in found if found[name] != expected[name]
+  ]
+  if changed:
+    raise ConfigError(
+      f"the checkpoint of step {step} was trained on other images ({'; '.join(changed)}); choose "
+      "another --workdir, or bring the images of data.folder back"
+    )
+  state, _ = checkpoints.restore(abstract, step)
+  return state
+
+
+def _batches(exp: Experiment, rollbacks: Rollbacks, start: int) -> Iterator[Any]:
+  """The batches of the steps after `start`, without those that were left out."""
+  for first, end in rollbacks.segments(start):
+    with contextlib.closing(exp.train_batches(first + rollbacks.skipped(first))) as batches:
+      yield from itertools.islice(batches, None if end is None else end - first)
+
+
+def _open_log(exp: Experiment, workdir: Path, start: int) -> logs.RunLog:
+  return logs.RunLog(
+    workdir,
+    steps=exp.steps,
+    steps_per_epoch=exp.steps_per_epoch,
+    images_per_step=exp.config.train.batch_size,
+    start=start,
+    every_seconds=exp.config.log.every_seconds,
+  )
+
+
+def _compile(exp: Experiment, state: train.TrainState, batch: Any) -> Callable:
+  print("compiling the step ...", flush=True)
+  began = time.monotonic()
+  step_function = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
+  compiled = step_function.lower(state, batch, exp.step_key).compile()
+  print(f"compiled in {logs.duration(time.monotonic() - began)}", flush=True)
+  return compiled
+
+
+def _writer(exp: Experiment, log: logs.RunLog) -> Callable[[int, dict[str, float]], None]:
+  """Writes a row, and warns once when the representation collapses."""
+  warned = set()
+
+  def write(step: int, scalars: dict[str, float]) -> None:
+    log.write(step, {**scalars, "rate": float(exp.rate(step - 1))})
+    size = exp.config.byol.projection_size
+    warning = metrics.collapse_warning(scalars["std"], scalars["rank"], size)
+    if warning and step > exp.warmup_steps and not warned:
+      warned.add(step)
+      print(f"warning: step {step}: {warning}", flush=True)
+
+  return write
+
+
+def _save_when(exp: Experiment) -> Callable[[int], bool]:
+  """True for the steps after which a checkpoint is due: by epochs, steps or minutes."""
+  c = exp.config.checkpoint
+  by_epoch = max(1, round(c.every_epochs * exp.steps_per_epoch))
+  last = [time.monotonic()]
+
+  def due(step: int) -> bool:
+    now = time.monotonic()
+    by_time = c.every_minutes > 0 and now - last[0] >= 60 * c.every_minutes
+    by_step = step % by_epoch == 0 or (c.every_steps > 0 and step % c.every_steps == 0)
+    if by_time or by_step:
+      last[0] = now
+    return by_time or by_step
+
+  return due
+
+
+def _saver(
+  exp: Experiment, checkpoints: checkpoint.Checkpoints, rollbacks: Rollbacks, log: logs.RunLog
+) -> Callable[[int, train.TrainState, dict[str, float]], None]:
+  def save(step: int, state: train.TrainState, scalars: dict[str, float]) -> None:
+    position = data_position(exp, step, rollbacks.skipped_before(step))
+    checkpoints.save(step, state, position, {"commit": commit()})
+
+  return save
+
+
+def _go_back(
+  exp: Experiment,
+  checkpoints: checkpoint.Checkpoints,
+  rollbacks: Rollbacks,
+  error: train.DivergedError,
+) -> train.TrainState:
+  """The state to go on from after a divergence; the batches that led to it will be left out."""
+  most = exp.config.train.max_rollbacks
+  if exp.config.train.on_divergence == "stop":
+    raise error
+  if rollbacks.count >= most:
+    raise train.DivergedError(
+      f"{error} It went back {rollbacks.count} times before; train.max_rollbacks={most}.",
+      error.step,
+    ) from None
+  checkpoints.wait()
+  to = checkpoints.latest() or 0
+  rollbacks.add(error.step, to, str(error))
+  print(
+    f"warning: {error} Going back to step {to:,}; the batches since then are left out"
+    f" (rollback {rollbacks.count} of {most})",
+    flush=True,
+  )
+  if checkpoints.latest() is None:
+    return train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  return restore(exp, checkpoints, rollbacks)
+
+
+@functools.cache
+def commit() -> str:
+  """The git commit of this code, with `+` where files are changed; the version where git is not."""
+  here = Path(__file__).parent
+
+  def git(*arguments: str) -> str:
+    done = subprocess.run(
+      ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+  try:
+    changed = git("status", "--porcelain", "--untracked-files=no", ".")
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+  except (OSError, subprocess.SubprocessError):
+    return f"v{byolx.__version__}"

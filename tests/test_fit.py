@@ -1,0 +1,257 @@
+"""Stops, restarts and rollbacks of real runs: what comes out is what would have come out."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from byolx import config, experiment, fit, run, sharding, train
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.usefixtures("compiled")
+STEPS = 29
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+  view = {"jitter_probability": 0.0, "blur_probability": 0.0, "flip_probability": 0.0}
+  config = ConfigDict()
+  config.data = {"source": "digits"}
+  config.views = {"size": 8, "view1": dict(view), "view2": dict(view)}
+  config.model = {
+    "arch": "custom", "blocks": (1,), "channels": (8,), "stem": "small", "stem_channels": 8
+  }
+  config.byol = {"projector_hidden": 16, "predictor_hidden": 16, "projection_size": 8}
+  config.optim = {"base_rate": 0.3, "warmup_epochs": 0.5}
+  config.train = {"epochs": 2, "batch_size": 96}
+  config.checkpoint = {"every_epochs": 0.5, "keep": 100}
+  config.log = {"every_steps": 1}
+  config.eval = {"resize": 8, "fractions": (1.0,)}
+  config.mesh = {"data": 1}
+  return config
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+  """A config file."""
+  file = tmp_path_factory.mktemp("config") / "tiny.py"
+  file.write_text(CONFIG)
+  return file
+
+
+def trained(path, workdir, *overrides):
+  """Runs or goes on, without the evaluation: (what was said, the arrays)."""
+  cfg = config.load(str(path), [f"--config.{override}" for override in overrides])
+  out = io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    run.claim(workdir, cfg)
+    state = fit.fit(experiment.build(cfg), workdir)
+  return out.getvalue(), [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def rows(workdir):
+  found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  for row in found:
+    del row["images_per_second"]
+  return found
+
+
+@pytest.fixture(scope="module")
+def whole(path, tmp_path_factory):
+  """An undisturbed run: its workdir and arrays."""
+  workdir = tmp_path_factory.mktemp("whole")
+  _, arrays = trained(path, workdir)
+  assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
+  return workdir, arrays
+
+
+def same(arrays, others):
+  for one, other in zip(arrays, others, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+# Signals
+
+
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
+  number, code, path, whole, compiled, tmp_path
+):
+  slowly = (
+    "import sys, time\n"
+    "from byolx import cli, logs\n"
+    "write = logs.RunLog.write\n"
+    "def later(*arguments):\n"
+    "  time.sleep(0.2)\n"
+    "  write(*arguments)\n"
+    "logs.RunLog.write = later\n"
+    "sys.exit(cli.main(sys.argv[1:]))\n"
+  )
+  workdir = tmp_path / "stopped"
+  # No checkpoint is due before the signal: what is found afterwards was saved because of it.
+  never = "--config.checkpoint.every_epochs=100"
+  command = [sys.executable, "-c", slowly, "train", f"--config={path}", f"--workdir={workdir}"]
+  environment = os.environ | compiled | {"PYTHONPATH": str(ROOT)}
+  with subprocess.Popen(
+    [*command, never], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+  ) as process:
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+      assert process.poll() is None, process.stderr.read()
+      time.sleep(0.02)
+    process.send_signal(number)
+    said = process.stderr.read()
+  assert process.returncode == code
+  last = said.splitlines()[-1]
+  assert last.startswith(f"byolx: stopped by {number.name} after step ")
+  assert last.endswith(f"of {STEPS}, which is saved; the same command goes on from there")
+  (step,) = (int(one.name) for one in (workdir / "checkpoints").glob("[0-9]*"))
+  assert 3 <= step < STEPS
+  said, arrays = trained(path, workdir)
+  assert f"going on from step {step} of {STEPS}" in said
+  same(arrays, whole[1])
+  assert rows(workdir) == rows(whole[0])
+
+
+def test_a_second_signal_acts_as_ever():
+  stop = fit.Stop()
+  before = signal.getsignal(signal.SIGINT)
+  with stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.name == "SIGINT"
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+  assert signal.getsignal(signal.SIGINT) is before
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# Divergence
+
+
+def first_records(path):
+  """The first record of every batch of an undisturbed run and some more."""
+  exp = experiment.build(config.load(str(path)))
+  with contextlib.closing(exp.train_batches(0)) as batches:
+    return [int(batch["index"][0]) for batch in itertools.islice(batches, STEPS + 20)]
+
+
+ROLL = "train.on_divergence=rollback"
+
+
+def nan_probe(monkeypatch, bad):
+  """Steps whose batch starts with a record in `bad` report a loss that is not finite."""
+  step = train.compile_step
+
+  def compile_step(*arguments):
+    compiled = step(*arguments)
+
+    class Lowered:
+      def lower(self, *arguments):
+        return self
+
+      def compile(self):
+        def run_step(state, batch, key):
+          first = int(np.asarray(batch["index"][0]))
+          state, scalars = compiled(state, batch, key)
+          return state, scalars | ({"loss": jax.numpy.float32("nan")} if first in bad else {})
+
+        return run_step
+
+    return Lowered()
+
+  monkeypatch.setattr(train, "compile_step", compile_step)
+
+
+def test_rollback_leaves_out_the_batches_since_the_checkpoint(path, tmp_path, monkeypatch):
+  first = first_records(path)
+  nan_probe(monkeypatch, {first[11]})  # the batch of step 12; checkpoints every 7 steps
+  said, arrays = trained(path, tmp_path, ROLL)
+  (line,) = [line for line in said.splitlines() if line.startswith("warning: step 12: loss=nan")]
+  assert line.endswith(
+    "Going back to step 7; the batches since then are left out (rollback 1 of 3)"
+  )
+  (rollback,) = [json.loads(line) for line in (tmp_path / fit.ROLLBACKS).read_text().splitlines()]
+  assert (rollback["at"], rollback["to"], rollback["left_out"]) == (12, 7, 5)
+  assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+  # An independent run of the same steps: 7 batches, then those from number 12 on.
+  exp = experiment.build(config.load(str(path)))
+  state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  monkeypatch.undo()
+  step = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
+  with contextlib.closing(exp.train_batches(0)) as batches:
+    used = itertools.chain(
+      itertools.islice(batches, 7), itertools.islice(batches, 5, 5 + STEPS - 7)
+    )
+    for batch in used:
+      state, _ = step(state, sharding.put_batch(batch, exp.mesh), exp.step_key)
+  same(arrays, [np.asarray(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def test_a_restart_after_a_rollback_goes_on_with_the_same_batches(path, tmp_path, monkeypatch):
+  first = first_records(path)
+  nan_probe(monkeypatch, {first[11], first[22]})
+  _, arrays = trained(path, tmp_path / "one", ROLL)
+  # The same, cut off and started again after each saved step; then from an early checkpoint.
+  _, _ = trained(path, tmp_path / "two", ROLL)
+  for newest in (21, 14):
+    for one in (tmp_path / "two" / "checkpoints").glob("[0-9]*"):
+      if int(one.name) > newest:
+        subprocess.run(["rm", "-r", one], check=True)
+    said, again = trained(path, tmp_path / "two", ROLL)
+    assert f"going on from step {newest} of {STEPS}" in said
+    same(again, arrays)
+    assert rows(tmp_path / "two") == rows(tmp_path / "one")
+  # From before the first rollback it takes the same turns again.
+  for one in (tmp_path / "two" / "checkpoints").glob("[0-9]*"):
+    if int(one.name) > 0:
+      subprocess.run(["rm", "-r", one], check=True)
+  said, again = trained(path, tmp_path / "two", ROLL)
+  same(again, arrays)
+  assert "warning" not in said
+
+
+def test_rollbacks_are_bounded(path, tmp_path, monkeypatch):
+  nan_probe(monkeypatch, set(first_records(path)[9:]))
+  with pytest.raises(train.DivergedError, match=r"went back 2 times before; train.max_rollbacks=2"):
+    trained(path, tmp_path, ROLL, "train.max_rollbacks=2")
+  lines = (tmp_path / fit.ROLLBACKS).read_text().splitlines()
+  assert [json.loads(line)["number"] for line in lines] == [1, 2]
+
+
+def test_divergence_before_the_first_checkpoint_starts_anew(path, whole, tmp_path, monkeypatch):
+  nan_probe(monkeypatch, {first_records(path)[2]})
+  said, _ = trained(path, tmp_path, ROLL)
+  assert "Going back to step 0" in said
+  assert rows(tmp_path)[0]["loss"] != rows(whole[0])[0]["loss"]  # the first three batches are gone
+
+
+# When
+
+
+@pytest.mark.parametrize(
+  ("overrides", "steps"),
+  [
+    (["checkpoint.every_epochs=0.5"], {7, 14, 21, 28, 29}),
+    (["checkpoint.every_epochs=100", "checkpoint.every_steps=10"], {10, 20, 29}),
+    (["checkpoint.every_epochs=100", "checkpoint.every_minutes=1e-9"], set(range(1, STEPS + 1))),
+    (["checkpoint.every_epochs=100"], {29}),
+  ],
+)
+def test_when_checkpoints_are_due(overrides, steps, path, tmp_path):
+  trained(path, tmp_path, *overrides)
+  assert {int(one.name) for one in (tmp_path / "checkpoints").glob("[0-9]*")} == steps

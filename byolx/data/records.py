@@ -30,6 +30,7 @@ from jaxtyping import Int32, UInt32
 
 from byolx.data.decode import DecodeError, decode
 from byolx.data.names import Names
+from byolx.data.patience import patiently
 from byolx.data.readers import Readers, open_shard, read_record
 from byolx.data.record_format import (
   MANIFEST,
@@ -68,15 +69,19 @@ class RecordSource:
 
     Raises:
       DecodeError: they are not the bytes that were prepared.
+    FolderLostError: see `patience`.
     """
     index = range(len(self))[index]
     number = bisect.bisect_right(self._ends, index)
     shard, key = self.shards[number], self.names[index]
     position = index - (self._ends[number] - shard.records)
     path = os.path.join(self.folder, shard.file)
+
+    def read() -> bytes:
+      return _checked(self._readers.get(path, shard.records), position, int(self.crc32[index]))
+
     try:
-      reader = self._readers.get(path, shard.records)
-      return _checked(reader, position, int(self.crc32[index])), key
+      return patiently(read, self.folder), key
     except DecodeError as error:
       raise DecodeError(f"{key}: record {position} of {path}: {error}") from None
 

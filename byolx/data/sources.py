@@ -26,6 +26,7 @@ from jaxtyping import Int32, Int64, UInt8
 
 from byolx.data.decode import decode, read_file
 from byolx.data.names import Names, Numbered, Picked
+from byolx.data.patience import patiently
 from byolx.data.splits import stratified_holdout
 
 SPLITS = ("train", "test")
@@ -118,7 +119,7 @@ class FileSource:
 
   def encoded(self, index: int) -> tuple[bytes, str]:
     path = os.path.join(self.folder, self.files[index])
-    return read_file(path), path
+    return patiently(lambda: read_file(path), self.folder), path
 
   def __getitem__(self, index: int) -> Example:
     data, path = self.encoded(index)

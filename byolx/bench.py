@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from byolx import experiment, sharding
 from byolx.data import augment, decode, making, pipeline
 from byolx.data.augment_host import apply_host
+from byolx.data.failures import TooManyFailuresError
 from byolx.data.order import VIEW, Stream, epoch_order
 from byolx.data.sources import EncodedSource, Source
 from byolx.machine import usable_cores
@@ -126,7 +127,7 @@ def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> In
 
   Raises:
     ConfigError: the images are not there, or fields do not go together.
-    decode.DecodeError: too few readable records.
+    TooManyFailuresError: no record can be read.
   """
   source, _ = experiment.build_sources(cfg)
   work = Work.of(cfg, source)
@@ -195,12 +196,12 @@ class Work:
   def of(cls, cfg: ConfigDict, source: Source) -> "Work":
     """The first readable records of the first epoch."""
     specs, stream = experiment.build_views(cfg), Stream(cfg.seed)
-    records, encoded, draws, unreadable = [], [], [], None
+    records, encoded, draws, unreadable = [], [], [], ""
     for record in epoch_order(cfg.seed, 0, len(source)).tolist():
       try:
         height, width = source[record].image.shape[:2]
       except decode.DecodeError as error:
-        unreadable = error
+        unreadable = str(error)
         continue
       records.append(record)
       encoded.append(source.encoded(record)[0] if isinstance(source, EncodedSource) else b"")
@@ -212,8 +213,11 @@ class Work:
       )
       if len(records) == SAMPLE:
         break
-    if unreadable and not records:
-      raise unreadable
+    if not records:
+      raise TooManyFailuresError(
+        f"{source.name}: none of {len(source)} records can be read, the last one being"
+        f" {unreadable}; expected images"
+      )
     return cls(
       source,
       cfg.views.size,

@@ -1,4 +1,9 @@
-"""Evaluation over a whole set: padded and masked batches, features of frozen encoders, metrics."""
+"""Evaluation over a whole set: padded and masked batches, features of frozen encoders, metrics.
+
+With several processes each gives its block of every batch, as `pipeline.evaluation_batches` makes
+them, and the results are those of one process: metrics on every process, features on those that
+want them.
+"""
 
 import functools
 import math
@@ -24,10 +29,10 @@ PIXELS_SIDE = 32
 def measure(
   task: Task, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh
 ) -> dict[str, float]:
-  """The task's metrics over all batches, exact for any batch size and any mesh."""
+  """The task's metrics over all batches, exact for any batch size, mesh and number of processes."""
   graphdef, state = nnx.split(model)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def one(state: nnx.State, batch: Batch) -> metrics.Collection:
     return task.evaluate(nnx.merge(graphdef, state), batch)
 
@@ -45,41 +50,46 @@ def features(
   normalise: Callable[[Array], Array],
   batches: Iterable[Batch],
   mesh: Mesh,
+  *,
+  wanted: bool = True,
 ) -> tuple[dict[str, Float[np.ndarray, "n d"]], np.ndarray, np.ndarray]:
   """Representations of every image by several frozen encoders, and the images' raw pixels.
 
   Args:
     encoders: by name; called with `train=False`.
     normalise: uint8 images to what the encoders take.
-    batches: with `image`, `label`, `mask`.
+    batches: with `image`, `label`, `mask`, `index`; each process's own rows of them.
     mesh: where the work runs.
+    wanted: whether this process wants the results. Without, it does its share and returns arrays
+      without rows.
 
   Returns:
-    Features by encoder name, "pixels" (see `raw_pixels`) among them; labels; indices.
+    Features by encoder name, "pixels" (see `raw_pixels`) among them; labels; indices. In the order
+    of the batches' rows, those of process 0 first in each batch.
   """
   split = {name: nnx.split(encoder) for name, encoder in encoders.items()}
 
-  @jax.jit
-  def encode(states: dict[str, nnx.State], image: Array) -> dict[str, Array]:
-    x = normalise(image)
-    return {
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def encode(states: dict[str, nnx.State], batch: Batch) -> Batch:
+    x = normalise(batch["image"])
+    encoded = {
       name: nnx.merge(split[name][0], state)(x, train=False).astype(jnp.float32)
       for name, state in states.items()
     }
+    return encoded | {name: batch[name] for name in ("pixels", "label", "index", "mask")}
 
   states = {name: state for name, (_, state) in split.items()}
-  found: dict[str, list[np.ndarray]] = {name: [] for name in [*encoders, "pixels"]}
-  labels, indices = [], []
+  found: dict[str, list[np.ndarray]] = {}
   for batch in batches:
-    keep = batch["mask"]
-    encoded = encode(states, _placed(batch, mesh)["image"])
-    for name, rows in encoded.items():
-      found[name].append(np.asarray(rows)[: len(keep)][keep])
-    found["pixels"].append(raw_pixels(batch["image"][keep]))
-    labels.append(batch["label"][keep])
-    indices.append(batch["index"][keep])
+    pixels = raw_pixels(batch["image"])
+    for name, rows in encode(states, _placed(batch | {"pixels": pixels}, mesh)).items():
+      # Each array is whole on every device; those of other processes are out of reach.
+      found.setdefault(name, []).append(np.asarray(rows.addressable_data(0)))
+    keep = found.pop("mask")[0] if wanted else np.zeros(0, np.intp)
+    for rows in found.values():
+      rows[-1] = rows[-1][keep]
   joined = {name: np.concatenate(rows) for name, rows in found.items()}
-  return joined, np.concatenate(labels), np.concatenate(indices)
+  return joined, joined.pop("label"), joined.pop("index")
 
 
 def raw_pixels(images: UInt8[np.ndarray, "b s s 3"]) -> UInt8[np.ndarray, "b d"]:
@@ -106,26 +116,30 @@ def warm_statistics(
   norms = (module for _, module in nnx.iter_modules(encoder) if isinstance(module, BatchNorm))
   divisor = math.lcm(mesh.size, *{norm.group or 1 for norm in norms})
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def one(state: nnx.State, image: Array) -> nnx.State:
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+  def one(state: nnx.State, image: Array, rows: Array) -> nnx.State:
     model = nnx.merge(graphdef, state)
+    image = jax.lax.with_sharding_constraint(image[rows], sharding.by_example(mesh))
     model(normalise(image), train=True)
     return nnx.state(model)
 
+  masks = jax.jit(lambda mask: mask, out_shardings=sharding.replicated(mesh))
   state = jax.tree.map(jnp.copy, state)
   warm = False
   for batch in batches:
-    image = batch["image"][batch["mask"]]
-    image = image[: len(image) // divisor * divisor]
-    if len(image) and (batch["mask"].all() or not warm):
-      state = one(state, sharding.put_batch({"image": image}, mesh)["image"])
+    placed = _placed({"image": batch["image"], "mask": batch["mask"]}, mesh)
+    rows = np.flatnonzero(masks(placed["mask"]).addressable_data(0))
+    complete = len(rows) == len(batch["mask"]) * jax.process_count()
+    rows = rows[: len(rows) // divisor * divisor]
+    if len(rows) and (complete or not warm):
+      state = one(state, placed["image"], rows)
       warm = True
   nnx.update(encoder, state)
 
 
 def _placed(batch: Batch, mesh: Mesh) -> Batch:
-  """A batch on the mesh, padded with masked rows to a multiple of the devices."""
-  short = -len(batch["mask"]) % mesh.size
+  """A batch on the mesh, padded with masked rows to a multiple of this process's devices."""
+  short = -len(batch["mask"]) % len(mesh.local_devices)
   padded = {
     name: np.concatenate([value, np.zeros((short, *value.shape[1:]), value.dtype)])
     if short

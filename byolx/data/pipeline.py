@@ -152,10 +152,11 @@ def evaluation_batches(
   workers, crew = _workers(workers), Crew(threads)
   rows = _rows(source, batch_size, host_index, host_count, workers)
   make = EvaluationPart(source, size, resize, rule, rows, crew)
-  steps = math.ceil(len(source) / batch_size)
-  parts = grain.MapDataset.range(steps * rows.parts).map(make)
+  # Without an end, as a worker that comes to its end takes with it the memory that it lends.
+  parts = grain.MapDataset.range(sys.maxsize).map(make)
   failures = FailureLog(source.name, len(source), max_failed_share, "it is left out", named)
-  return Batches(parts, rows.parts, failures, crew, workers, prefetch)
+  count = math.ceil(len(source) / batch_size)
+  return Batches(parts, rows.parts, failures, crew, workers, prefetch, count)
 
 
 def evaluation_images(
@@ -195,11 +196,12 @@ class Batches(Iterator[Batch]):
   """Iterator over batches that are made ahead of time; close it when done, or use `with`.
 
   Args:
-    made: numbers of parts -> Made, from the first part of a batch on.
+    made: numbers of parts -> Made, from the first part of a batch on, without an end.
     parts: of a batch.
     failures: what to do about unreadable records.
     crew: the threads that `made` uses in this process.
     workers, prefetch: as for `train_batches`.
+    count: of batches; None for no end.
   """
 
   def __init__(
@@ -210,6 +212,7 @@ class Batches(Iterator[Batch]):
     crew: Crew,
     workers: int,
     prefetch: int,
+    count: int | None = None,
   ):
     if prefetch < 0:
       raise ValueError(f"prefetch is {prefetch}; expected at least 0")
@@ -226,6 +229,7 @@ class Batches(Iterator[Batch]):
     else:
       dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
     self._parts = parts
+    self._steps = itertools.count() if count is None else iter(range(count))
     self._borrower = Borrower()
     self._running = [crew, iter(dataset)]  # empty once closed; closed from the last to the first
     self._failures = failures
@@ -236,9 +240,8 @@ class Batches(Iterator[Batch]):
     if not self._running:
       raise StopIteration
     try:
+      next(self._steps)
       parts = list(itertools.islice(self._running[-1], self._parts))
-      if not parts:
-        raise StopIteration
       batch, failures = join(parts, self._borrower)
       self._failures.add(batch["index"], failures)
     except BaseException:

@@ -101,9 +101,9 @@ def test_a_folder_that_is_gone_is_named_and_one_that_returns_is_read_on(
   said = rf"data\.folder {folder} is gone, and did not come back in 0 s"
   with pytest.raises(FolderLostError, match=said):
     [source[i] for i in range(len(source))]
-  with train_batches(source, (ViewSpec(),), 8, 4, 0) as batches:
-    with pytest.raises(FolderLostError, match="is gone"):
-      next(batches)
+  batches = train_batches(source, (ViewSpec(),), 8, 4, 0)
+  with batches, pytest.raises(FolderLostError, match="is gone"):
+    next(batches)
 
 
 def test_a_record_that_begins_to_fail_later_is_replaced_from_then_on(photos):

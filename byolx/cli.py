@@ -1,13 +1,17 @@
-"""The `byolx` command: train, eval, show-views, prepare, bench, fields."""
+"""The `byolx` command: train, eval, show-views, prepare, bench, inspect, fields."""
 
 import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from byolx import numbers
 
 USAGE = 2
 FAILED = 1
@@ -70,23 +74,32 @@ def main(argv: Sequence[str] | None = None) -> int:
   logging.getLogger("byolx").setLevel(logging.INFO)
   _parse_absl_flags()
   # Imported here: `byolx --help` answers without waiting for jax.
+  from byolx import distributed
+  from byolx.checkpoint import CheckpointError
   from byolx.config import ConfigError
   from byolx.data.failures import TooManyFailuresError
+  from byolx.distributed import DistributedError
   from byolx.fit import StoppedError
   from byolx.train import DivergedError
 
   try:
-    return arguments.run(arguments, overrides)
+    code = arguments.run(arguments, overrides)
   except ConfigError as error:
     return _fail(error, USAGE)
-  except (DivergedError, TooManyFailuresError, OSError) as error:
+  except (CheckpointError, DivergedError, DistributedError, TooManyFailuresError, OSError) as error:
     return _fail(error, FAILED)
   except StoppedError as error:
-    print(f"byolx: {error}; the same command goes on from there", file=sys.stderr)
-    return INTERRUPTED if error.by_keyboard else STOPPED
+    return _stop(str(error), INTERRUPTED if error.by_keyboard else STOPPED)
   except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from there", file=sys.stderr)
-    return INTERRUPTED
+    return _stop("stopped by Ctrl-C", INTERRUPTED)
+  except Exception as error:
+    if distributed.count() > 1:
+      distributed.await_reason()
+      traceback.print_exc()
+      _fail(error, FAILED)
+    raise
+  distributed.finish()
+  return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,19 +135,27 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   )
   train.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=_CONFIG_HELP)
   train.add_argument("--workdir", type=Path, help="default: runs/NAME_OF_CONFIG")
-  train.add_argument("--seeds", type=_seeds, help="run once per seed, as 0,1,2, and average")
+  train.add_argument("--seeds", type=numbers.seeds, help="run once per seed, as 0,1,2, and average")
+  _add_distributed(train)
 
   evaluate = command("eval", _eval, "evaluate the newest checkpoint of a workdir again")
   evaluate.add_argument("--from", dest="workdir", type=Path, required=True, metavar="WORKDIR")
+  _add_distributed(evaluate)
 
   show = command("show-views", _show_views, "write a picture of images and pairs of their views")
   show.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=_CONFIG_HELP)
   show.add_argument("--output", type=Path, default=Path("views.png"), help="default: views.png")
-  show.add_argument("--images", type=_count, default=8, help="rows; default: 8")
-  show.add_argument("--pairs", type=_count, default=4, help="pairs of views per image; default: 4")
+  show.add_argument("--images", type=numbers.count, default=8, help="rows; default: 8")
+  show.add_argument(
+    "--pairs", type=numbers.count, default=4, help="pairs of views per image; default: 4"
+  )
 
   _add_prepare(command)
   _add_bench(command)
+  page = command("inspect", _inspect, "say what a workdir or a checkpoint holds, on one page")
+  page.add_argument("path", type=Path, metavar="WORKDIR|CHECKPOINT")
+  page.add_argument("--verify", action="store_true", help="read every array, compare digests")
+  page.add_argument("--json", type=Path, metavar="FILE", help="write the page there as well")
   command("fields", _fields, "list every config field with its default and meaning")
   arguments, rest = parser.parse_known_args(argv)
   for word in rest:
@@ -143,6 +164,25 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if "=" not in word:
       parser.error(f"{word}: expected --config.FIELD=VALUE")
   return arguments, rest
+
+
+def _add_distributed(sub: argparse.ArgumentParser) -> None:
+  sub.add_argument(
+    "--distributed",
+    action="store_true",
+    help="be one of several processes; enough on TPU pods and in clusters such as SLURM's",
+  )
+  sub.add_argument(
+    "--coordinator", metavar="HOST:PORT", help="elsewhere: where process 0 listens, and"
+  )
+  sub.add_argument("--processes", type=numbers.count, metavar="N", help="how many there are, and")
+  sub.add_argument("--process", type=numbers.index, metavar="I", help="which one this is, from 0")
+  sub.add_argument(
+    "--peer_timeout",
+    type=numbers.seconds,
+    default=30.0,
+    help="seconds after which a silent process counts as lost; default: 30",
+  )
 
 
 def _add_prepare(command) -> None:
@@ -168,15 +208,24 @@ def _add_prepare(command) -> None:
   sub.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="of the prepared set")
   sub.add_argument("--name", default="", help="of the set; default: as --from is called")
   size = sub.add_mutually_exclusive_group()
-  size.add_argument("--shard_mb", type=_count, default=256, help="input per shard; default: 256")
-  size.add_argument("--shards", type=_count, help="shards of the training split")
-  sub.add_argument(
-    "--short_side", type=_count, help="make images smaller whose shorter side is longer than this"
+  size.add_argument(
+    "--shard_mb", type=numbers.count, default=256, help="input per shard; default: 256"
   )
-  sub.add_argument("--quality", type=_quality, default=95, help="of their JPEGs; default: 95")
-  sub.add_argument("--workers", type=_count, help="processes; default: one per core")
+  size.add_argument("--shards", type=numbers.count, help="shards of the training split")
   sub.add_argument(
-    "--max_failed_share", type=_share, default=0.01, help="of unreadable images; default: 0.01"
+    "--short_side",
+    type=numbers.count,
+    help="make images smaller whose shorter side is longer than this",
+  )
+  sub.add_argument(
+    "--quality", type=numbers.quality, default=95, help="of their JPEGs; default: 95"
+  )
+  sub.add_argument("--workers", type=numbers.count, help="processes; default: one per core")
+  sub.add_argument(
+    "--max_failed_share",
+    type=numbers.share,
+    default=0.01,
+    help="of unreadable images; default: 0.01",
   )
   sub.add_argument(
     "--verify",
@@ -195,64 +244,42 @@ def _add_bench(command) -> None:
   sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=_CONFIG_HELP)
   sub.add_argument(
     "--workers",
-    type=_counts,
+    type=numbers.counts,
     help="numbers of worker processes to try; default: 0, 1 and all cores",
   )
   sub.add_argument(
-    "--seconds", type=_seconds, default=3.0, help="of each of some 20 measurements; default: 3"
+    "--seconds",
+    type=numbers.seconds,
+    default=3.0,
+    help="of each of some 20 measurements; default: 3",
   )
   sub.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
 
 
-def _seeds(text: str) -> list[int]:
-  seeds = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
-  if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
-    raise argparse.ArgumentTypeError(f"{text!r}: expected different whole numbers such as 0,1,2")
-  return seeds
+def _join(arguments: argparse.Namespace) -> None:
+  """Joins the other processes, if there are any; then only the writer prints to stdout."""
+  from byolx import distributed
+  from byolx.config import ConfigError
 
-
-def _counts(text: str) -> list[int]:
-  parts = text.split(",")
-  if not all(part.isdecimal() for part in parts):
-    raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers such as 0,2,4")
-  return sorted(set(map(int, parts)))
-
-
-def _seconds(text: str) -> float:
+  where = (arguments.coordinator, arguments.processes, arguments.process)
+  if not arguments.distributed:
+    if any(value is not None for value in where):
+      raise ConfigError("--coordinator, --processes and --process: expected with --distributed")
+    return
   try:
-    seconds = float(text)
-  except ValueError:
-    seconds = 0.0
-  if not 0 < seconds < 3600:
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, and below 3600")
-  return seconds
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-  return int(text)
-
-
-def _share(text: str) -> float:
-  try:
-    share = float(text)
-  except ValueError:
-    share = -1.0
-  if not 0 <= share <= 1:
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
-  return share
-
-
-def _quality(text: str) -> int:
-  if not text.isdecimal() or not 1 <= int(text) <= 100:
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 100")
-  return int(text)
+    distributed.initialise(*where, peer_timeout=arguments.peer_timeout)
+  except ValueError as error:
+    raise ConfigError(f"--distributed: {error}") from None
+  if distributed.count() > 1:
+    logging.basicConfig(format=f"process {distributed.index()}: %(message)s", force=True)
+  if not distributed.is_writer():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx import config, run
 
+  _join(arguments)
   cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
   if arguments.seeds:
@@ -265,6 +292,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx import run
 
+  _join(arguments)
   run.evaluate_run(arguments.workdir)
   return 0
 
@@ -319,6 +347,16 @@ def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
   return 0
 
 
+def _inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  from byolx import inspection, logs
+
+  page = inspection.inspect(arguments.path, arguments.verify)
+  print(page.text())
+  if arguments.json:
+    logs.write_atomically(arguments.json, page.json())
+  return FAILED if page.damaged else 0
+
+
 def _fields(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx.fields import FIELDS
 
@@ -340,5 +378,18 @@ def _parse_absl_flags() -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-  print(f"byolx: error: {error}", file=sys.stderr)
+  """Says what is wrong and returns the exit code; with several processes it ends all of them."""
+  from byolx import distributed
+
+  print(f"byolx: error: {distributed.prefix()}{error}", file=sys.stderr)
+  distributed.leave(code, f"failed: {str(error) or type(error).__name__}")
+  return code
+
+
+def _stop(reason: str, code: int) -> int:
+  from byolx import distributed
+
+  more = "the same command goes on from there"
+  print(f"\nbyolx: {distributed.prefix()}{reason}; {more}", file=sys.stderr)
+  distributed.leave(code, f"ended: {reason}")
   return code

@@ -85,7 +85,7 @@ def features(
     for name, rows in encode(states, _placed(batch | {"pixels": pixels}, mesh)).items():
       # Each array is whole on every device; those of other processes are out of reach.
       found.setdefault(name, []).append(np.asarray(rows.addressable_data(0)))
-    keep = found.pop("mask")[0] if wanted else np.zeros(0, np.intp)
+    keep = found.pop("mask")[0] & wanted
     for rows in found.values():
       rows[-1] = rows[-1][keep]
   joined = {name: np.concatenate(rows) for name, rows in found.items()}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from byolx import optim, schedules, sharding
+from byolx import distributed, optim, schedules, sharding
 from byolx.config import ConfigError
 from byolx.data import (
   augment,
@@ -107,7 +107,7 @@ class Experiment:
     )
 
   def evaluation_batches(self, source: sources.Source) -> pipeline.Batches:
-    """Every image of a source in order, whole and centred, the last batch masked."""
+    """Every image of a source in order, whole and centred, the last batch masked; this process's rows."""
     c = self.config
     return pipeline.evaluation_batches(
       source,
@@ -117,6 +117,8 @@ class Experiment:
       c.eval.batch_size,
       workers=c.data.workers,
       threads=c.data.threads,
+      host_index=jax.process_index(),
+      host_count=jax.process_count(),
       max_failed_share=c.data.max_failed_share,
       named=self.named,
       prefetch=c.data.prefetch,
@@ -130,7 +132,8 @@ def build(config: ConfigDict) -> Experiment:
     ConfigError: fields that do not go together, or images that are not there.
   """
   train_source, test_source = build_sources(config)
-  sharding.split_cpu(config.train.micro_batch or config.train.batch_size, config.mesh.cpu_devices)
+  of_pass = config.train.micro_batch or config.train.batch_size
+  sharding.split_cpu(of_pass // distributed.count(), config.mesh.cpu_devices)
   try:
     mesh = sharding.make_mesh(config.mesh.data)
   except ValueError as error:
@@ -323,6 +326,11 @@ def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:
     raise ConfigError(
       f"{name}={micro}: expected a multiple of the mesh's {mesh.size} devices, such as "
       f"{' or '.join(map(str, near))}; or set mesh.data"
+    )
+  if config.eval.batch_size % jax.process_count():
+    raise ConfigError(
+      f"eval.batch_size={config.eval.batch_size}: expected a multiple of the {jax.process_count()} "
+      "processes"
     )
   group = config.model.bn_group
   if group and micro % group:

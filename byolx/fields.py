@@ -228,6 +228,10 @@ FIELDS: dict[str, Field] = {
   "train.micro_batch": Field(
     0, "images per forward pass, gradients averaged over passes; 0: all", at_least(0)
   ),
+  "init.workdir": Field(
+    "", "start with the encoder of this run's newest checkpoint, or of this checkpoint; empty: anew"
+  ),
+  "init.encoder": Field("online", "which of its encoders", one_of("online", "target")),
   "mesh.data": Field(
     0, "devices over which a batch is spread; 0: all there are", at_least(0), free=True
   ),
@@ -255,6 +259,15 @@ FIELDS: dict[str, Field] = {
     0.0, "between checkpoints as well; 0: off", at_least(0), free=True
   ),
   "checkpoint.keep": Field(2, "latest checkpoints kept", at_least(1), free=True),
+  "checkpoint.keep_every": Field(
+    0, "steps: those of every so many are kept for ever; 0: none", at_least(0), free=True
+  ),
+  "checkpoint.best": Field(
+    "", "a metric, such as loss: the step with its best value is kept too; empty: none", free=True
+  ),
+  "checkpoint.best_mode": Field(
+    "min", "what is best of checkpoint.best", one_of("min", "max"), free=True
+  ),
   "log.every_steps": Field(50, "between rows of metrics.jsonl", at_least(1), free=True),
   "log.every_seconds": Field(10.0, "between progress lines", at_least(0), free=True),
   # Evaluation of frozen features.

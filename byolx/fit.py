@@ -20,30 +20,43 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 import byolx
-from byolx import checkpoint, logs, metrics, sharding, train
+from byolx import checkpoint, config, distributed, graft, logs, metrics, sharding, train
 from byolx.config import ConfigError
 from byolx.experiment import Experiment
 
 ROLLBACKS = "rollbacks.jsonl"
+LINEAGE = "lineage.json"
 
 
 class StoppedError(RuntimeError):
-  """A run that was asked to stop, and saved what it had."""
+  """A run that was asked to stop by a signal, and has saved what it had.
 
-  def __init__(self, name: str, step: int, steps: int):
-    super().__init__(f"stopped by {name} after step {step:,} of {steps:,}, which is saved")
-    self.by_keyboard = name == "SIGINT"
+  Args:
+    signal_name: empty where another process had the signal.
+    what: was stopped, and saved.
+  """
+
+  def __init__(self, signal_name: str, what: str):
+    super().__init__(f"stopped by {signal_name or 'another process'} {what}")
+    self.by_keyboard = signal_name == "SIGINT"
 
 
 class Stop:
   """Turns SIGTERM and SIGINT into a request, while used as a context manager in the main thread.
 
   A second signal of the same kind acts as it would without this.
+
+  Args:
+    at_once: what to say in a StoppedError that is raised wherever the signal comes; empty to
+      leave it to who looks at `name`.
   """
 
-  def __init__(self):
+  def __init__(self, at_once: str = ""):
     self.name = ""
+    self._at_once = at_once
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> "Stop":
@@ -60,6 +73,8 @@ class Stop:
   def _request(self, number: int, _) -> None:
     self.name = signal.Signals(number).name
     signal.signal(number, self._before.pop(number))
+    if self._at_once:
+      raise StoppedError(self.name, self._at_once)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +120,8 @@ class Rollbacks:
     earlier = [rollback for rollback in self._all if rollback.to <= to]
     self._all = [*earlier, Rollback(self.count + 1, at, to, left_out, reason)]
     lines = [json.dumps(dataclasses.asdict(rollback)) + "\n" for rollback in self._all]
-    logs.write_atomically(self._path, "".join(lines))
+    if distributed.is_writer():
+      logs.write_atomically(self._path, "".join(lines))
 
 
 def fit(exp: Experiment, workdir: Path) -> train.TrainState:
@@ -117,11 +133,12 @@ def fit(exp: Experiment, workdir: Path) -> train.TrainState:
     checkpoint.CheckpointError: a save failed, or no checkpoint can be used.
   """
   c = exp.config
-  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", c.checkpoint.keep)
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", policy(c))
   rollbacks = Rollbacks(workdir)
+  stopping = distributed.Soon("stop")
   with contextlib.closing(checkpoints), Stop() as stop:
     compiled = None
-    state = first_state(exp, checkpoints, rollbacks)
+    state = first_state(exp, checkpoints, rollbacks, workdir)
     while int(state.step) < exp.steps:
       start = int(state.step)
       try:
@@ -140,17 +157,33 @@ def fit(exp: Experiment, workdir: Path) -> train.TrainState:
             steps=exp.steps,
             log_every=c.log.every_steps,
             save_when=_save_when(exp),
-            stop_when=lambda step: bool(stop.name),
+            stop_when=lambda step: stopping(bool(stop.name)),
             log=_writer(exp, log),
-            save=_saver(exp, checkpoints, rollbacks, log),
+            save=_saver(exp, checkpoints, rollbacks, log, lineage(workdir)),
             most_gradient=c.train.max_gradient_norm or math.inf,
           )
           checkpoints.wait()
       except train.DivergedError as error:
-        state = _go_back(exp, checkpoints, rollbacks, error)
-      if stop.name and int(state.step) < exp.steps:
-        raise StoppedError(stop.name, int(state.step), exp.steps)
+        state = _go_back(exp, checkpoints, rollbacks, workdir, error)
+        continue
+      if int(state.step) < exp.steps:
+        raise _stopped(stop, int(state.step), exp.steps)
+    # A signal that came too late for a step to be stopped after it.
+    if distributed.any_process(bool(stop.name)):
+      raise _stopped(stop, exp.steps, exp.steps)
   return state
+
+
+def _stopped(stop: Stop, step: int, steps: int) -> StoppedError:
+  distributed.barrier("stopped")  # no process ends while another one finishes its save
+  return StoppedError(stop.name, f"after step {step:,} of {steps:,}, which is saved")
+
+
+def policy(c: ConfigDict) -> checkpoint.Policy:
+  """Which checkpoints a config keeps."""
+  return checkpoint.Policy(
+    c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.best, c.checkpoint.best_mode
+  )
 
 
 def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
@@ -165,14 +198,40 @@ def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
 
 
 def first_state(
-  exp: Experiment, checkpoints: checkpoint.Checkpoints, rollbacks: Rollbacks
+  exp: Experiment, checkpoints: checkpoint.Checkpoints, rollbacks: Rollbacks, workdir: Path
 ) -> train.TrainState:
   """The newest checkpoint's state, or a new one."""
   if checkpoints.latest() is None:
-    return train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+    return new_state(exp, workdir)
   state = restore(exp, checkpoints, rollbacks)
+  checkpoints.discard_after(int(state.step))  # the damaged ones, if there were any
   print(f"going on from step {int(state.step):,} of {exp.steps:,}", flush=True)
   return state
+
+
+def new_state(exp: Experiment, workdir: Path) -> train.TrainState:
+  """The state at step 0: drawn from the seed, with the encoder of `init.workdir` if that is given.
+
+  Which checkpoint that was is kept in the workdir, so that starting again takes the same one.
+  """
+  state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  init = exp.config.init
+  if not init.workdir:
+    return state
+  before = lineage(workdir)
+  source = Path(before["path"] if before else init.workdir)
+  encoder = graft.read(source, init.encoder, sharding.replicated(exp.mesh))
+  state, table = graft.apply(state, encoder)
+  print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")
+  if distributed.is_writer():
+    logs.write_atomically(workdir / LINEAGE, json.dumps(encoder.lineage, indent=1) + "\n")
+  return state
+
+
+def lineage(workdir: Path) -> dict[str, Any] | None:
+  """The checkpoint that the run's encoder came from, if it came from one."""
+  path = workdir / LINEAGE
+  return json.loads(path.read_text()) if path.exists() else None
 
 
 def restore(
@@ -184,19 +243,21 @@ def restore(
     ConfigError: it was made from others.
   """
   abstract = train.abstract_state(exp.task, exp.tx, exp.encoder_key, exp.mesh)
-  step = checkpoints.latest()
-  found = checkpoints.data(step)
-  expected = data_position(exp, step, rollbacks.skipped_before(step))
-  changed = [
-    f"{name}: {found[name]} -> {expected[name]}" for name in found if found[name] != expected[name]
-  ]
-  if changed:
-    raise ConfigError(
-      f"the checkpoint of step {step} was trained on other images ({'; '.join(changed)}); choose "
-      "another --workdir, or bring the images of data.folder back"
-    )
-  state, _ = checkpoints.restore(abstract, step)
-  return state
+
+  def accept(step: int, found: dict[str, Any]) -> None:
+    expected = data_position(exp, step, rollbacks.skipped_before(step))
+    changed = [
+      f"{name}: {found[name]} -> {expected[name]}"
+      for name in found
+      if found[name] != expected[name]
+    ]
+    if changed:
+      raise ConfigError(
+        f"the checkpoint of step {step} was trained on other images ({'; '.join(changed)}); choose "
+        "another --workdir, or bring the images of data.folder back"
+      )
+
+  return checkpoints.restore(abstract, accept=accept).state
 
 
 def _batches(exp: Experiment, rollbacks: Rollbacks, start: int) -> Iterator[Any]:
@@ -214,6 +275,7 @@ def _open_log(exp: Experiment, workdir: Path, start: int) -> logs.RunLog:
     images_per_step=exp.config.train.batch_size,
     start=start,
     every_seconds=exp.config.log.every_seconds,
+    writer=distributed.is_writer(),
   )
 
 
@@ -245,11 +307,11 @@ def _save_when(exp: Experiment) -> Callable[[int], bool]:
   """True for the steps after which a checkpoint is due: by epochs, steps or minutes."""
   c = exp.config.checkpoint
   by_epoch = max(1, round(c.every_epochs * exp.steps_per_epoch))
-  last = [time.monotonic()]
+  last, soon = [time.monotonic()], distributed.Soon("save")  # clocks differ: one wish is for all
 
   def due(step: int) -> bool:
     now = time.monotonic()
-    by_time = c.every_minutes > 0 and now - last[0] >= 60 * c.every_minutes
+    by_time = c.every_minutes > 0 and soon(now - last[0] >= 60 * c.every_minutes)
     by_step = step % by_epoch == 0 or (c.every_steps > 0 and step % c.every_steps == 0)
     if by_time or by_step:
       last[0] = now
@@ -259,11 +321,22 @@ def _save_when(exp: Experiment) -> Callable[[int], bool]:
 
 
 def _saver(
-  exp: Experiment, checkpoints: checkpoint.Checkpoints, rollbacks: Rollbacks, log: logs.RunLog
+  exp: Experiment,
+  checkpoints: checkpoint.Checkpoints,
+  rollbacks: Rollbacks,
+  log: logs.RunLog,
+  lineage: dict[str, Any] | None,
 ) -> Callable[[int, train.TrainState, dict[str, float]], None]:
   def save(step: int, state: train.TrainState, scalars: dict[str, float]) -> None:
     position = data_position(exp, step, rollbacks.skipped_before(step))
-    checkpoints.save(step, state, position, {"commit": commit()})
+    facts = {
+      "commit": commit(),
+      "config": config.flatten(exp.config),
+      "fingerprint": config.fingerprint(exp.config),
+      "lineage": lineage,
+    }
+    blocked = checkpoints.save(step, state, position, facts, scalars)
+    log.event(step, "checkpoint_blocked_seconds", blocked)
 
   return save
 
@@ -272,6 +345,7 @@ def _go_back(
   exp: Experiment,
   checkpoints: checkpoint.Checkpoints,
   rollbacks: Rollbacks,
+  workdir: Path,
   error: train.DivergedError,
 ) -> train.TrainState:
   """The state to go on from after a divergence; the batches that led to it will be left out."""
@@ -284,16 +358,15 @@ def _go_back(
       error.step,
     ) from None
   checkpoints.wait()
-  to = checkpoints.latest() or 0
+  state = first_state(exp, checkpoints, rollbacks, workdir)
+  to = int(state.step)
   rollbacks.add(error.step, to, str(error))
   print(
     f"warning: {error} Going back to step {to:,}; the batches since then are left out"
     f" (rollback {rollbacks.count} of {most})",
     flush=True,
   )
-  if checkpoints.latest() is None:
-    return train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
-  return restore(exp, checkpoints, rollbacks)
+  return state
 
 
 @functools.cache

@@ -19,6 +19,7 @@ class RunLog:
     images_per_step: batch size.
     start: step that the run continues from; later rows of an earlier attempt are dropped.
     every_seconds: between progress lines.
+    writer: False in every process but the writer: nothing is written or printed.
   """
 
   def __init__(
@@ -30,13 +31,16 @@ class RunLog:
     images_per_step: int,
     start: int,
     every_seconds: float,
+    writer: bool = True,
   ):
     self._steps, self._per_epoch, self._images = steps, steps_per_epoch, images_per_step
     self._every = every_seconds
     self._last_step = start
     self._last_time = self._printed = time.monotonic()
-    self._file = _open_after(folder / "metrics.jsonl", start)
-    self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    self._writer = writer
+    if writer:
+      self._file = _open_after(folder / "metrics.jsonl", start)
+      self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
   def begin(self) -> None:
     """Starts the clock; call it when the first step is about to run."""
@@ -44,6 +48,8 @@ class RunLog:
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Appends a row; prints a progress line when it is time."""
+    if not self._writer:
+      return
     now = time.monotonic()
     rate = self._images * (step - self._last_step) / max(now - self._last_time, 1e-9)
     epoch = step / self._per_epoch
@@ -58,10 +64,16 @@ class RunLog:
       self._printed = now
       print(self._line(step, epoch, row, rate), file=sys.stderr, flush=True)
 
+  def event(self, step: int, name: str, value: float) -> None:
+    """One number for TensorBoard alone: what differs from run to run does not belong into rows."""
+    if self._writer:
+      self._events.add_scalar(name, value, step)
+
   def close(self) -> None:
     """Flushes and closes all files."""
-    self._file.close()
-    self._events.close()
+    if self._writer:
+      self._file.close()
+      self._events.close()
 
   def _line(self, step: int, epoch: float, row: dict, rate: float) -> str:
     left = self._images * (self._steps - step) / max(rate, 1e-9)

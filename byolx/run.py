@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from byolx import (
   checkpoint,
   config,
+  distributed,
   evaluate,
   experiment,
   fit,
@@ -32,6 +33,8 @@ from byolx.experiment import Experiment
 
 EMBEDDED_IMAGES = 1000
 SHEET_IMAGES, SHEET_PAIRS = 8, 4
+SHARED_SECONDS = 60
+"""Until a file that one process wrote is seen by the others: network storage remembers for a while."""
 
 
 def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
@@ -47,13 +50,15 @@ def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
   exp = experiment.build(cfg)
   claim(workdir, cfg)
   print(overview.describe(exp, workdir), flush=True)
-  every = parameter_overview.get_parameter_overview(
-    nnx.to_pure_dict(exp.abstract_params), include_stats=False
-  )
-  logs.write_atomically(workdir / "parameters.txt", every + "\n")
-  write_views(cfg, exp.train_source, workdir / "views.png")
+  if distributed.is_writer():
+    every = parameter_overview.get_parameter_overview(
+      nnx.to_pure_dict(exp.abstract_params), include_stats=False
+    )
+    logs.write_atomically(workdir / "parameters.txt", every + "\n")
+    write_views(cfg, exp.train_source, workdir / "views.png")
   state = fit.fit(exp, workdir)
-  return conclude(exp, state, workdir)
+  with fit.Stop(at_once="in the evaluation; the training is finished and saved"):
+    return conclude(exp, state, workdir)
 
 
 def evaluate_run(workdir: Path) -> list[dict]:
@@ -78,7 +83,8 @@ def pretrain_seeds(cfg: ConfigDict, workdir: Path, seeds: list[int]) -> list[dic
     of_seed.seed = seed
     every += pretrain(of_seed, workdir / f"seed_{seed}")
   means = mean_over_seeds(every)
-  logs.write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
+  if distributed.is_writer():
+    logs.write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
   print(f"\nMean over seeds {', '.join(map(str, seeds))}\n{probe.format_table(means)}")
   return every + means
 
@@ -102,19 +108,38 @@ def mean_over_seeds(records: list[dict]) -> list[dict]:
 
 
 def claim(workdir: Path, cfg: ConfigDict) -> None:
-  """Makes the workdir this config's, or refuses one that holds another config's run."""
+  """Makes the workdir this config's, or refuses one that holds another config's run.
+
+  With several processes, also refuses to go on where they differ in config or workdir.
+  """
   path = workdir / "config.json"
-  if path.exists():
-    changed = config.differences(
-      config.flatten(config.from_json(path.read_text())), config.flatten(cfg)
+  changed = _changed(distributed.agree(config.to_json(cfg)), cfg)
+  if changed:
+    raise ConfigError(
+      f"process 0 has another config ({changed}); give every process the same command"
     )
+  if distributed.is_writer():
+    changed = path.exists() and _changed(path.read_text(), cfg)
     if changed:
       raise ConfigError(
-        f"--workdir={workdir} holds a run of another config ({'; '.join(changed)}); "
+        f"--workdir={workdir} holds a run of another config ({changed}); "
         "choose another --workdir, or undo the change"
       )
-  workdir.mkdir(parents=True, exist_ok=True)
-  logs.write_atomically(path, config.to_json(cfg))
+    workdir.mkdir(parents=True, exist_ok=True)
+    logs.write_atomically(path, config.to_json(cfg))
+  distributed.barrier("claim")
+  until = time.monotonic() + SHARED_SECONDS
+  while not path.exists():
+    if time.monotonic() > until:
+      raise ConfigError(
+        f"--workdir={workdir}: config.json, which process 0 wrote, is not there; expected a folder "
+        "that all processes share"
+      )
+    time.sleep(1)
+
+
+def _changed(text: str, cfg: ConfigDict) -> str:
+  return "; ".join(config.differences(config.flatten(config.from_json(text)), config.flatten(cfg)))
 
 
 def write_views(
@@ -161,52 +186,76 @@ def _pair(image, specs, cfg: ConfigDict, record: int, epoch: int) -> tuple[np.nd
 
 
 def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[dict]:
-  """Does it know anything? k-NN, linear probe and pictures for four encoders side by side."""
-  rows = report.read_metrics(workdir / "metrics.jsonl")
-  report.curves(rows, workdir / "curves.png")
+  """Does it know anything? k-NN, linear probe and pictures for four encoders side by side.
+
+  All processes share the work on images; the writer does the rest, and the others wait for its
+  records.
+  """
   began = time.monotonic()
+  writer = distributed.is_writer()
+  if writer:
+    report.curves(report.read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
   model = state.model()
   encoders = {"online": model.online.encoder}
   if model.target is not None:
     encoders["target"] = model.target.encoder
   encoders["random"] = untrained_encoder(exp)
-  extract = functools.partial(evaluate.features, encoders, exp.normalise, mesh=exp.mesh)
-  test, test_labels, _ = extract(batches=exp.evaluation_batches(exp.test_source))
-  title = f"{exp.train_source.name}: held-out images, online encoder, step {int(state.step):,}"
-  report.embedding(
-    test["online"][:EMBEDDED_IMAGES],
-    test_labels[:EMBEDDED_IMAGES],
-    exp.test_source.classes,
-    workdir / "embedding.png",
-    title,
+  extract = functools.partial(
+    evaluate.features, encoders, exp.normalise, mesh=exp.mesh, wanted=writer
   )
-  rank = float(metrics.effective_rank(jnp.asarray(test["online"][:EMBEDDED_IMAGES])))
-  print(f"effective rank of the representation: {rank:.1f} of {test['online'].shape[1]}")
-  if not (test_labels >= 0).any():
+  test = extract(batches=exp.evaluation_batches(exp.test_source))
+  step = int(state.step)
+  if writer:
+    _draw(exp, step, *test[:2], workdir)
+  if not distributed.agree(bool((test[1] >= 0).any())):
     print("no labels: nothing to measure; see embedding.png, curves.png")
-    logs.write_atomically(workdir / "results.json", "[]\n")
+    if writer:
+      logs.write_atomically(workdir / "results.json", "[]\n")
     return []
-  known = {"task": "pretrain", "seed": exp.config.seed, "step": int(state.step)}
+  training = extract(batches=exp.evaluation_batches(training_subset(exp)))
+  measured = {}
+  if model.probe is not None:
+    batches = exp.evaluation_batches(exp.test_source)
+    measured = evaluate.measure(exp.task, model, batches, exp.mesh)
+  records = distributed.agree(_records(exp, step, training, test, measured) if writer else None)
+  if writer:
+    logs.write_atomically(workdir / "results.json", json.dumps(records, indent=1) + "\n")
+  print(f"\n{probe.format_table(records)}\n")
+  print(f"evaluated in {logs.duration(time.monotonic() - began)}; results, curves.png, views.png,")
+  print(f"embedding.png and checkpoints are in {workdir}")
+  return records
+
+
+def _draw(
+  exp: Experiment, step: int, test: dict[str, np.ndarray], labels: np.ndarray, workdir: Path
+) -> None:
+  """The test images as the online encoder sees them, and how many dimensions it uses."""
+  some = test["online"][:EMBEDDED_IMAGES]
+  title = f"{exp.train_source.name}: held-out images, online encoder, step {step:,}"
+  path, classes = workdir / "embedding.png", exp.test_source.classes
+  report.embedding(some, labels[:EMBEDDED_IMAGES], classes, path, title)
+  rank = float(metrics.effective_rank(jnp.asarray(some)))
+  print(f"effective rank of the representation: {rank:.1f} of {some.shape[1]}")
+
+
+def _records(
+  exp: Experiment, step: int, training: tuple, test: tuple, measured: dict[str, float]
+) -> list[dict]:
+  """What `results.json` holds, from features and labels, and what the online probe measured."""
+  known = {"task": "pretrain", "seed": exp.config.seed, "step": step}
   known |= {"config": config.fingerprint(exp.config), "commit": fit.commit()}
-  train_features, train_labels, _ = extract(batches=exp.evaluation_batches(training_subset(exp)))
   records = probe.evaluate_features(
-    {name: (train_features[name], test[name]) for name in test},
-    train_labels,
-    test_labels,
+    {name: (training[0][name], test[0][name]) for name in test[0]},
+    training[1],
+    test[1],
     fractions=tuple(exp.config.eval.fractions),
     draws=exp.config.eval.draws,
     **known,
   )
-  if model.probe is not None:
-    batches = exp.evaluation_batches(exp.test_source)
-    measured = evaluate.measure(exp.task, model, batches, exp.mesh)
+  if measured:
     online = {"protocol": "online_probe", "encoder": "online", "labels": 1.0, "split": "test"}
     value = {"metric": "top1", "value": measured["top1"], "interval": None, "n": 1}
     records.append({**known, **online, **value})
-  logs.write_atomically(workdir / "results.json", json.dumps(records, indent=1) + "\n")
-  print(f"\n{probe.format_table(records)}\n")
-  print(f"evaluated in {logs.duration(time.monotonic() - began)}; results, curves.png, views.png,")
-  print(f"embedding.png and checkpoints are in {workdir}")
   return records
 
 

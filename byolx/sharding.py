@@ -49,25 +49,29 @@ def make_mesh(data: int = 0) -> Mesh:
   Raises:
     ValueError: more devices wanted than there are, or not the same number in every process.
   """
-  processes = jax.process_count()
-  of_process = [[] for _ in range(processes)]
-  for device in jax.devices():
-    of_process[device.process_index].append(device)
-  total = len(jax.devices())
-  if data > total:
-    raise ValueError(f"mesh.data={data}: expected at most the {total} devices there are")
-  each, left = divmod(data or total, processes)
-  if left or any(len(devices) < each for devices in of_process):
-    numbers = ", ".join(str(len(devices)) for devices in of_process)
+  chosen = choose_devices(jax.devices(), jax.process_count(), data)
+  check_rows([device.process_index for device in chosen])
+  # Not jax.make_mesh: on a TPU pod it may mix the processes' devices.
+  return Mesh(np.array(chosen), (DATA,), axis_types=(AxisType.Auto,))
+
+
+def choose_devices(devices: Sequence[Any], processes: int, data: int) -> list[Any]:
+  """The first `data` devices (0: all), in equal shares of the processes, ordered by process.
+
+  Raises:
+    ValueError: there are not as many.
+  """
+  if data > len(devices):
+    raise ValueError(f"mesh.data={data}: expected at most the {len(devices)} devices there are")
+  groups = [[d for d in devices if d.process_index == index] for index in range(processes)]
+  each, left = divmod(data or len(devices), processes)
+  if left or any(len(group) < each for group in groups):
+    numbers = ", ".join(str(len(group)) for group in groups)
     raise ValueError(
       f"mesh.data={data}: expected the same number of devices of each of the {processes} processes,"
       f" which have {numbers}"
     )
-  chosen = [device for devices in of_process for device in devices[:each]]
-  # Not jax.make_mesh: on a TPU pod it may mix the processes' devices.
-  mesh = Mesh(np.array(chosen), (DATA,), axis_types=(AxisType.Auto,))
-  check_rows([device.process_index for device in chosen])
-  return mesh
+  return [device for group in groups for device in group[:each]]
 
 
 def check_rows(processes: Sequence[int]) -> None:

@@ -155,6 +155,15 @@ def test_features_are_the_same_for_any_batch_size_and_mesh(batches, by_hand, dev
     np.testing.assert_array_equal(old, new)
 
 
+def test_who_does_not_want_features_gets_none(batches):
+  mesh = sharding.make_mesh(2)
+  found, labels, indices = evaluate.features(
+    {"a": Encoder(0)}, unit, batches(32), mesh, wanted=False
+  )
+  assert {name: len(rows) for name, rows in found.items()} == {"a": 0, "pixels": 0}
+  assert len(labels) == len(indices) == 0
+
+
 def test_raw_pixels_of_large_images_are_averaged_down():
   rng = np.random.default_rng(0)
   large = rng.integers(0, 256, (3, 96, 96, 3), dtype=np.uint8)

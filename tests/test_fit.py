@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from byolx import config, experiment, fit, run, sharding, train
+from byolx import config, experiment, fit, graft, run, sharding, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -255,3 +255,35 @@ def test_divergence_before_the_first_checkpoint_starts_anew(path, whole, tmp_pat
 def test_when_checkpoints_are_due(overrides, steps, path, tmp_path):
   trained(path, tmp_path, *overrides)
   assert {int(one.name) for one in (tmp_path / "checkpoints").glob("[0-9]*")} == steps
+
+
+# Another run's encoder
+
+
+def test_a_run_may_start_from_the_encoder_of_another(path, whole, tmp_path):
+  def encoder(workdir, step, which):
+    folder = workdir / "checkpoints" / str(step)
+    return graft.read(folder, which, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+  given = ["byol.projector_hidden=24", f"init.workdir={whole[0]}", "init.encoder=target"]
+  given += ["checkpoint.every_steps=1", "optim.base_rate=1e-12"]  # it hardly moves
+  said, arrays = trained(path, tmp_path / "grafted", *given)
+  assert f"starting from the target encoder of {whole[0]}/checkpoints/{STEPS}" in said
+  assert "online encoder" in said
+  assert "left behind" in said
+  theirs, ours = encoder(whole[0], STEPS, "target"), encoder(tmp_path / "grafted", 1, "online")
+  kernels = [name for name in theirs.arrays if "kernel" in name]
+  assert kernels
+  for name in kernels:
+    np.testing.assert_allclose(ours.arrays[name], theirs.arrays[name], atol=1e-6)
+  assert ours.lineage["from"]["path"] == str(whole[0] / "checkpoints" / str(STEPS))
+  # Started again without a checkpoint, it takes the very same one, though there may be newer ones.
+  lineage = json.loads((tmp_path / "grafted" / fit.LINEAGE).read_text())
+  (tmp_path / "again").mkdir()
+  older = lineage | {"path": str(whole[0] / "checkpoints" / "14")}
+  (tmp_path / "again" / fit.LINEAGE).write_text(json.dumps(older))
+  said, others = trained(path, tmp_path / "again", *given)
+  assert f"starting from the target encoder of {whole[0]}/checkpoints/14" in said
+  assert any((one != other).any() for one, other in zip(arrays, others, strict=True))
+  with pytest.raises(config.ConfigError, match="has another architecture"):
+    trained(path, tmp_path / "other", f"init.workdir={whole[0]}", "model.channels=(16,)")

@@ -163,3 +163,12 @@ def test_time_left_goes_by_the_speed_since_the_last_row(tmp_path, clock, capsys)
 )
 def test_durations_read_well(seconds, text):
   assert logs.duration(seconds) == text
+
+
+def test_a_process_that_is_not_the_writer_writes_and_prints_nothing(tmp_path, clock, capsys):
+  log = open_log(tmp_path, writer=False, every_seconds=0.0)
+  clock.now += 2.0
+  log.write(100, {"loss": 3.5})
+  log.close()
+  assert list(tmp_path.iterdir()) == []
+  assert capsys.readouterr() == ("", "")

@@ -131,7 +131,7 @@ def restored(cfg, workdir):
   exp = experiment.build(cfg)
   abstract = train.abstract_state(exp.task, exp.tx, exp.encoder_key, exp.mesh)
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
-  state, _ = checkpoints.restore(abstract)
+  state = checkpoints.restore(abstract).state
   checkpoints.close()
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
   return int(state.step), {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}

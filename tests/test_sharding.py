@@ -1,6 +1,7 @@
 """The mesh, and how batches get on it."""
 
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,40 @@ def test_a_mesh_takes_the_first_devices(wanted, devices):
 def test_more_devices_than_there_are_is_refused():
   with pytest.raises(ValueError, match=r"mesh\.data=9: expected at most the 8 devices"):
     sharding.make_mesh(9)
+
+
+@pytest.mark.parametrize("processes", [[0], [0, 0, 0], [0, 0, 1, 1], [0, 1, 2]])
+def test_devices_ordered_by_process_are_accepted(processes):
+  sharding.check_rows(processes)
+
+
+@pytest.mark.parametrize(
+  "processes", [[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1], [0, 1, 1], [1, 1], [0, 2, 1]]
+)
+def test_devices_in_another_order_would_shuffle_rows_and_are_refused(processes):
+  said = ", ".join(map(str, processes))
+  with pytest.raises(ValueError, match=f"of the processes {said} in this order"):
+    sharding.check_rows(processes)
+
+
+class Device(NamedTuple):
+  """What a mesh looks at."""
+
+  id: int
+  process_index: int
+
+
+@pytest.mark.parametrize(("data", "expected"), [(0, [0, 2, 4, 1, 3, 5]), (4, [0, 2, 1, 3])])
+def test_a_mesh_over_processes_has_as_many_devices_of_each_in_their_order(data, expected):
+  devices = [Device(number, number % 2) for number in range(6)]
+  assert [device.id for device in sharding.choose_devices(devices, 2, data)] == expected
+
+
+@pytest.mark.parametrize("data", [0, 3, 4])
+def test_devices_that_processes_cannot_share_evenly_are_refused(data):
+  devices = [Device(number, min(number, 1)) for number in range(4)]
+  with pytest.raises(ValueError, match=f"mesh.data={data}: expected the same .* have 1, 3"):
+    sharding.choose_devices(devices, 2, data)
 
 
 def test_gathers_and_products_over_the_batch_axis_work():

@@ -1,0 +1,55 @@
+"""Numbers as they are written in commands: text to value, or why not."""
+
+import argparse
+
+
+def seeds(text: str) -> list[int]:
+  seeds = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
+  if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
+    raise argparse.ArgumentTypeError(f"{text!r}: expected different whole numbers such as 0,1,2")
+  return seeds
+
+
+def counts(text: str) -> list[int]:
+  parts = text.split(",")
+  if not all(part.isdecimal() for part in parts):
+    raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers such as 0,2,4")
+  return sorted(set(map(int, parts)))
+
+
+def seconds(text: str) -> float:
+  try:
+    seconds = float(text)
+  except ValueError:
+    seconds = 0.0
+  if not 0 < seconds < 3600:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, and below 3600")
+  return seconds
+
+
+def count(text: str) -> int:
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+  return int(text)
+
+
+def index(text: str) -> int:
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 0")
+  return int(text)
+
+
+def share(text: str) -> float:
+  try:
+    share = float(text)
+  except ValueError:
+    share = -1.0
+  if not 0 <= share <= 1:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1")
+  return share
+
+
+def quality(text: str) -> int:
+  if not text.isdecimal() or not 1 <= int(text) <= 100:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 100")
+  return int(text)

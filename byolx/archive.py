@@ -296,7 +296,7 @@ def _registry(handler: _ArrayHandler) -> Any:
 
 
 def _canonical(record: dict[str, Any]) -> str:
-  return json.dumps(record, sort_keys=True, separators=(",", ":"))
+  return json.dumps(record, separators=(",", ":"))
 
 
 def one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from byolx import archive, checkpoint
 from byolx.config import ConfigError
@@ -117,15 +118,13 @@ def apply(state: State, encoder: Encoder) -> tuple[State, Table]:
     {inner: archive.kind(array) for inner, array in encoder.arrays.items()},
     encoder.lineage["path"],
   )
-  new = {
-    name: (
-      # A copy: two encoders of a state that is donated cannot share an array.
-      jax.device_put(encoder.arrays[places[name][1]], leaf.sharding, may_alias=False)
-      if name in places
-      else leaf
-    )
-    for name, leaf in leaves.items()
-  }
+  # Copies: two encoders of a state that is donated cannot share an array.
+  copy = jax.jit(
+    lambda arrays: {name: jnp.copy(arrays[inner]) for name, (_, inner) in places.items()},
+    out_shardings={name: leaves[name].sharding for name in places},
+    compiler_options={"xla_backend_optimization_level": 0},
+  )
+  new = leaves | copy(encoder.arrays)
   loaded = {name: archive.kind(leaves[name]) for name in places}
   missing = {name: archive.kind(leaf) for name, leaf in leaves.items() if name not in places}
   changed = {
@@ -147,7 +146,7 @@ def _in_encoder(name: str) -> tuple[str, str] | None:
 
 
 def _abstract(kind: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-  dtype = jax.numpy.dtype(kind.partition("[")[0])
+  dtype = jnp.dtype(kind.partition("[")[0])
   return jax.ShapeDtypeStruct(archive.shape_of(kind), dtype, sharding=place)
 
 

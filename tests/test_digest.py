@@ -68,7 +68,7 @@ def test_a_digest_is_the_same_however_an_array_is_spread(devices, axis):
   host = random("float32", (16, 8, 24))
   spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, sharding.DATA)
   array = jax.device_put(host, NamedSharding(sharding.make_mesh(devices), spec))
-  assert one(array) == by_hand(host)
+  assert one(array) == int(digest._device_digest(array)) == by_hand(host)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 31), st.integers(0, 2**32 - 1))
@@ -98,17 +98,26 @@ def test_order_matters_and_zeros_count():
   assert len({one(jnp.asarray(x)) for x in [host, *pairs]}) == 21
 
 
-def test_large_arrays_are_summed_on_the_devices_without_waiting(monkeypatch):
+@pytest.mark.parametrize("on_host", [True, False])
+def test_arrays_may_be_donated_while_they_are_summed(monkeypatch, on_host):
+  """As on a CPU, where all is summed later, and as on other devices, where the large ones are queued."""
+  monkeypatch.setattr(digest, "_is_on_host", lambda array: on_host)
   seen = []
   body = digest._device_digest
-  monkeypatch.setattr(digest, "_device_digest", lambda x: seen.append(x.shape) or body(x))
-  host = {"large": random("float32", (1100, 300)), "small": random("float32", (10, 10))}
-  arrays = jax.device_put(host, sharding.replicated(sharding.make_mesh(8)))
-  pending = digest.start(arrays)
-  assert seen == [(1100, 300)]
-  jax.jit(lambda x: x + 1, donate_argnums=0)(arrays["large"])  # donated at once
-  jax.jit(lambda x: x + 1, donate_argnums=0)(arrays["small"])
+  monkeypatch.setattr(digest, "_device_digest", lambda x: seen.append(type(x)) or body(x))
+  place = sharding.replicated(sharding.make_mesh(8))
+  make = jax.jit(
+    lambda: {"large": jnp.arange(330_000.0).reshape(1100, 300), "small": jnp.arange(100.0)},
+    out_shardings=place,
+  )
+  overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+  tree = make()
+  pending = digest.start(tree)
+  assert len(seen) == (0 if on_host else 1)
+  for _ in range(5):
+    tree = overwrite(tree)
   found = pending.result()
-  words = host["large"].view(np.uint32)
-  assert found["small"] == by_hand(host["small"])
-  assert found["large"] == int(digest._sum(np, words))
+  assert len(seen) == 1
+  assert issubclass(seen[0], np.ndarray) == on_host
+  assert found["small"] == by_hand(np.arange(100.0, dtype=np.float32))
+  assert found["large"] == by_hand(np.arange(330_000.0, dtype=np.float32))

@@ -5,148 +5,52 @@ is the writer, which alone writes files and prints. Arrays travel between device
 functions; what is said here goes through the coordination service of `jax.distributed`, a small
 key-value store in process 0, and touches no device.
 
-No process outlives another one. A thread in each watches the others: one that failed leaves a note
-with its reason and exit code, and one that was killed stops giving signs of life. Either way the
-others say which process it was, and end, whatever they were doing.
+No process outlives another one, see `peers`.
 """
 
-import ctypes
 import json
 import math
 import os
-import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 # jax has no public name for its key-value store; orbax takes it from here as well.
 from jax._src.distributed import global_state
 
-EXIT_LOST = 75
-"""Exit code where another process was lost: as after SIGTERM, the same command goes on."""
+from byolx import peers
+from byolx.peers import EVER, EXIT_LOST, ROOT, WATCH, Group
+
+__all__ = [
+  "EXIT_LOST",
+  "DistributedError",
+  "Soon",
+  "agree",
+  "any_process",
+  "await_reason",
+  "barrier",
+  "count",
+  "finish",
+  "index",
+  "initialise",
+  "is_writer",
+  "leave",
+  "prefix",
+]
 
 PEER_TIMEOUT, START_TIMEOUT = 30.0, 300.0
-
-_ROOT, _WATCH = "byolx", "byolx/watch/"
-_END = f"{_WATCH}end"
-_EVER = 10 * 24 * 3600 * 1000
-"""Milliseconds; the watching thread ends a wait for a process that is gone long before."""
 
 
 class DistributedError(RuntimeError):
   """The processes did not find each other."""
 
 
-class _Group:
-  """This process among the others.
-
-  Args:
-    client: of the coordination service.
-    index, count: this process, and how many there are.
-    peer_timeout: as for `initialise`.
-  """
-
-  def __init__(self, client: Any, index: int, count: int, peer_timeout: float):
-    self.client, self.index, self.count, self.peer_timeout = client, index, count, peer_timeout
-    self.calls: dict[str, int] = {}
-    self.soons: dict[str, Soon] = {}
-    self.over = threading.Event()
-    self.heard = time.monotonic()
-    client.key_value_set(f"{_ROOT}/host/{index}", socket.gethostname(), allow_overwrite=True)
-    client.wait_at_barrier(f"{_ROOT}/start", _EVER)
-    self.hosts = [client.blocking_key_value_get(f"{_ROOT}/host/{i}", _EVER) for i in range(count)]
-    self.threads = [
-      threading.Thread(target=target, daemon=True) for target in (self._watch, self._watch_store)
-    ]
-    for thread in self.threads:
-      thread.start()
-
-  def name(self, index: int) -> str:
-    """As `process 1 (its host)`."""
-    return f"process {index} ({self.hosts[index]})"
-
-  def next_call(self, kind: str) -> int:
-    """Numbers the calls of a kind, which every process makes in the same order."""
-    self.calls[kind] = self.calls.get(kind, -1) + 1
-    return self.calls[kind]
-
-  def _watch(self) -> None:
-    beats = 0
-    seen: dict[int, tuple[str, float]] = {}
-    while not self.over.wait(0.05 if any(soon.meeting for soon in self.soons.values()) else 1.0):
-      beats += 1
-      try:
-        self.client.key_value_set(f"{_WATCH}alive/{self.index}", str(beats), allow_overwrite=True)
-        entries = dict(self.client.key_value_dir_get(_WATCH))
-        for soon in list(self.soons.values()):
-          soon.attend(entries)
-      except jax.errors.JaxRuntimeError:
-        continue
-      now = self.heard = time.monotonic()
-      if _END in entries:
-        self.end_with(json.loads(entries[_END]))
-      for other in range(self.count):
-        beat = entries.get(f"{_WATCH}alive/{other}", "")
-        if seen.get(other, ("none", 0.0))[0] != beat:
-          seen[other] = beat, now
-        elif now - seen[other][1] > self.peer_timeout:
-          self.end_lost(other)
-
-  def _watch_store(self) -> None:
-    """The store, which is process 0, may fall silent in the middle of a call that has no limit."""
-    while not self.over.wait(1.0):
-      if time.monotonic() - self.heard > self.peer_timeout:
-        self.end_lost(0)
-
-  def end_lost(self, lost: int) -> NoReturn:
-    """Ends this process because that one gave no sign of life."""
-    reason = (
-      f"{self.name(lost)} is lost; without it the others stop, and the same command on every host "
-      "goes on from the last checkpoint"
-    )
-    _say(reason)
-    if lost == 0:
-      os._exit(EXIT_LOST)  # nobody to tell, and a call to the store might never return
-    self.leave_note({"lost": lost, "code": EXIT_LOST, "reason": reason})
-    self.leave(EXIT_LOST, readers=self.count - 1)
-
-  def end_with(self, note: dict) -> NoReturn:
-    """Ends this process because another one did."""
-    _say(note["reason"])
-    self.leave(note["code"], readers=self.count - ("lost" in note))
-
-  def leave_note(self, note: dict) -> None:
-    """Tells the others why this process ends; the first note stands."""
-    try:
-      self.client.key_value_set(_END, json.dumps(note))
-    except jax.errors.JaxRuntimeError:
-      return  # there is one already, or nobody to read it
-
-  def leave(self, code: int, readers: int) -> NoReturn:
-    """Ends this process; process 0 waits until so many, itself included, have read why."""
-    self.over.set()
-    try:
-      self.client.key_value_set(f"{_ROOT}/left/{self.index}", "", allow_overwrite=True)
-      until = time.monotonic() + 5
-      while self.index == 0 and time.monotonic() < until:
-        if len(self.client.key_value_dir_get(f"{_ROOT}/left/")) >= readers:
-          break
-        time.sleep(0.1)
-    except jax.errors.JaxRuntimeError:
-      pass  # process 0 is gone, and the store with it
-    # Not sys.exit: jax would wait for all processes to leave in good order.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-_group: _Group | None = None
+_group: Group | None = None
 
 
 def initialise(
@@ -190,9 +94,9 @@ def initialise(
       _connect(coordinator, processes, process, peer_timeout, start_timeout)
     if global_state.num_processes > 1:
       index = global_state.process_id
-      _group = _Group(global_state.client, index, global_state.num_processes, peer_timeout)
+      _group = Group(global_state.client, index, global_state.num_processes, peer_timeout)
   if _group is not None:
-    _explain_aborts(_group, global_state.coordinator_address)
+    peers.explain_aborts(_group, global_state.coordinator_address)
 
 
 def _connect(
@@ -234,7 +138,7 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
   """Ends the process where the block takes longer: nothing else can, in jax's waiting for others."""
 
   def end() -> None:
-    _say(message)
+    print(f"byolx: error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
   timer = threading.Timer(seconds, end)
@@ -244,30 +148,6 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
     yield
   finally:
     timer.cancel()
-
-
-def _explain_aborts(group: _Group, address: str) -> None:
-  """Adds a line to jax's: it aborts at once, and without a name, where process 0 disappears."""
-  libc = ctypes.CDLL(None)
-
-  @ctypes.CFUNCTYPE(None, ctypes.c_int)
-  def on_abort(_) -> None:
-    if group.index and (time.monotonic() - group.heard > 5 or not _listens(address)):
-      group.end_lost(0)
-    libc.signal(signal.SIGABRT, None)  # as it is without this: the abort goes on
-
-  libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-  libc.signal(signal.SIGABRT, ctypes.cast(on_abort, ctypes.c_void_p))
-  group.on_abort = on_abort  # ctypes forgets it otherwise
-
-
-def _listens(address: str) -> bool:
-  host, _, port = address.rpartition(":")
-  try:
-    socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-  except OSError:
-    return False
-  return True
 
 
 def count() -> int:
@@ -289,7 +169,7 @@ def barrier(name: str) -> None:
   """Waits until every process has come here, for as long as it takes."""
   if _group:
     number = _group.next_call(name)
-    _group.client.wait_at_barrier(f"{_ROOT}/barrier/{name}/{number}", _EVER)
+    _group.client.wait_at_barrier(f"{ROOT}/barrier/{name}/{number}", EVER)
 
 
 def agree(value: Any) -> Any:
@@ -299,18 +179,18 @@ def agree(value: Any) -> Any:
   """
   if not _group:
     return value
-  key = f"{_ROOT}/agree/{_group.next_call('agree')}"
+  key = f"{ROOT}/agree/{_group.next_call('agree')}"
   if is_writer():
     _group.client.key_value_set(key, json.dumps(value))
     return json.loads(json.dumps(value))
-  return json.loads(_group.client.blocking_key_value_get(key, _EVER))
+  return json.loads(_group.client.blocking_key_value_get(key, EVER))
 
 
 def any_process(flag: bool) -> bool:
   """Whether any process says True. All of them must ask, and wait for the last one."""
   if not _group:
     return flag
-  key = f"{_ROOT}/any/{_group.next_call('any')}/"
+  key = f"{ROOT}/any/{_group.next_call('any')}/"
   if flag:
     _group.client.key_value_set(f"{key}{_group.index}", "")
   barrier("any")
@@ -335,7 +215,7 @@ class Soon:
     if _group:
       # A later one of the same name goes on where the earlier one was on every process.
       number = _group.next_call(f"soon {name}")
-      self._path = f"{_WATCH}soon/{name}/{number}/"
+      self._path = f"{WATCH}soon/{name}/{number}/"
       _group.soons[name] = self
 
   def __call__(self, wanted: bool) -> bool:
@@ -404,8 +284,4 @@ def finish() -> None:
 
 def prefix() -> str:
   """What a line of one of several processes begins with."""
-  return f"process {_group.index}: " if _group else ""
-
-
-def _say(text: str) -> None:
-  print(f"byolx: error: {prefix()}{text}", file=sys.stderr, flush=True)
+  return _group.prefix if _group else ""

@@ -285,6 +285,8 @@ def _compile(exp: Experiment, state: train.TrainState, batch: Any) -> Callable:
   step_function = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
   compiled = step_function.lower(state, batch, exp.step_key).compile()
   print(f"compiled in {logs.duration(time.monotonic() - began)}", flush=True)
+  # On CPUs the first exchange between processes fails where one comes 30 s after another.
+  distributed.barrier("compiled")
   return compiled
 
 

@@ -56,6 +56,7 @@ def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
     )
     logs.write_atomically(workdir / "parameters.txt", every + "\n")
     write_views(cfg, exp.train_source, workdir / "views.png")
+  distributed.barrier("ready")
   state = fit.fit(exp, workdir)
   with fit.Stop(at_once="in the evaluation; the training is finished and saved"):
     return conclude(exp, state, workdir)
@@ -195,6 +196,7 @@ def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[di
   writer = distributed.is_writer()
   if writer:
     report.curves(report.read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
+  distributed.barrier("trained")
   model = state.model()
   encoders = {"online": model.online.encoder}
   if model.target is not None:

@@ -1,0 +1,105 @@
+"""Runs of several real processes with fake CPU devices, as on several hosts."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PEER_TIMEOUT = 5
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+  view = {"jitter_probability": 0.0, "blur_probability": 0.0, "flip_probability": 0.0}
+  config = ConfigDict()
+  config.data = {"source": "digits"}
+  config.views = {"size": 8, "view1": dict(view), "view2": dict(view)}
+  config.model = {
+    "arch": "custom", "blocks": (1,), "channels": (8,), "stem": "small", "stem_channels": 8
+  }
+  config.byol = {"projector_hidden": 16, "predictor_hidden": 16, "projection_size": 8}
+  config.optim = {"base_rate": 0.3, "warmup_epochs": 0.2}
+  config.train = {"epochs": 0.85, "batch_size": 96}
+  config.checkpoint = {"every_epochs": 100.0, "every_steps": 4, "keep": 100}
+  config.log = {"every_steps": 1, "every_seconds": 0.0}
+  config.eval = {"resize": 8, "fractions": (1.0,), "batch_size": 100, "max_train": 250}
+  return config
+"""
+"""12 steps; evaluation batches that 4 devices do not divide, the last of them partly empty."""
+
+
+class Processes:
+  """`byolx train` in so many processes, each with its own output.
+
+  Args:
+    config: file.
+    workdir: that they share.
+    count, devices: processes, and devices of each.
+    overrides: as `train.epochs=2`, for all of them.
+    of_process: more overrides for some.
+    env: more environment variables.
+  """
+
+  def __init__(
+    self, config, workdir, *overrides, count=2, devices=4, of_process=None, env=None, arguments=()
+  ):
+    self.workdir = workdir
+    logs = workdir.parent / f"{workdir.name}_said"
+    logs.mkdir(exist_ok=True)
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    environment = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "PYTHONPATH": str(ROOT),
+      **(env or {}),
+    }
+    self._said = [logs / str(index) for index in range(count)]
+    self.all = []
+    for index, path in enumerate(self._said):
+      own = (of_process or {}).get(index, ())
+      command = [
+        *(sys.executable, "-m", "byolx", "train", f"--config={config}", f"--workdir={workdir}"),
+        *("--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}"),
+        *(f"--process={index}", f"--peer_timeout={PEER_TIMEOUT}", *arguments),
+        *(f"--config.{override}" for override in (*overrides, *own)),
+      ]
+      with path.open("wb") as out:
+        self.all.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
+
+  def said(self, index):
+    """What a process printed so far, without what gloo and the runtime add."""
+    lines = self._said[index].read_text().splitlines()
+    return "\n".join(line for line in lines if "[Gloo]" not in line)
+
+  def wait(self, seconds=240):
+    """The exit codes; fails where they take longer."""
+    until = time.monotonic() + seconds
+    try:
+      return [process.wait(max(0.1, until - time.monotonic())) for process in self.all]
+    except subprocess.TimeoutExpired:
+      said = "\n\n".join(self.said(index) for index in range(len(self.all)))
+      raise AssertionError(f"still running after {seconds} s:\n{said}") from None
+    finally:
+      self.kill()
+
+  def until(self, condition, seconds=240):
+    """Waits for a condition while all processes run."""
+    end = time.monotonic() + seconds
+    while not condition():
+      codes = [process.poll() for process in self.all]
+      if codes != [None] * len(codes) or time.monotonic() > end:
+        said = "\n\n".join(self.said(index) for index in range(len(codes)))
+        self.kill()
+        raise AssertionError(f"exit codes {codes}:\n{said}")
+      time.sleep(0.02)
+
+  def kill(self):
+    for process in self.all:
+      process.kill()
+      process.wait()

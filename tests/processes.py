@@ -7,28 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+from tiny import config_text
+
 ROOT = Path(__file__).parent.parent
 PEER_TIMEOUT = 5
 
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-  view = {"jitter_probability": 0.0, "blur_probability": 0.0, "flip_probability": 0.0}
-  config = ConfigDict()
-  config.data = {"source": "digits"}
-  config.views = {"size": 8, "view1": dict(view), "view2": dict(view)}
-  config.model = {
-    "arch": "custom", "blocks": (1,), "channels": (8,), "stem": "small", "stem_channels": 8
-  }
-  config.byol = {"projector_hidden": 16, "predictor_hidden": 16, "projection_size": 8}
-  config.optim = {"base_rate": 0.3, "warmup_epochs": 0.2}
-  config.train = {"epochs": 0.85, "batch_size": 96}
-  config.checkpoint = {"every_epochs": 100.0, "every_steps": 4, "keep": 100}
-  config.log = {"every_steps": 1, "every_seconds": 0.0}
-  config.eval = {"resize": 8, "fractions": (1.0,), "batch_size": 100, "max_train": 250}
-  return config
-"""
+CONFIG = config_text(
+  optim={"base_rate": 0.3, "warmup_epochs": 0.2},
+  train={"epochs": 0.85, "batch_size": 96},
+  checkpoint={"every_epochs": 100.0, "every_steps": 4, "keep": 100},
+  log={"every_steps": 1, "every_seconds": 0.0},
+  eval={"batch_size": 100, "max_train": 250},
+)
 """12 steps; evaluation batches that 4 devices do not divide, the last of them partly empty."""
 
 

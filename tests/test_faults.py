@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import config_text
 
 from byolx import checkpoint, config, experiment, train
 
@@ -29,26 +30,6 @@ ROOT = Path(__file__).parent.parent
 KILLS = 25
 STEPS = 89
 
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-  view = {"jitter_probability": 0.0, "blur_probability": 0.0, "flip_probability": 0.0}
-  config = ConfigDict()
-  config.data = {"source": "digits"}
-  config.views = {"size": 8, "view1": dict(view), "view2": dict(view)}
-  config.model = {
-    "arch": "custom", "blocks": (1,), "channels": (8,), "stem": "small", "stem_channels": 8
-  }
-  config.byol = {"projector_hidden": 16, "predictor_hidden": 16, "projection_size": 8}
-  config.optim = {"base_rate": 0.3, "warmup_epochs": 0.5}
-  config.train = {"epochs": 6, "batch_size": 96}
-  config.checkpoint = {"every_steps": 2}
-  config.log = {"every_steps": 1}
-  config.eval = {"resize": 8, "fractions": (1.0,)}
-  config.mesh = {"data": 2, "cpu_devices": DEVICES}
-  return config
-"""
 
 # A step that takes its time, so that there is time to be killed in.
 SLOWLY = """
@@ -117,7 +98,13 @@ class Runs:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_many_kills_change_nothing(processes, compiled, tmp_path):
   path = tmp_path / "tiny.py"
-  path.write_text(CONFIG.replace("DEVICES", str(2 // processes)))
+  text = config_text(
+    train={"epochs": 6, "batch_size": 96},
+    checkpoint={"every_steps": 2},
+    log={"every_steps": 1},
+    mesh={"data": 2, "cpu_devices": 2 // processes},
+  )
+  path.write_text(text)
   environment = os.environ | compiled | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
   whole = Runs(path, tmp_path / "whole" / "run", processes, environment)
   whole.finish()

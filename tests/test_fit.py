@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import config_text
 
 from byolx import config, experiment, fit, graft, run, sharding, train
 
@@ -22,26 +23,12 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("compiled")
 STEPS = 29
 
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-  view = {"jitter_probability": 0.0, "blur_probability": 0.0, "flip_probability": 0.0}
-  config = ConfigDict()
-  config.data = {"source": "digits"}
-  config.views = {"size": 8, "view1": dict(view), "view2": dict(view)}
-  config.model = {
-    "arch": "custom", "blocks": (1,), "channels": (8,), "stem": "small", "stem_channels": 8
-  }
-  config.byol = {"projector_hidden": 16, "predictor_hidden": 16, "projection_size": 8}
-  config.optim = {"base_rate": 0.3, "warmup_epochs": 0.5}
-  config.train = {"epochs": 2, "batch_size": 96}
-  config.checkpoint = {"every_epochs": 0.5, "keep": 100}
-  config.log = {"every_steps": 1}
-  config.eval = {"resize": 8, "fractions": (1.0,)}
-  config.mesh = {"data": 1}
-  return config
-"""
+CONFIG = config_text(
+  train={"epochs": 2, "batch_size": 96},
+  checkpoint={"every_epochs": 0.5, "keep": 100},
+  log={"every_steps": 1},
+  mesh={"data": 1},
+)
 
 
 @pytest.fixture(scope="module")

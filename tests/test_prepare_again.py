@@ -2,7 +2,7 @@
 
 import contextlib
 import fcntl
-import filecmp
+import functools
 import os
 import random
 import resource
@@ -16,27 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_sample_images
+from preparing import assert_same, crops, files_of, prepare_tree, run_prepare, write_tree
 
-from byolx import cli, prepare
+from byolx import prepare
 from byolx.data import inputs, shards
 from byolx.data.records import prepared, verify
 
 ROOT = Path(__file__).parent.parent
-
-
-def crops(count, size=(200, 150)):
-  photographs = [Image.fromarray(image) for image in load_sample_images().images]
-  for i in range(count):
-    left, top = 11 * i % 400, 7 * i % 250
-    yield photographs[i % 2].crop((left, top, left + size[0], top + size[1]))
-
-
-def write_tree(folder, names, size=(200, 150)):
-  for name, crop in zip(names, crops(len(names), size)):
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    crop.save(folder / name, "JPEG", quality=88)
-  return folder
 
 
 @pytest.fixture
@@ -51,31 +37,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def byolx(capsys):
-  """Runs `byolx prepare` in this process: (exit code, stdout, stderr)."""
-
-  def run(*arguments):
-    try:
-      code = cli.main(["prepare", *(str(argument) for argument in arguments)])
-    except SystemExit as stop:
-      code = stop.code
-    return code, *capsys.readouterr()
-
-  return run
-
-
-def files_of(folder):
-  return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
-def assert_same(one, other):
-  """The same files with the same bytes."""
-  assert files_of(one) == files_of(other)
-  different = [f for f in files_of(one) if not filecmp.cmp(one / f, other / f, shallow=False)]
-  assert different == []
-
-
-def prepare_tree(tree, to, *more):
-  return (f"--from={tree}", f"--to={to}", "--max_failed_share=0.2", *more)
+  return functools.partial(run_prepare, capsys)
 
 
 # Stopped and started again

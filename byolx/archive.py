@@ -299,6 +299,12 @@ def _canonical(record: dict[str, Any]) -> str:
   return json.dumps(record, separators=(",", ":"))
 
 
+def first_few(differences: list[str], most: int = 3) -> str:
+  """The first differences, and how many more there are."""
+  more = len(differences) - most
+  return "; ".join(differences[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
 def one_line(error: BaseException) -> str:
   """An error in one line that is not too long: what was tried stands first, what happened last."""
   text = " ".join(str(error).split()) or type(error).__name__

@@ -36,8 +36,6 @@ Tree = TypeVar("Tree")
 Result = TypeVar("Result")
 
 LOG = logging.getLogger("byolx")
-DIFFERENCES = 3
-"""Differences that are named where another model is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,9 +366,6 @@ def _refuse_other_arrays(
     if there.get(name) != here.get(name)
   ]
   if differences:
-    more = len(differences) - DIFFERENCES
     raise ValueError(
-      f"checkpoint of step {step} holds another model: "
-      + "; ".join(differences[:DIFFERENCES])
-      + (f"; and {more} more" if more > 0 else "")
+      f"checkpoint of step {step} holds another model: {archive.first_few(differences)}"
     )

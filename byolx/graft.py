@@ -18,9 +18,6 @@ from byolx.config import ConfigError
 
 State = TypeVar("State")
 
-DIFFERENCES = 3
-"""Differences that are named where another architecture is refused."""
-
 _VARIABLES = ("params", "rest")
 
 
@@ -159,11 +156,9 @@ def _refuse_other_architecture(
     if here.get(name) != there.get(name)
   ]
   if differences:
-    more = len(differences) - DIFFERENCES
     raise ConfigError(
-      f"init.workdir: the encoder of {path} has another architecture: "
-      + "; ".join(differences[:DIFFERENCES])
-      + (f"; and {more} more" if more > 0 else "")
+      f"init.workdir: the encoder of {path} has another architecture:"
+      f" {archive.first_few(differences)}"
     )
 
 

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import threading
 import time
 import zlib
@@ -37,6 +38,8 @@ CHUNK = 2**25
 """Bytes of an array that are stored together, and read even if a device needs a part of them."""
 
 _FILE = "record.json"
+_LINE = 300
+_SYSTEM_CODE = re.compile(r"os_error_code=\W*(\d+)")  # tensorstore's, at the end of long messages
 
 
 class CheckpointError(RuntimeError):

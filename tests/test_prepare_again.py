@@ -5,7 +5,6 @@ import fcntl
 import functools
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -47,15 +46,14 @@ def command(*arguments):
   return [sys.executable, "-m", "byolx", "prepare", *(str(argument) for argument in arguments)]
 
 
-def run_on_its_own(*arguments, **more):
+def run_on_its_own(*arguments, prefix=()):
   return subprocess.Popen(
-    command(*arguments),
+    [*prefix, *command(*arguments)],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
     env=os.environ | {"PYTHONPATH": str(ROOT)},
     start_new_session=True,
-    **more,
   )
 
 
@@ -197,11 +195,7 @@ def test_a_full_disk(byolx, tmp_path, workers):
   Image.fromarray(noise).save(source / "c.png")
   given = (f"--from={source}", f"--to={tmp_path / 'set'}", "--shards=3")
   limit = 400_000
-  process = run_on_its_own(
-    *given,
-    f"--workers={workers}",
-    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-  )
+  process = run_on_its_own(*given, f"--workers={workers}", prefix=("prlimit", f"--fsize={limit}"))
   _, err = process.communicate(timeout=60)
   assert process.returncode == 1
   (said,) = [line for line in err.splitlines() if line.startswith("byolx: error: ")]

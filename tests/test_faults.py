@@ -130,7 +130,8 @@ def test_many_kills_change_nothing(processes, compiled, tmp_path):
       for one in started:
         one.kill()
     codes = [one.wait(60) for one in started]
-    assert all(code in (-number, 75, 0, 1) or code == -signal.SIGTERM for code in codes), codes
+    # Done, saved and to be started again, or killed; never an error of its own.
+    assert set(codes) <= {0, 75, -signal.SIGTERM, -signal.SIGKILL}, codes
     seen |= set(codes)
     assert "Traceback" not in disturbed.said(), disturbed.said()[-3000:]
   assert -signal.SIGKILL in seen

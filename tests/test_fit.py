@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from tiny import config_text
 
-from byolx import config, experiment, fit, graft, run, sharding, train
+from byolx import checkpoint, config, experiment, fit, graft, run, sharding, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -274,3 +275,38 @@ def test_a_run_may_start_from_the_encoder_of_another(path, whole, tmp_path):
   assert any((one != other).any() for one, other in zip(arrays, others, strict=True))
   with pytest.raises(config.ConfigError, match="has another architecture"):
     trained(path, tmp_path / "other", f"init.workdir={whole[0]}", "model.channels=(16,)")
+
+
+# Other devices
+
+
+def test_a_run_that_changes_its_mesh_goes_on_within_rounding(path, whole, tmp_path):
+  """8 -> 4 -> 1 -> 8 devices, a quarter of the run on each: the same records in the same order."""
+  newest = 0
+  for devices, stays in ((8, 7), (4, 14), (1, 21), (8, STEPS)):
+    said, arrays = trained(path, tmp_path, f"mesh.data={devices}")
+    assert not newest or f"going on from step {newest} of" in said
+    newest = stays
+    for one in (tmp_path / "checkpoints").glob("[0-9]*"):
+      if int(one.name) > stays:
+        shutil.rmtree(one)
+  for ours, theirs in zip(arrays, whole[1], strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
+  found, expected = rows(tmp_path), rows(whole[0])
+  assert [row["step"] for row in found] == [row["step"] for row in expected]
+  for ours, theirs in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
+def test_a_checkpoint_serves_any_micro_batch(path, whole):
+  """The state does not know how many passes a step took: every array comes back as it was."""
+  checkpoints = checkpoint.Checkpoints(whole[0] / "checkpoints")
+  for micro in (0, 48, 32):
+    exp = experiment.build(config.load(str(path), [f"--config.train.micro_batch={micro}"]))
+    state = fit.restore(exp, checkpoints, fit.Rollbacks(whole[0]))
+    same([np.asarray(leaf) for leaf in jax.tree.leaves(state)], whole[1])
+    with contextlib.closing(exp.train_batches(STEPS)) as batches:
+      step = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
+      state, scalars = step(state, sharding.put_batch(next(batches), exp.mesh), exp.step_key)
+    assert np.isfinite(float(scalars["loss"]))
+  checkpoints.close()

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from byolx import experiment, sharding
+from byolx import experiment, recipe, sharding
 from byolx.data import augment, decode, making, pipeline
 from byolx.data.augment_host import apply_host
 from byolx.data.failures import TooManyFailuresError
@@ -169,7 +169,7 @@ def step_flops_per_image(cfg: ConfigDict) -> float:
   One is the online network's, two its gradient, one the target's. Counted on the program for one
   image, before any compilation; the heads and the optimiser are left out.
   """
-  spec = experiment.build_encoder(cfg)
+  spec = recipe.build_encoder(cfg)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: ResNet(spec, rngs=nnx.Rngs(0))))
   image = jax.ShapeDtypeStruct((1, cfg.views.size, cfg.views.size, 3), jnp.float32)
 

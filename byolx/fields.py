@@ -232,8 +232,34 @@ FIELDS: dict[str, Field] = {
     "", "start with the encoder of this run's newest checkpoint, or of this checkpoint; empty: anew"
   ),
   "init.encoder": Field("online", "which of its encoders", one_of("online", "target")),
+  "train.remat": Field(
+    "none",
+    "what the forward pass keeps for the backward pass, which computes the rest again: none (all), or "
+    "outputs of every convolution, block, stage",
+    one_of("none", "convolution", "block", "stage"),
+    free=True,
+  ),
+  "mesh.state": Field(
+    "replicated",
+    "where the state lives: whole on every device; zero: optimiser, target and gradients in pieces "
+    "over mesh.fsdp devices; full: parameters too",
+    one_of("replicated", "zero", "full"),
+    free=True,
+  ),
   "mesh.data": Field(
     0, "devices over which a batch is spread; 0: all there are", at_least(0), free=True
+  ),
+  "mesh.fsdp": Field(
+    0,
+    "of them, those that share one state in pieces; 0: as many as divide them, at most 64",
+    at_least(0),
+    free=True,
+  ),
+  "compile.cache": Field(
+    "../compiled",
+    "folder of compiled programs, seen from the workdir: what was compiled once is not compiled "
+    "again; empty: none",
+    free=True,
   ),
   "mesh.cpu_devices": Field(
     0,

@@ -214,7 +214,7 @@ def new_state(exp: Experiment, workdir: Path) -> train.TrainState:
 
   Which checkpoint that was is kept in the workdir, so that starting again takes the same one.
   """
-  state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  state = exp.initialise()
   init = exp.config.init
   if not init.workdir:
     return state
@@ -222,6 +222,7 @@ def new_state(exp: Experiment, workdir: Path) -> train.TrainState:
   source = Path(before["path"] if before else init.workdir)
   encoder = graft.read(source, init.encoder, sharding.replicated(exp.mesh))
   state, table = graft.apply(state, encoder)
+  state = jax.device_put(state, train.state_shardings(exp.abstract_state()))
   print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")
   if distributed.is_writer():
     logs.write_atomically(workdir / LINEAGE, json.dumps(encoder.lineage, indent=1) + "\n")
@@ -242,7 +243,7 @@ def restore(
   Raises:
     ConfigError: it was made from others.
   """
-  abstract = train.abstract_state(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  abstract = exp.abstract_state()
 
   def accept(step: int, found: dict[str, Any]) -> None:
     expected = data_position(exp, step, rollbacks.skipped_before(step))
@@ -282,8 +283,7 @@ def _open_log(exp: Experiment, workdir: Path, start: int) -> logs.RunLog:
 def _compile(exp: Experiment, state: train.TrainState, batch: Any) -> Callable:
   print("compiling the step ...", flush=True)
   began = time.monotonic()
-  step_function = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
-  compiled = step_function.lower(state, batch, exp.step_key).compile()
+  compiled = exp.lower().compile()
   print(f"compiled in {logs.duration(time.monotonic() - began)}", flush=True)
   # On CPUs the first exchange between processes fails where one comes 30 s after another.
   distributed.barrier("compiled")

@@ -264,7 +264,7 @@ def _records(
 def untrained_encoder(exp: Experiment) -> nnx.Module:
   """The same network as it was before training, its statistics warmed on the same images."""
   # The very program that made the first state; draw by draw it would take several times as long.
-  state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  state = exp.initialise()
   encoder = state.model().online.encoder
   evaluate.warm_statistics(
     encoder, exp.normalise, exp.evaluation_batches(training_subset(exp, most=20_000)), exp.mesh

@@ -15,10 +15,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from byolx import sharding
+from byolx.models.names import ALWAYS_KEPT, BLOCK, CONVOLUTION, STAGE
 from byolx.tasks.base import Batch, Task
 
 Scalars = dict[str, Array]
 StepFunction = Callable[["TrainState", Batch, Array], tuple["TrainState", Scalars]]
+
+KEPT = {
+  "none": None,
+  "convolution": (*ALWAYS_KEPT, CONVOLUTION),
+  "block": (*ALWAYS_KEPT, BLOCK),
+  "stage": (*ALWAYS_KEPT, STAGE),
+}
+"""What a forward pass keeps for the backward pass, by `train.remat`; the rest is computed again.
+`none` leaves it to the compiler, which keeps what it needs and computes nothing twice."""
 
 IN_FLIGHT = 2
 """Steps that may be under way at once; each holds a batch on the devices."""
@@ -64,6 +74,8 @@ def train_step(
   task: Task,
   tx: optax.GradientTransformation,
   passes: int,
+  remat: str,
+  layout: sharding.Layout,
   state: TrainState,
   batch: Batch,
   key: Array,
@@ -74,13 +86,14 @@ def train_step(
   is a value. The scalars are means over the micro-batches, plus the norms of gradient and update.
   """
   key = jax.random.fold_in(key, state.step)
-  gradient = functools.partial(_gradient, task, state.graphdef, state.params)
+  gradient = functools.partial(_gradient, task, remat, layout, state.graphdef, state.params)
   if passes == 1:
     grads, rest, scalars = gradient(state.rest, batch, key)
   else:
     grads, rest, scalars = _accumulate(gradient, passes, state, batch, key)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params = _constrain(state.params, layout.of_rest)  # each device updates its pieces only
+  updates, opt_state = tx.update(grads, state.opt_state, params)
+  params = optax.apply_updates(params, updates)
   model = nnx.merge(state.graphdef, params, rest, copy=True)
   moved = task.after_update(model, state.step)
   graphdef, params, rest = nnx.split(model, task.trainable, ...)
@@ -88,8 +101,19 @@ def train_step(
   return TrainState(state.step + 1, params, rest, opt_state, graphdef), scalars | moved | norms
 
 
+def _constrain(tree: Any, shardings: Callable[[Any], Any]) -> Any:
+  return jax.lax.with_sharding_constraint(tree, shardings(tree))
+
+
 def _gradient(
-  task: Task, graphdef: nnx.GraphDef, params: nnx.State, rest: nnx.State, batch: Batch, key: Array
+  task: Task,
+  remat: str,
+  layout: sharding.Layout,
+  graphdef: nnx.GraphDef,
+  params: nnx.State,
+  rest: nnx.State,
+  batch: Batch,
+  key: Array,
 ) -> tuple[nnx.State, nnx.State, Scalars]:
   """Gradient, variables after the forward pass, and scalars of one micro-batch."""
 
@@ -98,8 +122,12 @@ def _gradient(
     loss, scalars = task.loss(model, batch, key)
     return loss, (nnx.split(model, task.trainable, ...)[2], scalars)
 
-  grads, (rest_after, scalars) = jax.grad(loss_of, has_aux=True)(params)
-  return grads, rest_after, scalars
+  if KEPT[remat] is not None:
+    names = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+    loss_of = jax.checkpoint(loss_of, policy=names)
+  with sharding.using(layout):
+    grads, (rest_after, scalars) = jax.grad(loss_of, has_aux=True)(params)
+  return _constrain(grads, layout.of_rest), rest_after, scalars
 
 
 def _accumulate(
@@ -128,35 +156,65 @@ def _accumulate(
 
 
 def compile_step(
-  task: Task, tx: optax.GradientTransformation, passes: int, mesh: Mesh
+  task: Task,
+  tx: optax.GradientTransformation,
+  layout: sharding.Layout,
+  *,
+  passes: int = 1,
+  remat: str = "none",
 ) -> jax.stages.Wrapped:
-  """The jitted step over a mesh: replicated state (donated), batches spread by example."""
-  everywhere, spread = sharding.replicated(mesh), sharding.by_example(mesh)
+  """The jitted step over a mesh: the state (donated) as the layout has it, batches spread by example.
+
+  Args:
+    task, tx: loss and optimiser.
+    layout: where the state lives.
+    passes: forward passes over which gradients are averaged.
+    remat: what the backward pass finds kept, see KEPT.
+  """
+  everywhere, spread = sharding.replicated(layout.mesh), sharding.by_example(layout.mesh)
+  places = everywhere
+  if layout.state != "replicated":
+    places = state_shardings(abstract_state(task, tx, jax.random.key(0), layout))
   return jax.jit(
-    functools.partial(train_step, task, tx, passes),
-    in_shardings=(everywhere, spread, everywhere),
-    out_shardings=(everywhere, everywhere),
+    functools.partial(train_step, task, tx, passes, remat, layout),
+    in_shardings=(places, spread, everywhere),
+    out_shardings=(places, everywhere),
     donate_argnums=0,
   )
 
 
-def initialise(task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh) -> TrainState:
+def initialise(
+  task: Task, tx: optax.GradientTransformation, key: Array, layout: sharding.Layout
+) -> TrainState:
   """A new state, made where it lives."""
   return jax.jit(
     functools.partial(new_state, task, tx),
-    out_shardings=sharding.replicated(mesh),
+    out_shardings=state_shardings(abstract_state(task, tx, key, layout)),
     # Runs once: dozens of small random kernels would take the compiler longer than the draws take.
     compiler_options={"xla_backend_optimization_level": 0},
   )(key)
 
 
 def abstract_state(
-  task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh
+  task: Task, tx: optax.GradientTransformation, key: Array, layout: sharding.Layout
 ) -> TrainState:
   """Shapes, types and shardings of the state, without its arrays."""
-  shapes = jax.eval_shape(functools.partial(new_state, task, tx), key)
-  everywhere = sharding.replicated(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+  state = jax.eval_shape(functools.partial(new_state, task, tx), key)
+  places = TrainState(
+    sharding.replicated(layout.mesh),
+    layout.of_params(state.params),
+    layout.of_rest(state.rest),
+    layout.of_rest(state.opt_state),
+    state.graphdef,
+  )
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+  )
+
+
+def state_shardings(state: TrainState) -> TrainState:
+  """Where each array of a state lives."""
+  return jax.tree.map(lambda x: x.sharding, state)
 
 
 def train(

@@ -9,7 +9,7 @@ import jax
 import pytest
 from flax import nnx
 
-from byolx import config, experiment
+from byolx import config, experiment, recipe
 from byolx.config import ConfigError
 from byolx.fields import FIELDS
 
@@ -146,8 +146,8 @@ def test_every_argument_can_be_given(file):
 
 def test_a_file_describes_something_that_can_be_built(file):
   cfg = load(file.name)
-  task = experiment.build_task(cfg, 10, steps=1000)
-  rate, tx, params = experiment.build_optimiser(cfg, task, warmup_steps=100)
+  task = recipe.build_task(cfg, 10, steps=1000)
+  rate, tx, params = recipe.build_optimiser(cfg, task, warmup_steps=100)
   assert {path[0] for path, _ in nnx.to_flat_state(params)} == {"online", "predictor", "probe"}
   momenta = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
   assert momenta == [x.shape for x in jax.tree.leaves(params)]
@@ -191,7 +191,7 @@ def test_other_epochs_are_refused_with_the_choices():
 def test_arguments_of_the_papers_networks():
   cfg = load("pretrain_imagenet.py:arch=resnet200,width=2,batch=1024")
   assert (cfg.model.arch, cfg.model.width, cfg.train.batch_size) == ("resnet200", 2.0, 1024)
-  spec = experiment.build_encoder(cfg)
+  spec = recipe.build_encoder(cfg)
   assert spec.blocks == (3, 24, 36, 3)
   assert spec.channels == (512, 1024, 2048, 4096)
   # The base rate is per 256 images, so it stays.
@@ -208,7 +208,7 @@ def test_arguments_of_the_papers_networks():
   ],
 )
 def test_steps_are_those_of_appendix_j(name, images, steps, warmup):
-  found = experiment.count_steps(load(name), images)
+  found = recipe.count_steps(load(name), images)
   assert found == (steps, warmup)
 
 
@@ -225,5 +225,5 @@ def test_any_size_and_length_of_image_folder_goes_together(size, epochs):
   assert cfg.model.stem == ("imagenet" if size >= 64 else "small")
   if size == 224:
     assert cfg.eval.resize == 256
-  steps, warmup = experiment.count_steps(cfg, images=10)
+  steps, warmup = recipe.count_steps(cfg, images=10)
   assert 0 <= warmup < steps

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ import pytest
 from tiny import config_text
 
 from byolx import checkpoint, config, experiment, fit, graft, run, sharding, train
+from byolx.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -143,26 +145,19 @@ ROLL = "train.on_divergence=rollback"
 
 def nan_probe(monkeypatch, bad):
   """Steps whose batch starts with a record in `bad` report a loss that is not finite."""
-  step = train.compile_step
+  lower = Recipe.lower
 
-  def compile_step(*arguments):
-    compiled = step(*arguments)
+  def patched(self):
+    compiled = lower(self).compile()
 
-    class Lowered:
-      def lower(self, *arguments):
-        return self
+    def run_step(state, batch, key):
+      first = int(np.asarray(batch["index"][0]))
+      state, scalars = compiled(state, batch, key)
+      return state, scalars | ({"loss": jax.numpy.float32("nan")} if first in bad else {})
 
-      def compile(self):
-        def run_step(state, batch, key):
-          first = int(np.asarray(batch["index"][0]))
-          state, scalars = compiled(state, batch, key)
-          return state, scalars | ({"loss": jax.numpy.float32("nan")} if first in bad else {})
+    return types.SimpleNamespace(compile=lambda: run_step)
 
-        return run_step
-
-    return Lowered()
-
-  monkeypatch.setattr(train, "compile_step", compile_step)
+  monkeypatch.setattr(Recipe, "lower", patched)
 
 
 def test_rollback_leaves_out_the_batches_since_the_checkpoint(path, tmp_path, monkeypatch):
@@ -178,9 +173,9 @@ def test_rollback_leaves_out_the_batches_since_the_checkpoint(path, tmp_path, mo
   assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
   # An independent run of the same steps: 7 batches, then those from number 12 on.
   exp = experiment.build(config.load(str(path)))
-  state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  state = exp.initialise()
   monkeypatch.undo()
-  step = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
+  step = train.compile_step(exp.task, exp.tx, exp.layout, passes=exp.passes)
   with contextlib.closing(exp.train_batches(0)) as batches:
     used = itertools.chain(
       itertools.islice(batches, 7), itertools.islice(batches, 5, 5 + STEPS - 7)
@@ -306,7 +301,7 @@ def test_a_checkpoint_serves_any_micro_batch(path, whole):
     state = fit.restore(exp, checkpoints, fit.Rollbacks(whole[0]))
     same([np.asarray(leaf) for leaf in jax.tree.leaves(state)], whole[1])
     with contextlib.closing(exp.train_batches(STEPS)) as batches:
-      step = train.compile_step(exp.task, exp.tx, exp.passes, exp.mesh)
+      step = train.compile_step(exp.task, exp.tx, exp.layout, passes=exp.passes)
       state, scalars = step(state, sharding.put_batch(next(batches), exp.mesh), exp.step_key)
     assert np.isfinite(float(scalars["loss"]))
   checkpoints.close()

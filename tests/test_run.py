@@ -129,7 +129,7 @@ def load(tiny, *overrides):
 def restored(cfg, workdir):
   """The newest checkpoint: its step and all its arrays by path."""
   exp = experiment.build(cfg)
-  abstract = train.abstract_state(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  abstract = exp.abstract_state()
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
   state = checkpoints.restore(abstract).state
   checkpoints.close()
@@ -421,7 +421,7 @@ def test_a_folder_that_changed_is_another_run(tmp_path):
   exp = experiment.build(load_folder(folder))
   run.claim(workdir, exp.config)
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
-  state = train.initialise(exp.task, exp.tx, exp.encoder_key, exp.mesh)
+  state = exp.initialise()
   checkpoints.save(2, state, fitting.data_position(exp, 2), {})
   checkpoints.close()
   photographs(folder / "c", 5)

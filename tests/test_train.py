@@ -12,7 +12,7 @@ from clu import metrics
 from flax import nnx
 
 from byolx import sharding, train
-from byolx.models.layers import linear
+from byolx.models.layers import Linear
 from byolx.models.norm import BatchNorm
 
 KEY = jax.random.key(5)
@@ -23,7 +23,7 @@ class Net(nnx.Module):
   """Linear, batch normalisation, a frozen factor; a shadow that follows the kernel."""
 
   def __init__(self, group, rngs):
-    self.layer = linear(3, 2, rngs=rngs)
+    self.layer = Linear(3, 2, rngs=rngs)
     self.norm = BatchNorm(2, group=group)
     self.frozen = nnx.Param(jnp.full(2, 1.5))
     self.shadow = nnx.Param(jnp.zeros((3, 2)))
@@ -97,7 +97,7 @@ def one_step(task, devices, passes, batch):
   """(variables before, variables after, scalars, state) of one step of SGD."""
   state, tx, mesh = start(task, devices)
   before = variables(state)
-  step = train.compile_step(task, tx, passes, mesh)
+  step = train.compile_step(task, tx, sharding.Layout(mesh), passes=passes)
   state, scalars = step(state, sharding.put_batch(batch, mesh), KEY)
   return before, variables(state), jax.device_get(scalars), state
 
@@ -194,7 +194,7 @@ def test_only_trainable_variables_are_trained():
 def running():
   """A toy's compiled step with momentum on one device, its task, and a maker of first states."""
   task, tx = Toy(), optax.sgd(0.05, momentum=0.9)
-  step = train.compile_step(task, tx, 1, sharding.make_mesh(1))
+  step = train.compile_step(task, tx, sharding.Layout(sharding.make_mesh(1)))
   return step, task, lambda: start(task, 1, tx)[0]
 
 
@@ -224,21 +224,24 @@ def test_the_state_is_donated_and_nothing_else(running):
 
 def test_a_new_state_is_a_function_of_the_key_on_any_mesh():
   task, tx = Toy(), optax.sgd(RATE, momentum=0.9)
-  states = {n: train.initialise(task, tx, jax.random.key(3), sharding.make_mesh(n)) for n in (1, 8)}
+  states = {
+    n: train.initialise(task, tx, jax.random.key(3), sharding.Layout(sharding.make_mesh(n)))
+    for n in (1, 8)
+  }
   for one, eight in zip(*(host(state) for state in states.values()), strict=True):
     np.testing.assert_array_equal(one, eight)
   for leaf in jax.tree.leaves(states[8]):
     assert len(leaf.sharding.device_set) == 8
     assert leaf.is_fully_replicated
-  other = train.initialise(task, tx, jax.random.key(4), sharding.make_mesh(1))
+  other = train.initialise(task, tx, jax.random.key(4), sharding.Layout(sharding.make_mesh(1)))
   kernels = [variables(state)["layer.kernel"] for state in (states[1], other)]
   assert not np.isclose(*kernels).any()
 
 
 def test_the_abstract_state_has_the_shapes_types_and_places_of_the_real_one():
   task, tx, mesh = Toy(), optax.sgd(RATE, momentum=0.9), sharding.make_mesh(2)
-  real = train.initialise(task, tx, jax.random.key(0), mesh)
-  abstract = train.abstract_state(task, tx, jax.random.key(0), mesh)
+  real = train.initialise(task, tx, jax.random.key(0), sharding.Layout(mesh))
+  abstract = train.abstract_state(task, tx, jax.random.key(0), sharding.Layout(mesh))
   assert jax.tree.structure(real) == jax.tree.structure(abstract)
   for ours, theirs in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -404,7 +407,7 @@ def test_a_state_that_is_not_finite_is_never_saved(running, value, save_every, l
 def test_an_absurd_rate_is_noticed_by_its_update():
   task, tx = Toy(), optax.sgd(1e30)
   state, _, mesh = start(task, 1, tx)
-  step = train.compile_step(task, tx, 1, mesh)
+  step = train.compile_step(task, tx, sharding.Layout(mesh))
   options = {"steps": 50, "log_every": 10, "save_every": 1}
   *_, saved, events = loop(step, state, toy_batches(), **options)
   assert events[-2][0] == "diverged"

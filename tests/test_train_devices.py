@@ -46,7 +46,7 @@ def byol_runs():
   for devices in (1, 8):
     mesh = sharding.make_mesh(devices)
     state = jax.device_put(first, sharding.replicated(mesh))
-    step, scalars = train.compile_step(task, tx, 1, mesh), []
+    step, scalars = train.compile_step(task, tx, sharding.Layout(mesh)), []
     for batch in batches:
       state, logged = step(state, sharding.put_batch(batch, mesh), KEY)
       scalars.append(jax.device_get(logged))

@@ -65,8 +65,10 @@ def trajectory(request, golden):
   rate = schedules.warmup_cosine(4.0 * BATCH / 256, 2, STEPS)
   params = nnx.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))), task.trainable, ...)[1]
   tx = optim.lars(rate, 1e-4, 0.9, 1e-3, optim.adapted(params))
-  state = load(train.initialise(task, tx, jax.random.key(0), mesh), archive, network)
-  step = train.compile_step(task, tx, 1, mesh)
+  state = load(
+    train.initialise(task, tx, jax.random.key(0), sharding.Layout(mesh)), archive, network
+  )
+  step = train.compile_step(task, tx, sharding.Layout(mesh))
   scalars = []
   for k in range(STEPS):
     batch = {key: archive[f"batch{k}|{key}"] for key in ("view1", "view2")}

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from byolx.models.heads import MLP
-from byolx.models.layers import linear
+from byolx.models.layers import Linear
+from byolx.models.names import OUTPUTS
 from byolx.models.resnet import ResNet, ResNetSpec
 
 
@@ -68,7 +70,8 @@ class Branch(nnx.Module):
   def __call__(self, x: Float[Array, "b h w 3"], *, train: bool, views: int = 1) -> Outputs:
     y = self.encoder(x, train=train, views=views)
     z = self.projector(y, train=train, views=views)
-    return Outputs(y.astype(jnp.float32), z.astype(jnp.float32))
+    named = (checkpoint_name(x.astype(jnp.float32), OUTPUTS) for x in (y, z))
+    return Outputs(*named)
 
 
 class BYOL(nnx.Module):
@@ -94,7 +97,7 @@ class BYOL(nnx.Module):
       else None
     )
     self.probe = (
-      linear(
+      Linear(
         self.online.encoder.features,
         spec.classes,
         kernel_init=spec.encoder.kernel_init,
@@ -111,7 +114,8 @@ class BYOL(nnx.Module):
     """q(z), or z itself where there is no predictor; float32."""
     if self.predictor is None:
       return z
-    return self.predictor(z, train=train, views=views).astype(jnp.float32)
+    prediction = self.predictor(z, train=train, views=views).astype(jnp.float32)
+    return checkpoint_name(prediction, OUTPUTS)
 
   def follow(self, tau: Float[Array, ""], *, statistics: bool = False) -> None:
     """xi <- xi + (1 - tau) * (theta - xi), for the target's parameters (Algorithm 1, line 11).

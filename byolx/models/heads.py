@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from byolx.models.layers import linear
+from byolx.models.layers import Linear
 from byolx.models.resnet import ResNetSpec
 
 
@@ -31,9 +31,9 @@ class MLP(nnx.Module):
   ):
     options = {"kernel_init": spec.kernel_init, "dtype": spec.dtype, "rngs": rngs}
     sizes = (inputs, *(hidden,) * (depth - 1))
-    self.hidden = nnx.List(linear(a, b, **options) for a, b in itertools.pairwise(sizes))
+    self.hidden = nnx.List(Linear(a, b, **options) for a, b in itertools.pairwise(sizes))
     self.norms = nnx.List(spec.norm(size) for size in sizes[1:])
-    self.output = linear(sizes[-1], outputs, bias=output_bias, **options)
+    self.output = Linear(sizes[-1], outputs, bias=output_bias, **options)
 
   def __call__(self, x: Float[Array, "b d"], *, train: bool, views: int = 1) -> Float[Array, "b e"]:
     for layer, norm in zip(self.hidden, self.norms, strict=True):

@@ -8,9 +8,11 @@ view is normalised by its own statistics, over the whole global batch or over gr
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from byolx.models.names import MOMENTS
 from byolx.roles import Role
 
 
@@ -67,13 +69,17 @@ class BatchNorm(nnx.Module):
     if not train:
       mean, var = self.averages()
       return self._affine(x, mean, var)
-    grouped = self._split(x, views)
-    axes = (1, *range(3, grouped.ndim - 1))
-    wide = grouped.astype(jnp.float32)
-    mean = jnp.mean(wide, axes, keepdims=True)
-    var = jnp.maximum(jnp.mean(jnp.square(wide), axes, keepdims=True) - jnp.square(mean), 0.0)
-    self._record(mean.reshape(-1, views, x.shape[-1]), var.reshape(-1, views, x.shape[-1]))
-    return self._affine(grouped, mean, var).reshape(x.shape)
+    rows, space = x.shape[0], tuple(range(1, x.ndim - 1))
+    wide = x.astype(jnp.float32)
+    # Each row is summed by itself first: only small arrays are cut into groups and views.
+    moments = jnp.stack([jnp.mean(wide, space), jnp.mean(jnp.square(wide), space)], axis=1)
+    moments = checkpoint_name(jnp.mean(self._split(moments, views), axis=1), MOMENTS)
+    mean, square = moments[:, :, 0], moments[:, :, 1]
+    var = jnp.maximum(square - jnp.square(mean), 0.0)
+    self._record(mean, var)
+    per_row = self._by_row(jnp.stack([mean, var], axis=2), rows)
+    per_row = per_row.reshape(rows, 2, *(1,) * len(space), x.shape[-1])
+    return self._affine(x, per_row[:, 0], per_row[:, 1])
 
   def averages(self) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
     """Running mean and variance; 0 and 1 before the first update."""
@@ -83,7 +89,7 @@ class BatchNorm(nnx.Module):
     weight = jnp.where(seen, 1.0 - self.decay ** self.updates[...].astype(jnp.float32), 1.0)
     return self.mean[...] / weight, jnp.where(seen, self.var[...] / weight, 1.0)
 
-  def _split(self, x: Float[Array, "*b c"], views: int) -> Float[Array, "g n v *s c"]:
+  def _split(self, x: Float[Array, "b *s"], views: int) -> Float[Array, "g n v *s"]:
     rows = x.shape[0]
     group = self.group or rows // views
     if group == 0 or rows % (group * views):
@@ -91,6 +97,12 @@ class BatchNorm(nnx.Module):
         f"batch of {rows} rows: expected a multiple of views {views} * model.bn_group {group}"
       )
     return x.reshape(rows // (group * views), group, views, *x.shape[1:])
+
+  def _by_row(self, x: Float[Array, "g v *s"], rows: int) -> Float[Array, "b *s"]:
+    """What holds for a group's view, for each of its rows."""
+    groups, views, *rest = x.shape
+    per_row = jnp.broadcast_to(x[:, None], (groups, rows // (groups * views), views, *rest))
+    return per_row.reshape(rows, *rest)
 
   def _record(self, mean: Float[Array, "g v c"], var: Float[Array, "g v c"]) -> None:
     """One update per view, in order; groups of one batch count as one update with their mean."""

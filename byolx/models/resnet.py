@@ -10,10 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from byolx.models.layers import Initializer, conv, uncorrected, window_padding
+from byolx.models.layers import Conv, Initializer, uncorrected, window_padding
+from byolx.models.names import BLOCK, STAGE
 from byolx.models.norm import BatchNorm
 
 
@@ -43,12 +45,13 @@ class ResNetSpec:
     strides: of each stage's first block; empty takes 1, 2, 2, ...
     stem: see STEMS.
     stem_channels: output channels of the first convolution.
-    padding: "same" or "torch", see `layers.conv`.
+    padding: "same" or "torch", see `layers.Conv`.
     dilation: of the last stage's 3x3 convolutions; above 1 its stride becomes 1 (appendix E.4).
     bn_decay, bn_eps, bn_group, bn_debias: see `BatchNorm`.
     bn_last_scale: initial gamma of each block's last normalisation; the paper's runs use 1.
     kernel_init: initialiser of every kernel.
-    dtype: of activations and products; parameters and statistics stay float32.
+    dtype: of activations and products; parameters, statistics and weight gradients stay float32.
+    products: see `layers.Conv`.
   """
 
   blocks: tuple[int, ...]
@@ -66,6 +69,7 @@ class ResNetSpec:
   bn_last_scale: float = 1.0
   kernel_init: Initializer = uncorrected
   dtype: DTypeLike = jnp.float32
+  products: bool | None = None
 
   def norm(self, channels: int, scale_init: float = 1.0) -> BatchNorm:
     """A normalisation layer as this network has them."""
@@ -79,15 +83,16 @@ class ResNetSpec:
       dtype=self.dtype,
     )
 
-  def conv(self, inputs: int, outputs: int, kernel: int, *, rngs: nnx.Rngs, **options) -> nnx.Conv:
+  def conv(self, inputs: int, outputs: int, kernel: int, *, rngs: nnx.Rngs, **options) -> Conv:
     """A convolution as this network has them."""
-    return conv(
+    return Conv(
       inputs,
       outputs,
       kernel,
       padding=self.padding,
       kernel_init=self.kernel_init,
       dtype=self.dtype,
+      products=self.products,
       rngs=rngs,
       **options,
     )
@@ -203,12 +208,13 @@ class ResNet(nnx.Module):
     """
     x = jax.nn.relu(self.stem_norm(self.stem(x.astype(self.spec.dtype)), train=train, views=views))
     if self.spec.stem.pool:
-      padding = window_padding(3, 1, self.spec.padding)
-      padding = padding if padding == "SAME" else ((0, 0), *padding, (0, 0))
+      sides = (window_padding(3, 2, 1, self.spec.padding, size) for size in x.shape[1:3])
+      padding = ((0, 0), *sides, (0, 0))
       x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
-    maps = [x]
+    maps = [checkpoint_name(checkpoint_name(x, BLOCK), STAGE)]
     for blocks in self.groups:
+      x = maps[-1]
       for block in blocks:
-        x = block(x, train=train, views=views)
-      maps.append(x)
+        x = checkpoint_name(block(x, train=train, views=views), BLOCK)
+      maps.append(checkpoint_name(x, STAGE))
     return tuple(maps)

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from byolx import losses, metrics, schedules
 from byolx.data import augment_device
 from byolx.models.byol import BYOL, BYOLSpec, Outputs
+from byolx.models.names import VIEWS
 from byolx.tasks.base import Batch
 
 
@@ -110,8 +112,12 @@ class Pretrain:
         augment_device.apply_device(view, draws, self.brightness_rule)
         for view, draws in zip(views, (batch["draws1"], batch["draws2"]), strict=True)
       ]
-    x = jnp.stack([_unit(view) for view in views], axis=1)
-    return augment_device.normalise(x.reshape(-1, *x.shape[2:]), self.mean, self.std)
+    # Each view in the compute type before they are interleaved: half the bytes to move.
+    dtype = self.spec.encoder.dtype
+    x = jnp.stack(
+      [augment_device.normalise(_unit(v), self.mean, self.std).astype(dtype) for v in views], axis=1
+    )
+    return checkpoint_name(x.reshape(-1, *x.shape[2:]), VIEWS)
 
   def _targets(self, model: BYOL, x: Array, online: Outputs) -> Float[Array, "b2 p"]:
     """z': what the prediction is compared with, for every row."""

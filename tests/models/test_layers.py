@@ -52,7 +52,7 @@ def convolve(x, kernel, stride, dilation, rule):
   [(3, 1, 1, (6, 7)), (3, 2, 1, (8, 7)), (7, 2, 1, (12, 9)), (3, 1, 2, (7, 8)), (1, 2, 1, (8, 7))],
 )
 def test_convolutions_are_sums_of_products(rule, kernel, stride, dilation, size):
-  layer = layers.conv(
+  layer = layers.Conv(
     2, 3, kernel, stride=stride, dilation=dilation, padding=rule, kernel_init=numpy_init,
     rngs=nnx.Rngs(0),
   )  # fmt: skip
@@ -61,13 +61,12 @@ def test_convolutions_are_sums_of_products(rule, kernel, stride, dilation, size)
   got = layer(jnp.asarray(x))
   assert got.shape == (2, *(-(-n // stride) for n in size), 3)
   np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
-  assert layer.bias is None
 
 
 def test_the_paddings_differ_at_stride_two_on_even_sizes():
   """About four points of accuracy were lost elsewhere by mixing them up."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 2)), jnp.float32)
-  make = lambda rule: layers.conv(  # noqa: E731
+  make = lambda rule: layers.Conv(  # noqa: E731
     2, 3, 3, stride=2, padding=rule, kernel_init=numpy_init, rngs=nnx.Rngs(0)
   )
   assert np.abs(make("same")(x) - make("torch")(x)).max() > 0.1
@@ -75,43 +74,50 @@ def test_the_paddings_differ_at_stride_two_on_even_sizes():
   np.testing.assert_allclose(make("same")(odd), make("torch")(odd), atol=1e-5)
 
 
+@pytest.mark.parametrize("products", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_pointwise_product_is_laxs_convolution_and_so_is_its_gradient(stride):
-  layer = layers.conv(3, 5, 1, stride=stride, kernel_init=numpy_init, rngs=nnx.Rngs(0))
+def test_a_pointwise_product_is_laxs_convolution_and_so_is_its_gradient(stride, products):
+  layer = layers.Conv(
+    3, 5, 1, stride=stride, kernel_init=numpy_init, products=products, rngs=nnx.Rngs(0)
+  )
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 6, 3)), jnp.float32)
-  kernel = layer.kernel[...]
+  graphdef, state = nnx.split(layer)
 
-  def theirs(kernel, x):
+  def theirs(state, x):
     numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", dimension_numbers=numbers)
+    return jax.lax.conv_general_dilated(
+      x, state["kernel"][...], (stride,) * 2, "SAME", dimension_numbers=numbers
+    )
 
-  def ours(kernel, x):
-    return layers._pointwise_as_product(x, kernel, (stride, stride))
+  def ours(state, x):
+    return nnx.merge(graphdef, state)(x)
 
   @jax.jit
-  def both(kernel, x):
+  def both(state, x):
     results = []
     for f in (ours, theirs):
-      out, pull = jax.vjp(f, kernel, x)
-      results.append((out, *pull(jnp.sin(out))))
+      out, pull = jax.vjp(f, state, x)
+      results.append(jax.tree.leaves((out, *pull(jnp.sin(out)))))
     return results
 
-  for mine, expected in zip(*both(kernel, x), strict=True):
+  for mine, expected in zip(*both(state, x), strict=True):
     np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(layer(x), theirs(kernel, x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
-  ("kernel", "dilation", "rule", "expected"),
+  ("kernel", "stride", "dilation", "rule", "size", "expected"),
   [
-    (7, 1, "same", "SAME"),
-    (7, 1, "torch", ((3, 3), (3, 3))),
-    (3, 2, "torch", ((2, 2), (2, 2))),
-    (1, 1, "torch", ((0, 0), (0, 0))),
+    (7, 2, 1, "same", 224, (2, 3)),
+    (7, 2, 1, "same", 225, (3, 3)),
+    (7, 2, 1, "torch", 224, (3, 3)),
+    (3, 1, 2, "torch", 14, (2, 2)),
+    (3, 1, 2, "same", 14, (2, 2)),
+    (1, 1, 1, "torch", 7, (0, 0)),
+    (3, 2, 1, "same", 56, (0, 1)),
   ],
 )
-def test_window_padding(kernel, dilation, rule, expected):
-  assert layers.window_padding(kernel, dilation, rule) == expected
+def test_window_padding(kernel, stride, dilation, rule, size, expected):
+  assert layers.window_padding(kernel, stride, dilation, rule, size) == expected
 
 
 def test_initial_values_are_cut_and_not_corrected_for_it():
@@ -141,12 +147,12 @@ def test_linear_fan_in_is_the_number_of_inputs():
 
 def test_parameters_say_their_role_and_stay_float32():
   rngs, half = nnx.Rngs(0), jnp.bfloat16
-  conv = layers.conv(2, 4, 3, kernel_init=numpy_init, dtype=half, rngs=rngs)
-  linear = layers.linear(4, 3, kernel_init=numpy_init, dtype=half, rngs=rngs)
+  conv = layers.Conv(2, 4, 3, kernel_init=numpy_init, dtype=half, rngs=rngs)
+  linear = layers.Linear(4, 3, kernel_init=numpy_init, dtype=half, rngs=rngs)
   assert conv.kernel.get_metadata()["role"] is Role.KERNEL
   assert linear.kernel.get_metadata()["role"] is Role.KERNEL
   assert linear.bias.get_metadata()["role"] is Role.BIAS
-  assert layers.linear(4, 3, bias=False, kernel_init=numpy_init, rngs=rngs).bias is None
+  assert layers.Linear(4, 3, bias=False, kernel_init=numpy_init, rngs=rngs).bias is None
   assert {p.dtype for p in (conv.kernel, linear.kernel, linear.bias)} == {jnp.dtype(jnp.float32)}
   assert conv(jnp.ones((1, 4, 4, 2))).dtype == half
   assert linear(jnp.ones((1, 4))).dtype == half

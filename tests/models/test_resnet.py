@@ -124,9 +124,9 @@ def test_dilation_keeps_the_resolution_of_the_last_stage():
   small = ResNetSpec((1, 2), (4, 8), False, stem=SMALL, stem_channels=4, dilation=2)
   encoder = build(small)
   kernels = [conv for block in encoder.groups[1] for conv in block.convs]
-  assert [conv.kernel_dilation for conv in kernels] == [(2, 2)] * 4
-  assert [conv.strides for conv in kernels] == [(1, 1)] * 4
-  assert encoder.groups[0][0].convs[0].kernel_dilation == (1, 1)
+  assert [conv.dilation for conv in kernels] == [2] * 4
+  assert [conv.stride for conv in kernels] == [1] * 4
+  assert encoder.groups[0][0].convs[0].dilation == 1
 
 
 def test_stages_take_the_strides_they_are_given():
@@ -141,12 +141,12 @@ def test_a_bottlenecks_stride_sits_on_its_3x3_convolution():
   spec = ResNetSpec((1, 2), (16, 32), bottleneck=True, kernel_init=numpy_init)
   encoder = ResNet(spec, rngs=nnx.Rngs(0))
   first, second = encoder.groups[1]
-  assert [c.kernel_size for c in first.convs] == [(1, 1), (3, 3), (1, 1)]
-  assert [c.strides for c in first.convs] == [(1, 1), (2, 2), (1, 1)]
-  assert [c.out_features for c in first.convs] == [8, 8, 32]
-  assert first.shortcut.strides == (2, 2)
+  assert [c.kernel.shape[:2] for c in first.convs] == [(1, 1), (3, 3), (1, 1)]
+  assert [c.stride for c in first.convs] == [1, 2, 1]
+  assert [c.kernel.shape[3] for c in first.convs] == [8, 8, 32]
+  assert first.shortcut.stride == 2
   assert second.shortcut is None
-  assert [c.strides for c in second.convs] == [(1, 1)] * 3
+  assert [c.stride for c in second.convs] == [1] * 3
   # All groups start with a projection, the first too, where the shape would not need one.
   assert build(ResNetSpec((1,), (64,), bottleneck=False)).groups[0][0].shortcut is not None
 

@@ -251,7 +251,8 @@ def test_variants_of_table_19_differ_by_the_stopped_gradient(batch):
   assert float(loss) > 0.1
   largest = 0.0
   for one, two in zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True):
-    np.testing.assert_allclose(2 * one, two, rtol=1e-3, atol=1e-6)
+    # A bias in front of a normalisation has no gradient but rounding errors.
+    np.testing.assert_allclose(2 * one, two, rtol=1e-3, atol=5e-6)
     largest = max(largest, float(jnp.abs(one).max()))
   assert largest > 1e-2
 

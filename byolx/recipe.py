@@ -1,0 +1,296 @@
+"""Everything of a run but its images: networks, loss, optimiser, mesh, and the step they make.
+
+A recipe needs no images and no attached devices: what `byolx plan` compiles ahead of time is the very
+program that `byolx train` runs.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from byolx import optim, schedules, sharding, train
+from byolx.config import ConfigError
+from byolx.data import augment, augment_device
+from byolx.models.byol import BYOLSpec
+from byolx.models.layers import INITIALIZERS
+from byolx.models.resnet import ARCHITECTURES, STEMS, ResNetSpec, widen
+from byolx.tasks.base import Batch
+from byolx.tasks.pretrain import Pretrain
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a config says of training, built and checked; nothing is compiled yet.
+
+  Args:
+    config: all fields.
+    layout: the mesh, and where the state lives on it.
+    task: networks and loss.
+    rate: learning rate by step.
+    tx: the optimiser.
+    abstract_params: shapes of what it trains.
+    steps, warmup_steps: optimiser steps.
+    steps_per_epoch: not rounded.
+    passes: forward passes per step.
+  """
+
+  config: ConfigDict
+  layout: sharding.Layout
+  task: Pretrain
+  rate: schedules.Schedule
+  tx: optax.GradientTransformation
+  abstract_params: nnx.State
+  steps: int
+  warmup_steps: int
+  steps_per_epoch: float
+  passes: int
+
+  @property
+  def mesh(self) -> Mesh:
+    """The devices."""
+    return self.layout.mesh
+
+  @property
+  def encoder_key(self) -> Array:
+    """The key that parameters are made from."""
+    return jax.random.fold_in(jax.random.key(self.config.seed), 0)
+
+  @property
+  def step_key(self) -> Array:
+    """The key that losses draw from."""
+    return jax.random.fold_in(jax.random.key(self.config.seed), 1)
+
+  def normalise(self, image: Array) -> Array:
+    """uint8 images as the encoder takes them."""
+    return augment_device.normalise(
+      image.astype(jnp.float32) / 255.0, self.task.mean, self.task.std
+    )
+
+  def initialise(self) -> train.TrainState:
+    """The state at step 0, made where it lives."""
+    return train.initialise(self.task, self.tx, self.encoder_key, self.layout)
+
+  def abstract_state(self) -> train.TrainState:
+    """Shapes, types and shardings of the state."""
+    return train.abstract_state(self.task, self.tx, self.encoder_key, self.layout)
+
+  def abstract_batch(self) -> Batch:
+    """Shapes, types and shardings of what `pipeline.train_batches` makes and a step uses."""
+    rows, size = self.config.train.batch_size, self.config.views.size
+    spread = sharding.by_example(self.mesh)
+
+    def shape_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=spread)
+
+    batch = {name: shape_of((), np.int32) for name in ("label", "index")}
+    batch |= {name: shape_of((size, size, 3), np.uint8) for name in ("view1", "view2")}
+    if self.task.augment_on_device:
+      one = augment.draw(augment.ViewSpec(), np.random.default_rng(0), size, size)
+      drawn = jax.tree.map(lambda x: shape_of(np.shape(x), np.asarray(x).dtype), one)
+      batch |= {"draws1": drawn, "draws2": drawn}
+    return batch
+
+  def lower(self) -> jax.stages.Lowered:
+    """The train step as one program for the mesh's devices, attached or not; `compile` is next."""
+    step = train.compile_step(
+      self.task, self.tx, self.layout, passes=self.passes, remat=self.config.train.remat
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(self.mesh))
+    platform = self.mesh.devices.flat[0].platform
+    traced = step.trace(self.abstract_state(), self.abstract_batch(), key)
+    return traced.lower(lowering_platforms=(platform,))
+
+
+def build(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) -> Recipe:
+  """Builds and checks all that a config says of training.
+
+  Args:
+    config: all fields.
+    devices: to train on, attached or not.
+    images: to train on.
+    classes: of the online probe.
+
+  Raises:
+    ConfigError: fields that do not go together.
+  """
+  layout = build_layout(config, devices)
+  passes = _check_batch(config, layout.mesh, images)
+  steps, warmup_steps = count_steps(config, images)
+  on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+  task = build_task(config, classes, steps, products=on_cpu)
+  rate, tx, abstract = build_optimiser(config, task, warmup_steps)
+  return Recipe(
+    config,
+    layout,
+    task,
+    rate,
+    tx,
+    abstract,
+    steps,
+    warmup_steps,
+    images / config.train.batch_size,
+    passes,
+  )
+
+
+def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
+  """The mesh, and where the state lives on it.
+
+  Raises:
+    ConfigError: the devices cannot be cut as the config says.
+  """
+  wanted = config.mesh
+  if wanted.state == "replicated" and wanted.fsdp > 1:
+    raise ConfigError(
+      f"mesh.fsdp={wanted.fsdp} with mesh.state=replicated: there is nothing to keep in pieces; "
+      "expected mesh.state=zero or full"
+    )
+  fsdp = wanted.fsdp or (
+    1 if wanted.state == "replicated" else sharding.default_fsdp(wanted.data or len(devices))
+  )
+  try:
+    return sharding.Layout(sharding.make_mesh(wanted.data, fsdp, devices), wanted.state)
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+
+
+def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
+  """Optimiser steps for so many training images, and how many of them warm up (appendix J.1).
+
+  Raises:
+    ConfigError: there are no more steps than warm-up.
+  """
+  epochs, warmup_epochs = config.train.epochs, config.optim.warmup_epochs
+  steps = math.floor(epochs * images / config.train.batch_size)
+  warmup_steps = math.floor(warmup_epochs * images / config.train.batch_size)
+  if warmup_steps >= steps:
+    raise ConfigError(
+      f"train.epochs={epochs} with optim.warmup_epochs={warmup_epochs}: {steps} steps with "
+      f"{warmup_steps} of warm-up; expected more steps than warm-up"
+    )
+  return steps, warmup_steps
+
+
+def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpec:
+  """The encoder's shape; for `products` see `layers.Conv`."""
+  model = config.model
+  spec = ARCHITECTURES.get(model.arch)
+  custom = {name: tuple(model[name]) for name in ("blocks", "channels", "strides")}
+  if spec is None:
+    lengths = {len(values) for name, values in custom.items() if values or name != "strides"}
+    if len(lengths) != 1 or 0 in lengths:
+      given = ", ".join(f"model.{name}={values}" for name, values in custom.items())
+      raise ConfigError(f"model.arch=custom with {given}: expected one number per stage in each")
+    spec = ResNetSpec(**custom, bottleneck=model.bottleneck)
+  elif any(custom.values()):
+    given = ", ".join(f"model.{name}={values}" for name, values in custom.items() if values)
+    raise ConfigError(f"{given}: only for model.arch=custom; model.arch is {model.arch}")
+  spec = dataclasses.replace(
+    spec,
+    stem=STEMS[model.stem],
+    stem_channels=model.stem_channels,
+    padding=model.padding,
+    dilation=model.dilation,
+    bn_decay=model.bn_decay,
+    bn_eps=model.bn_eps,
+    bn_group=model.bn_group,
+    bn_debias=model.bn_debias,
+    bn_last_scale=model.bn_last_scale,
+    kernel_init=INITIALIZERS[model.kernel_init],
+    dtype=DTYPES[model.dtype],
+    products=products,
+  )
+  return widen(spec, model.width)
+
+
+def build_task(
+  config: ConfigDict, classes: int, steps: int, products: bool | None = None
+) -> Pretrain:
+  """The pretraining task; without labels there is no online probe."""
+  byol, views = config.byol, config.views
+  spec = BYOLSpec(
+    build_encoder(config, products),
+    projection_size=byol.projection_size,
+    projector_hidden=byol.projector_hidden,
+    projector_depth=byol.projector_depth,
+    predictor_hidden=byol.predictor_hidden,
+    predictor_depth=byol.predictor_depth,
+    output_bias=byol.output_bias,
+    predictor=byol.predictor,
+    target=byol.target,
+    target_init=byol.target_init,
+    classes=classes if byol.probe_weight else 0,
+  )
+  return Pretrain(
+    spec,
+    steps,
+    mean=tuple(views.mean),
+    std=tuple(views.std),
+    tau_base=byol.tau_base,
+    tau_rule=byol.tau_rule,
+    average_statistics=byol.average_statistics,
+    directions=byol.directions,
+    norm_guard=byol.norm_guard,
+    probe_weight=byol.probe_weight,
+    augment_on_device=views.placement == "device",
+    brightness_rule=views.brightness_rule,
+  )
+
+
+def build_optimiser(
+  config: ConfigDict, task: Pretrain, warmup_steps: int
+) -> tuple[schedules.Schedule, optax.GradientTransformation, nnx.State]:
+  """The learning rate by step, the optimiser, and the shapes of what it trains."""
+  model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
+  params = nnx.split(model, task.trainable, ...)[1]
+  mask = optim.adapted(params)
+  o = config.optim
+  if not o.exclude:
+    mask = jax.tree.map(lambda _: True, mask)
+  peak = o.base_rate * config.train.batch_size / 256
+  rate = schedules.warmup_cosine(peak, warmup_steps, task.steps)
+  makers = {
+    "lars": functools.partial(optim.lars, rate, o.weight_decay, o.momentum, o.trust),
+    "sgd": functools.partial(optim.sgd, rate, o.weight_decay, o.momentum),
+    "adamw": functools.partial(optim.adamw, rate, o.weight_decay),
+  }
+  return rate, makers[o.name](mask), params
+
+
+def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:
+  """Forward passes per step; refuses sizes that cannot be cut evenly."""
+  batch, micro = config.train.batch_size, config.train.micro_batch or config.train.batch_size
+  if batch > images:
+    raise ConfigError(
+      f"train.batch_size={batch}: expected at most the {images} training images of "
+      f"data.source={config.data.source}"
+    )
+  if batch % micro:
+    raise ConfigError(f"train.micro_batch={micro}: expected a divisor of train.batch_size={batch}")
+  if micro % mesh.size:
+    near = [
+      size for size in (micro // mesh.size * mesh.size, -(-micro // mesh.size) * mesh.size) if size
+    ]
+    name = "train.micro_batch" if config.train.micro_batch else "train.batch_size"
+    raise ConfigError(
+      f"{name}={micro}: expected a multiple of the mesh's {mesh.size} devices, such as "
+      f"{' or '.join(map(str, near))}; or set mesh.data"
+    )
+  group = config.model.bn_group
+  if group and micro % group:
+    raise ConfigError(f"model.bn_group={group}: expected a divisor of the {micro} images of a pass")
+  return batch // micro

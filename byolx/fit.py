@@ -20,10 +20,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 import byolx
-from byolx import checkpoint, config, distributed, graft, logs, metrics, sharding, train
+from byolx import (
+  checkpoint,
+  compilations,
+  config,
+  distributed,
+  graft,
+  logs,
+  metrics,
+  sharding,
+  train,
+)
 from byolx.config import ConfigError
 from byolx.experiment import Experiment
 
@@ -147,7 +158,7 @@ def fit(exp: Experiment, workdir: Path) -> train.TrainState:
           batches = stack.enter_context(contextlib.closing(_batches(exp, rollbacks, start)))
           placed = sharding.prefetch(batches, exp.mesh)
           first = next(placed)
-          compiled = compiled or _compile(exp, state, first)
+          compiled = compiled or _compile(exp)
           log.begin()
           state = train.train(
             compiled,
@@ -280,11 +291,8 @@ def _open_log(exp: Experiment, workdir: Path, start: int) -> logs.RunLog:
   )
 
 
-def _compile(exp: Experiment, state: train.TrainState, batch: Any) -> Callable:
-  print("compiling the step ...", flush=True)
-  began = time.monotonic()
-  compiled = exp.lower().compile()
-  print(f"compiled in {logs.duration(time.monotonic() - began)}", flush=True)
+def _compile(exp: Experiment) -> Callable:
+  compiled = compilations.compile_aloud(exp.lower(), exp.mesh.devices.flat[0].platform)
   # On CPUs the first exchange between processes fails where one comes 30 s after another.
   distributed.barrier("compiled")
   return compiled

@@ -1,6 +1,7 @@
 """Numbers as they are written in commands: text to value, or why not."""
 
 import argparse
+import math
 
 
 def seeds(text: str) -> list[int]:
@@ -53,3 +54,19 @@ def quality(text: str) -> int:
   if not text.isdecimal() or not 1 <= int(text) <= 100:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 100")
   return int(text)
+
+
+def some_share(text: str) -> float:
+  if not share(text):
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, and up to 1")
+  return share(text)
+
+
+def price(text: str) -> float:
+  try:
+    price = float(text)
+  except ValueError:
+    price = -1.0
+  if not 0 <= price < math.inf:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
+  return price

@@ -1,13 +1,15 @@
-"""What will run, said before the first step: devices, images, parameters, exclusions, rates."""
+"""What will run, said before the first step: devices, images, parameters, where they live, rates."""
 
 import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from byolx import optim
 from byolx.experiment import Experiment
+from byolx.recipe import Recipe
 
 
 def describe(exp: Experiment, workdir: Path) -> str:
@@ -20,7 +22,10 @@ def describe(exp: Experiment, workdir: Path) -> str:
   lines = [
     parameter_table(exp),
     "",
-    f"devices   {exp.mesh.size} x {device.device_kind}, mesh {dict(exp.mesh.shape)}",
+    placement_table(exp),
+    "",
+    f"devices   {exp.mesh.size} x {device.device_kind}, mesh {dict(exp.mesh.shape)}, "
+    f"state {c.mesh.state}, remat {c.train.remat}",
     f"images    {len(exp.train_source):,} to train on, {len(exp.test_source):,} held out "
     f"({exp.train_source.name}, {len(exp.train_source.classes)} classes)",
     f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.channels[-1]} features, "
@@ -52,6 +57,37 @@ def parameter_table(exp: Experiment) -> str:
     excluded = [size for size, adapted in found if not adapted]
     numbers = f"{sum(excluded):,} in {len(excluded)} (biases, BatchNorm)" if excluded else "none"
     rows.append((part, f"{len(found):,}", f"{sum(size for size, _ in found):,}", numbers))
+  return _aligned(rows)
+
+
+def placement_table(recipe: Recipe) -> str:
+  """Where the state lives: part by part, its bytes and what each device holds of them."""
+  state = recipe.abstract_state()
+  target = nnx.filter_state(state.rest, nnx.Param)
+  parts = {
+    "trained parameters": state.params,
+    "target network": target,
+    "optimiser": state.opt_state,
+    "statistics": nnx.filter_state(state.rest, nnx.Not(nnx.Param)),
+  }
+  parts["all"] = list(parts.values())
+  rows = [("state", "bytes", "per device", "in pieces")]
+  for name, tree in parts.items():
+    leaves = jax.tree.leaves(tree)
+    whole = sum(_bytes(x.shape, x.dtype) for x in leaves)
+    held = sum(_bytes(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves)
+    cut = sum(not x.sharding.is_fully_replicated for x in leaves)
+    pieces = f"{cut:,} of {len(leaves):,} arrays" if cut else "none"
+    rows.append((name, f"{whole:,}", f"{held:,}", pieces))
+  return _aligned(rows)
+
+
+def _bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+  return math.prod(shape) * dtype.itemsize
+
+
+def _aligned(rows: list[tuple[str, str, str, str]]) -> str:
+  """Four columns, the two in the middle to the right."""
   widths = [max(len(row[i]) for row in rows) for i in range(4)]
   return "\n".join(
     f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}".rstrip()

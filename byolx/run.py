@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from byolx import (
   checkpoint,
+  compilations,
   config,
   distributed,
   evaluate,
@@ -47,6 +48,7 @@ def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
     ConfigError: the workdir holds a run of another config, or fields do not go together.
     train.DivergedError: a loss that is not finite; the last good checkpoint stays.
   """
+  compilations.keep_in(cfg.compile.cache, workdir)
   exp = experiment.build(cfg)
   claim(workdir, cfg)
   print(overview.describe(exp, workdir), flush=True)
@@ -67,7 +69,9 @@ def evaluate_run(workdir: Path) -> list[dict]:
   path = workdir / "config.json"
   if not path.is_file():
     raise ConfigError(f"--from={workdir}: expected a workdir of `byolx train`, with a config.json")
-  exp = experiment.build(config.from_json(path.read_text()))
+  cfg = config.from_json(path.read_text())
+  compilations.keep_in(cfg.compile.cache, workdir)
+  exp = experiment.build(cfg)
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
   if checkpoints.latest() is None:
     raise ConfigError(f"--from={workdir}: expected a checkpoint in {workdir / 'checkpoints'}")

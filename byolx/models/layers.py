@@ -50,7 +50,7 @@ class Linear(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
-    y = contractions.matmul(x, self.kernel[...], self.dtype)
+    y = checkpoint_name(contractions.matmul(x, self.kernel[...], self.dtype), CONVOLUTION)
     # In float32, so that the bias's gradient is summed in it.
     return y if self.bias is None else (y.astype(jnp.float32) + self.bias[...]).astype(self.dtype)
 

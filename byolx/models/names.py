@@ -1,7 +1,7 @@
 """Names of values inside the networks, by which a remat policy says what the forward pass keeps."""
 
 CONVOLUTION = "convolution"
-"""Outputs of convolutions."""
+"""Outputs of convolutions and linear layers."""
 
 BLOCK = "block"
 """Outputs of residual blocks, and the stem's."""

@@ -1,0 +1,114 @@
+"""The `byolx` command: one module for each of its commands, which import what they run only then."""
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from byolx.cli import bench, evaluate, fields, inspect, plan, prepare, show_views, train
+from byolx.cli.options import FAILED, INTERRUPTED, STOPPED, USAGE
+
+_COMMANDS = (train, evaluate, plan, show_views, prepare, bench, inspect, fields)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns its exit code: see `options`."""
+  arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
+  logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+  logging.getLogger("byolx").setLevel(logging.INFO)
+  _parse_absl_flags()
+  # Imported here: `byolx --help` answers without waiting for jax.
+  from byolx import distributed, tpu
+  from byolx.checkpoint import CheckpointError
+  from byolx.config import ConfigError
+  from byolx.data.failures import TooManyFailuresError
+  from byolx.distributed import DistributedError
+  from byolx.fit import StoppedError
+  from byolx.train import DivergedError
+
+  tpu.quieten()
+  try:
+    code = arguments.run(arguments, overrides)
+  except ConfigError as error:
+    return _fail(error, USAGE)
+  except (CheckpointError, DivergedError, DistributedError, TooManyFailuresError, OSError) as error:
+    return _fail(error, FAILED)
+  except StoppedError as error:
+    return _stop(str(error), INTERRUPTED if error.by_keyboard else STOPPED)
+  except KeyboardInterrupt:
+    return _stop("stopped by Ctrl-C", INTERRUPTED)
+  except Exception as error:
+    if distributed.count() > 1:
+      distributed.await_reason()
+      traceback.print_exc()
+      _fail(error, FAILED)
+    raise
+  distributed.finish()
+  return code
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line; argparse would print the usage before it."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(USAGE, f"byolx: error: {message}; see {self.prog} --help\n")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  parser = _Parser(
+    prog="byolx",
+    description="BYOL in Flax NNX: pretrain image encoders without labels, and measure them.",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def command(name: str, run, summary: str, **texts) -> argparse.ArgumentParser:
+    sub = commands.add_parser(
+      name,
+      help=summary,
+      description=texts.get("description", summary),
+      epilog=texts.get("epilog"),
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+    sub.set_defaults(run=run)
+    return sub
+
+  for module in _COMMANDS:
+    module.add(command)
+  arguments, rest = parser.parse_known_args(argv)
+  for word in rest:
+    if "config" not in arguments or not word.startswith("--config."):
+      commands.choices[arguments.command].error(f"unknown argument {word}")
+    if "=" not in word:
+      parser.error(f"{word}: expected --config.FIELD=VALUE")
+  return arguments, rest
+
+
+def _parse_absl_flags() -> None:
+  """grain's worker processes read absl's flags, which only an absl main would parse."""
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+def _fail(error: Exception, code: int) -> int:
+  """Says what is wrong and returns the exit code; with several processes it ends all of them."""
+  from byolx import distributed
+
+  print(f"byolx: error: {distributed.prefix()}{error}", file=sys.stderr)
+  distributed.leave(code, f"failed: {str(error) or type(error).__name__}")
+  return code
+
+
+def _stop(reason: str, code: int) -> int:
+  from byolx import distributed
+
+  more = "the same command goes on from there"
+  print(f"\nbyolx: {distributed.prefix()}{reason}; {more}", file=sys.stderr)
+  distributed.leave(code, f"ended: {reason}")
+  return code

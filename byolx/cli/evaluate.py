@@ -1,0 +1,21 @@
+"""`byolx eval`."""
+
+import argparse
+from pathlib import Path
+
+from byolx.cli import options
+
+
+def add(command) -> None:
+  """Adds the command; see `byolx.cli.main`."""
+  sub = command("eval", _run, "evaluate the newest checkpoint of a workdir again")
+  sub.add_argument("--from", dest="workdir", type=Path, required=True, metavar="WORKDIR")
+  options.add_distributed(sub)
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  from byolx import run
+
+  options.join(arguments)
+  run.evaluate_run(arguments.workdir)
+  return 0

@@ -1,0 +1,16 @@
+"""`byolx fields`."""
+
+import argparse
+
+
+def add(command) -> None:
+  """Adds the command; see `byolx.cli.main`."""
+  command("fields", _run, "list every config field with its default and meaning")
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  from byolx.fields import FIELDS
+
+  for name, field in FIELDS.items():
+    print(f"{name:<34} {field.default!s:<26} {field.meaning}")
+  return 0

@@ -1,0 +1,24 @@
+"""`byolx inspect`."""
+
+import argparse
+from pathlib import Path
+
+from byolx.cli import options
+
+
+def add(command) -> None:
+  """Adds the command; see `byolx.cli.main`."""
+  sub = command("inspect", _run, "say what a workdir or a checkpoint holds, on one page")
+  sub.add_argument("path", type=Path, metavar="WORKDIR|CHECKPOINT")
+  sub.add_argument("--verify", action="store_true", help="read every array, compare digests")
+  sub.add_argument("--json", type=Path, metavar="FILE", help="write the page there as well")
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  from byolx import inspection, logs
+
+  page = inspection.inspect(arguments.path, arguments.verify)
+  print(page.text())
+  if arguments.json:
+    logs.write_atomically(arguments.json, page.json())
+  return options.FAILED if page.damaged else 0

@@ -1,0 +1,28 @@
+"""`byolx show-views`."""
+
+import argparse
+from pathlib import Path
+
+from byolx import numbers
+from byolx.cli import options
+
+
+def add(command) -> None:
+  """Adds the command; see `byolx.cli.main`."""
+  sub = command("show-views", _run, "write a picture of images and pairs of their views")
+  sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=options.CONFIG_HELP)
+  sub.add_argument("--output", type=Path, default=Path("views.png"), help="default: views.png")
+  sub.add_argument("--images", type=numbers.count, default=8, help="rows; default: 8")
+  sub.add_argument(
+    "--pairs", type=numbers.count, default=4, help="pairs of views per image; default: 4"
+  )
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  from byolx import config, experiment, run
+
+  cfg = config.load(arguments.config, overrides)
+  source, _ = experiment.build_sources(cfg)
+  run.write_views(cfg, source, arguments.output, arguments.images, arguments.pairs)
+  print(f"wrote {arguments.output}")
+  return 0

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from tiny import config_text
 
-from byolx import checkpoint, config, experiment, train
+from byolx import checkpoint, config, experiment
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled")]
 

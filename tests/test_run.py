@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from byolx import checkpoint, cli, config, experiment, run, train
+from byolx import checkpoint, cli, config, experiment, run
 from byolx import fit as fitting
 
 ROOT = Path(__file__).parent.parent

@@ -233,7 +233,7 @@ def new_state(exp: Experiment, workdir: Path) -> train.TrainState:
   source = Path(before["path"] if before else init.workdir)
   encoder = graft.read(source, init.encoder, sharding.replicated(exp.mesh))
   state, table = graft.apply(state, encoder)
-  state = jax.device_put(state, train.state_shardings(exp.abstract_state()))
+  state = jax.device_put(state, train.state_shardings(exp.abstract_state))
   print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")
   if distributed.is_writer():
     logs.write_atomically(workdir / LINEAGE, json.dumps(encoder.lineage, indent=1) + "\n")
@@ -254,7 +254,7 @@ def restore(
   Raises:
     ConfigError: it was made from others.
   """
-  abstract = exp.abstract_state()
+  abstract = exp.abstract_state
 
   def accept(step: int, found: dict[str, Any]) -> None:
     expected = data_position(exp, step, rollbacks.skipped_before(step))

@@ -62,7 +62,7 @@ def parameter_table(exp: Experiment) -> str:
 
 def placement_table(recipe: Recipe) -> str:
   """Where the state lives: part by part, its bytes and what each device holds of them."""
-  state = recipe.abstract_state()
+  state = recipe.abstract_state
   target = nnx.filter_state(state.rest, nnx.Param)
   parts = {
     "trained parameters": state.params,

@@ -307,7 +307,7 @@ class _Need:
   """
 
   def __init__(self, built: recipe.Recipe, peak: int, memory: int):
-    state = built.abstract_state()
+    state = built.abstract_state
     self._memory = memory
     self._peaks = {frozenset(): peak}
     self._passes = built.passes

@@ -83,6 +83,7 @@ class Recipe:
     """The state at step 0, made where it lives."""
     return train.initialise(self.task, self.tx, self.encoder_key, self.layout)
 
+  @functools.cached_property
   def abstract_state(self) -> train.TrainState:
     """Shapes, types and shardings of the state."""
     return train.abstract_state(self.task, self.tx, self.encoder_key, self.layout)
@@ -106,12 +107,17 @@ class Recipe:
   def lower(self) -> jax.stages.Lowered:
     """The train step as one program for the mesh's devices, attached or not; `compile` is next."""
     step = train.compile_step(
-      self.task, self.tx, self.layout, passes=self.passes, remat=self.config.train.remat
+      self.task,
+      self.tx,
+      self.layout,
+      passes=self.passes,
+      remat=self.config.train.remat,
+      abstract=self.abstract_state,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(self.mesh))
     platform = self.mesh.devices.flat[0].platform
-    traced = step.trace(self.abstract_state(), self.abstract_batch(), key)
+    traced = step.trace(self.abstract_state, self.abstract_batch(), key)
     return traced.lower(lowering_platforms=(platform,))
 
 

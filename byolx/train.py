@@ -161,6 +161,7 @@ def compile_step(
   *,
   passes: int = 1,
   remat: str = "none",
+  abstract: TrainState | None = None,
 ) -> jax.stages.Wrapped:
   """The jitted step over a mesh: the state (donated) as the layout has it, batches spread by example.
 
@@ -169,11 +170,12 @@ def compile_step(
     layout: where the state lives.
     passes: forward passes over which gradients are averaged.
     remat: what the backward pass finds kept, see KEPT.
+    abstract: from `abstract_state`, if it is there already.
   """
   everywhere, spread = sharding.replicated(layout.mesh), sharding.by_example(layout.mesh)
   places = everywhere
   if layout.state != "replicated":
-    places = state_shardings(abstract_state(task, tx, jax.random.key(0), layout))
+    places = state_shardings(abstract or abstract_state(task, tx, jax.random.key(0), layout))
   return jax.jit(
     functools.partial(train_step, task, tx, passes, remat, layout),
     in_shardings=(places, spread, everywhere),

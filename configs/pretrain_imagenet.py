@@ -1,16 +1,21 @@
 """BYOL on ImageNet: the paper's main run (appendix A, Table 6), and its shorter schedules.
 
   byolx train --config=configs/pretrain_imagenet.py --config.data.folder=/data/imagenet
-  byolx train --config=configs/pretrain_imagenet.py:arch=resnet200,width=2 --config.data.folder=...
+  byolx train --config=configs/pretrain_imagenet.py:arch=resnet200,width=2,cores=512 --distributed ...
+  byolx plan --config=configs/pretrain_imagenet.py:arch=resnet200,width=2,cores=512 --topology=v3:16x16
   byolx train --config=configs/pretrain_imagenet.py:epochs=100,batch=1024 --config.data.folder=...
 
 Data: a folder with `train/WNID/*.JPEG` (1,281,167 images) and `val/WNID/*.JPEG` (50,000). The paper
 chose its hyperparameters on `--config.data.validation=last_10009`, training images kept apart.
 
-Cost (paper): ResNet-50, 1000 epochs: 8 hours on 512 TPU v3 cores, 44,000 images a second. Where that
-many do not fit on the devices at once, `--config.train.micro_batch=512` averages gradients over
-passes, whose normalisation then sees 512 images (Table 16), and `--config.model.dtype=bfloat16`
-computes in half the memory; parameters stay float32.
+Cost (paper): ResNet-50, 1000 epochs: 8 hours on 512 TPU v3 cores, 44,000 images a second.
+
+`cores` is for TPU v3 slices of 512, 128 or 32 cores: bfloat16 compute with float32 parameters,
+statistics and gradients, the state in pieces over 64 cores (32 of 32), and what else a batch of 4096
+takes to fit, as `byolx plan` found (docs/plan.md). Networks larger than ResNet-50 have that from the
+start, which is what 512 and 128 cores need. ResNet-50 with cores=0 is the paper's float32, whole on
+every device; where 4096 images do not fit, `--config.train.micro_batch=512` averages gradients over
+passes, whose normalisation then sees 512 images (Table 16).
 
 Result (paper; this config was not run here), ResNet-50, top-1 of the linear protocol on `val`:
 
@@ -34,14 +39,25 @@ PRESETS = {
 }
 
 
+# (arch, width): what 32 cores need besides bfloat16 and a state in pieces, as (remat, micro_batch).
+# 512 and 128 cores need nothing else.
+ON_32_CORES = {
+  ("resnet50", 1): ("none", 0),
+  ("resnet50", 4): ("block", 1024),
+  ("resnet200", 2): ("block", 1024),
+}
+
+
 def get_config(
-  arch: str = "resnet50", width: int = 1, epochs: int = 1000, batch: int = 4096
+  arch: str = "resnet50", width: int = 1, epochs: int = 1000, batch: int = 4096, cores: int = 0
 ) -> ConfigDict:
   """Fields that are not named here keep their defaults: views.view1 and view2 are Table 6."""
   if epochs not in PRESETS:
     choices = ", ".join(map(str, PRESETS))
     raise ValueError(f"epochs={epochs}: expected one of {choices}; or set --config.train.epochs")
   base_rate, weight_decay, tau_base = PRESETS[epochs]
+  if cores not in (0, 32, 128, 512):
+    raise ValueError(f"cores={cores}: expected 512, 128 or 32 TPU v3 cores, or 0: not said")
 
   config = ConfigDict()
   config.data = {"source": "imagenet", "folder": "", "validation": "none", "workers": -1}
@@ -62,6 +78,14 @@ def get_config(
     "warmup_epochs": 10,
   }
   config.train = {"epochs": epochs, "batch_size": batch}
+  if cores or (arch, width) != ("resnet50", 1):
+    config.model.dtype = "bfloat16"
+    config.mesh = {"state": "full"}
+  if cores == 32:
+    if (arch, width) not in ON_32_CORES:
+      fits = ", ".join(f"arch={arch},width={width}" for arch, width in ON_32_CORES)
+      raise ValueError(f"arch={arch},width={width} on 32 cores: expected one of {fits}")
+    config.train.remat, config.train.micro_batch = ON_32_CORES[arch, width]
   config.checkpoint = {"every_epochs": 5, "keep": 2}
   config.log = {"every_steps": 50}
   config.eval = {"resize": 256, "batch_size": 1024, "max_train": 50_000}

@@ -86,7 +86,7 @@ class Runs:
 
   def arrays(self) -> list[np.ndarray]:
     exp = experiment.build(config.load(str(self.path), ["--config.mesh.data=2"]))
-    abstract = exp.abstract_state()
+    abstract = exp.abstract_state
     checkpoints = checkpoint.Checkpoints(self.workdir / "checkpoints")
     state = checkpoints.restore(abstract).state
     checkpoints.close()

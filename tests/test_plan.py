@@ -107,7 +107,7 @@ def test_state_and_batch_are_the_arguments(write, cache):
   topology, terms = tpu.topology("v3:2x2"), plan.Terms(cache=cache)
   built = plan.build(config.load(str(write())), topology, terms)
   figures = plan.make(built, "tiny", topology, terms).figures
-  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(built.abstract_state()))
+  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(built.abstract_state))
   held = state + 8 * 2 * (8 * 8 * 3)
   # A TPU holds arrays in tiles, of which small ones fill a part.
   assert held <= figures.argument_bytes < 32 * held

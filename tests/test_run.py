@@ -129,7 +129,7 @@ def load(tiny, *overrides):
 def restored(cfg, workdir):
   """The newest checkpoint: its step and all its arrays by path."""
   exp = experiment.build(cfg)
-  abstract = exp.abstract_state()
+  abstract = exp.abstract_state
   checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
   state = checkpoints.restore(abstract).state
   checkpoints.close()

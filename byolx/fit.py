@@ -149,9 +149,10 @@ def fit(exp: Experiment, workdir: Path) -> train.TrainState:
   stopping = distributed.Soon("stop")
   with contextlib.closing(checkpoints), Stop() as stop:
     compiled = None
-    state = first_state(exp, checkpoints, rollbacks, workdir)
-    while int(state.step) < exp.steps:
-      start = int(state.step)
+    # Its step apart: to read it from the state would wait until a new state is drawn, which the
+    # devices do while the step is compiled.
+    state, start = first_state(exp, checkpoints, rollbacks, workdir)
+    while start < exp.steps:
       try:
         with contextlib.ExitStack() as stack:
           log = stack.enter_context(contextlib.closing(_open_log(exp, workdir, start)))
@@ -175,10 +176,11 @@ def fit(exp: Experiment, workdir: Path) -> train.TrainState:
           )
           checkpoints.wait()
       except train.DivergedError as error:
-        state = _go_back(exp, checkpoints, rollbacks, workdir, error)
+        state, start = _go_back(exp, checkpoints, rollbacks, workdir, error)
         continue
-      if int(state.step) < exp.steps:
-        raise _stopped(stop, int(state.step), exp.steps)
+      start = int(state.step)
+      if start < exp.steps:
+        raise _stopped(stop, start, exp.steps)
     # A signal that came too late for a step to be stopped after it.
     if distributed.any_process(bool(stop.name)):
       raise _stopped(stop, exp.steps, exp.steps)
@@ -210,14 +212,15 @@ def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
 
 def first_state(
   exp: Experiment, checkpoints: checkpoint.Checkpoints, rollbacks: Rollbacks, workdir: Path
-) -> train.TrainState:
-  """The newest checkpoint's state, or a new one."""
+) -> tuple[train.TrainState, int]:
+  """The newest checkpoint's state, or a new one; and its step."""
   if checkpoints.latest() is None:
-    return new_state(exp, workdir)
+    return new_state(exp, workdir), 0
   state = restore(exp, checkpoints, rollbacks)
-  checkpoints.discard_after(int(state.step))  # the damaged ones, if there were any
-  print(f"going on from step {int(state.step):,} of {exp.steps:,}", flush=True)
-  return state
+  step = int(state.step)
+  checkpoints.discard_after(step)  # the damaged ones, if there were any
+  print(f"going on from step {step:,} of {exp.steps:,}", flush=True)
+  return state, step
 
 
 def new_state(exp: Experiment, workdir: Path) -> train.TrainState:
@@ -357,8 +360,8 @@ def _go_back(
   rollbacks: Rollbacks,
   workdir: Path,
   error: train.DivergedError,
-) -> train.TrainState:
-  """The state to go on from after a divergence; the batches that led to it will be left out."""
+) -> tuple[train.TrainState, int]:
+  """The state to go on from after a divergence, and its step; the batches since will be left out."""
   most = exp.config.train.max_rollbacks
   if exp.config.train.on_divergence == "stop":
     raise error
@@ -368,15 +371,14 @@ def _go_back(
       error.step,
     ) from None
   checkpoints.wait()
-  state = first_state(exp, checkpoints, rollbacks, workdir)
-  to = int(state.step)
+  state, to = first_state(exp, checkpoints, rollbacks, workdir)
   rollbacks.add(error.step, to, str(error))
   print(
     f"warning: {error} Going back to step {to:,}; the batches since then are left out"
     f" (rollback {rollbacks.count} of {most})",
     flush=True,
   )
-  return state
+  return state, to
 
 
 @functools.cache

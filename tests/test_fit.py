@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import jax
@@ -19,7 +18,6 @@ import pytest
 from tiny import config_text
 
 from byolx import checkpoint, config, experiment, fit, graft, run, sharding, train
-from byolx.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,19 +143,19 @@ ROLL = "train.on_divergence=rollback"
 
 def nan_probe(monkeypatch, bad):
   """Steps whose batch starts with a record in `bad` report a loss that is not finite."""
-  lower = Recipe.lower
+  compile_step = fit._compile
 
-  def patched(self):
-    compiled = lower(self).compile()
+  def patched(exp):
+    compiled = compile_step(exp)
 
     def run_step(state, batch, key):
       first = int(np.asarray(batch["index"][0]))
       state, scalars = compiled(state, batch, key)
       return state, scalars | ({"loss": jax.numpy.float32("nan")} if first in bad else {})
 
-    return types.SimpleNamespace(compile=lambda: run_step)
+    return run_step
 
-  monkeypatch.setattr(Recipe, "lower", patched)
+  monkeypatch.setattr(fit, "_compile", patched)
 
 
 def test_rollback_leaves_out_the_batches_since_the_checkpoint(path, tmp_path, monkeypatch):

@@ -1,0 +1,196 @@
+"""Trains on a Cloud TPU: creates it, installs, runs on all hosts, again after preemptions, deletes."""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import checkout
+import jobs
+import tpu_commands
+import tpu_script
+from jobs import INTERRUPTED, Job
+from tpu_plan import Plan
+from tpu_run import Launcher, LaunchError
+
+from byolx import numbers, tpu
+from byolx.config import ConfigError
+
+PROGRAM = "launch/gcloud_tpu.py"
+
+_DESCRIPTION = """\
+Train on a Cloud TPU, of one host or of many: ask for it, install this checkout's commit on all hosts,
+start `byolx train --distributed`, show its log, start it again after preemptions until it is done, and
+delete the TPU.
+
+The run does not depend on this program: end it, start the same command again, and it finds what is
+there and goes on showing it. See docs/launch.md.
+"""
+_EXAMPLES = """\
+  python launch/gcloud_tpu.py --config=configs/pretrain_imagenet.py:arch=resnet200,width=2 \\
+    --name=r200 --zone=europe-west4-a --accelerator_type=v3-512 \\
+    --workdir=gs://bucket/runs/r200 --config.data.folder=gs://bucket/imagenet --dry_run
+  python launch/gcloud_tpu.py --config=configs/pretrain_imagenet.py --grid=seeds --cell=1 \\
+    --name=seed1 --spot --zone=us-central2-b --accelerator_type=v4-32 \\
+    --workdir=gs://bucket/runs/seeds --config.data.folder=gs://bucket/imagenet
+  ... --stop      save, end, and delete the TPU"""
+
+
+def main(
+  argv: Sequence[str] | None = None,
+  root: Path | None = None,
+  sleep: Callable[[float], None] = time.sleep,
+) -> int:
+  """Launches; returns `byolx`'s exit code: 0 done, 1 failed, 2 wrong command, 75 start it again."""
+  parser = _parser()
+  arguments, overrides = jobs.parse(parser, sys.argv[1:] if argv is None else argv)
+  here = root or Path(__file__).resolve().parent.parent
+  return jobs.run(PROGRAM, lambda: _launch(arguments, overrides, here, sleep))
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
+  add = parser.add_argument
+  add("--name", required=True, help="of the TPU; the same name finds it again")
+  add("--zone", required=True, help="such as europe-west4-a")
+  add("--accelerator_type", required=True, help="such as v3-512, v4-32, v5litepod-16")
+  add("--project", default="", help="default: gcloud's")
+  add("--runtime_version", help="software of the hosts; default: the usual one of the type")
+  add("--spot", action="store_true", help="cheaper; may be taken away at any time")
+  add("--direct", action="store_true", help="ask for the TPU itself, not for a queued resource")
+  add("--service_account", default="", help="what the hosts act as; default: the project's")
+  add("--create_flag", action="append", default=[], help="one more flag of gcloud's create")
+  add("--ssh_flag", action="append", default=[], help="one more of its ssh, as --internal-ip")
+  add("--repo", help="address that hosts clone; default: the remote `origin`")
+  add("--commit", help="default: HEAD")
+  add("--upload", action="store_true", help="copy the commit from here: for private code")
+  add("--setup", default="", metavar="COMMAND", help="for every host, before the run, in bash")
+  add(
+    "--data_cache_gb",
+    type=numbers.index,
+    default=0,
+    help="memory of every host that keeps images read from gs://; default: 0",
+  )
+  add("--cell", type=numbers.index, metavar="I", help="of --grid only this run, from 0")
+  add("--max_restarts", type=numbers.index, default=50, help="default: 50")
+  add("--keep", action="store_true", help="do not delete the TPU when it is done")
+  add("--keep_on_failure", action="store_true", help="do not delete it when the run failed")
+  add("--poll", type=numbers.seconds, default=30.0, help="seconds between looks; default: 30")
+  add("--stop", action="store_true", help="save and end the run, and delete the TPU")
+  return parser
+
+
+def _launch(
+  arguments: argparse.Namespace,
+  overrides: list[str],
+  root: Path,
+  sleep: Callable[[float], None],
+) -> int:
+  topology = _topology(arguments.accelerator_type)
+  with tempfile.TemporaryDirectory() as folder:
+    plan = _plan(arguments, overrides, root, Path(folder), topology)
+    pack = checkout.archive_command(root, plan.commit, plan.archive) if plan.archive else []
+    if arguments.dry_run:
+      print(tpu_script.script(plan, topology.hosts, pack), end="")
+      return 0
+    if not shutil.which("gcloud"):
+      raise ConfigError("gcloud is not installed; see https://cloud.google.com/sdk/docs/install")
+    if pack:
+      subprocess.run(pack, check=True)
+    launcher = Launcher(plan, sleep)
+    try:
+      return launcher.stop() if arguments.stop else launcher.run()
+    except LaunchError as error:
+      print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+      return error.code
+    except KeyboardInterrupt:
+      print(
+        f"\n{PROGRAM}: the TPU and the run go on, and cost money; the same command shows the run "
+        f"again, with --stop it saves, ends and deletes; or delete it: {launcher.still_there()}",
+        file=sys.stderr,
+      )
+      return INTERRUPTED
+
+
+def _plan(
+  arguments: argparse.Namespace,
+  overrides: list[str],
+  root: Path,
+  folder: Path,
+  topology: tpu.Topology,
+) -> Plan:
+  """What the arguments ask for; everything that can be wrong with them is found here."""
+  if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", arguments.name):
+    raise ConfigError(
+      f"--name={arguments.name}: expected at most 40 small letters, digits and dashes, a letter first"
+    )
+  commit = checkout.commit(root, arguments.commit)
+  config = checkout.relative_config(root, arguments.config, commit)
+  wanted = jobs.jobs(arguments, overrides)
+  if arguments.cell is not None:
+    if arguments.cell >= len(wanted):
+      raise ConfigError(f"--cell={arguments.cell}: expected 0 to {len(wanted) - 1}")
+    wanted = [wanted[arguments.cell]]
+  for job in wanted:
+    _check_places(job, arguments, topology)
+  return Plan(
+    tpu=tpu_commands.Tpu(
+      name=arguments.name,
+      zone=arguments.zone,
+      accelerator_type=arguments.accelerator_type,
+      runtime_version=arguments.runtime_version or tpu_commands.RUNTIMES[topology.generation.name],
+      project=arguments.project,
+      queued=not arguments.direct,
+      spot=arguments.spot,
+      service_account=arguments.service_account,
+      create_flags=tuple(arguments.create_flag),
+      ssh_flags=tuple(arguments.ssh_flag),
+    ),
+    jobs=tuple(wanted),
+    config=config,
+    source="" if arguments.upload else checkout.source(root, arguments.repo, commit),
+    commit=commit,
+    archive=str(folder / f"byolx-{commit}.tar.gz") if arguments.upload else "",
+    cache_gb=arguments.data_cache_gb,
+    setup=arguments.setup,
+    max_restarts=arguments.max_restarts,
+    keep=arguments.keep,
+    keep_on_failure=arguments.keep_on_failure,
+    poll=arguments.poll,
+  )
+
+
+def _topology(accelerator_type: str) -> tpu.Topology:
+  try:
+    return tpu.topology(accelerator_type)
+  except ConfigError as error:
+    reason = str(error).replace("--topology=", "--accelerator_type=")
+    raise ConfigError(reason) from None
+
+
+def _check_places(job: Job, arguments: argparse.Namespace, topology: tpu.Topology) -> None:
+  """Refuses folders that the hosts will not have, or that are gone with the TPU."""
+  fields = job.moved(lambda name, address: address).text_fields()
+  if not job.workdir.startswith("gs://"):
+    kept = arguments.setup or (arguments.keep and topology.hosts == 1)
+    if not job.workdir.startswith("/") or not kept:
+      raise ConfigError(
+        f"--workdir={job.workdir}: expected gs://BUCKET/FOLDER, which all {topology.hosts} hosts see "
+        "and which stays when the TPU is deleted; or an absolute folder and a --setup that mounts it"
+      )
+  folder = fields["data.folder"]
+  there = folder.startswith("gs://") or (folder.startswith("/") and arguments.setup)
+  if fields["data.source"] != "digits" and not there:
+    raise ConfigError(
+      f"data.folder={folder!r}: expected gs://BUCKET/FOLDER, or an absolute folder and a --setup "
+      "that mounts or fills it on every host"
+    )
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,158 @@
+"""Trains on Vertex AI through xmanager: a container per run, on GPUs or a TPU v2 or v3 of one host."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jobs
+from jobs import FAILED, Job
+
+from byolx.config import ConfigError
+
+PROGRAM = "launch/xm_vertex.py"
+ROOT = Path(__file__).resolve().parent.parent
+
+_DESCRIPTION = """\
+Train on Google's Vertex AI with xmanager: builds a container of this folder, and starts one job for each
+run, all at the same time. A bucket gs://BUCKET is the folder /gcs/BUCKET there.
+
+Needs: pip install ".[launch]", docker, and what xmanager asks for: `gcloud auth application-default
+login`, a project, and GOOGLE_CLOUD_BUCKET_NAME in the environment. Bigger TPUs: launch/gcloud_tpu.py
+"""
+_EXAMPLES = """\
+  python launch/xm_vertex.py --config=configs/pretrain_imagenet.py:epochs=300 --accelerator=tpu_v3=8 \\
+    --workdir=gs://bucket/runs/seeds --config.data.folder=gs://bucket/imagenet --grid=seeds --dry_run"""
+
+_EXTRAS = {"tpu_v2": "tpu", "tpu_v3": "tpu", "v100": "gpu", "a100": "gpu", "h100": "gpu"}
+"""What xmanager's executor can ask for, and the extra of byolx that it needs."""
+
+_COUNTS = {"tpu_v2": (8,), "tpu_v3": (8,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+  """What a job runs on: a kind as xmanager calls it, and how many."""
+
+  kind: str
+  count: int
+
+
+def accelerator(text: str) -> Accelerator:
+  """Reads `tpu_v3=8`.
+
+  Raises:
+    ConfigError: it is none that Vertex has, in xmanager.
+  """
+  kind, _, count = text.partition("=")
+  if kind not in _EXTRAS or not count.isdecimal() or int(count) < 1:
+    choices = ", ".join(f"{name}=8" for name in _EXTRAS)
+    raise ConfigError(f"--accelerator={text}: expected KIND=COUNT, as {choices}")
+  if int(count) not in _COUNTS.get(kind, (int(count),)):
+    raise ConfigError(
+      f"--accelerator={text}: expected {kind}=8, one host; for more: launch/gcloud_tpu.py"
+    )
+  return Accelerator(kind, int(count))
+
+
+def hosted(job: Job) -> Job:
+  """The job with every gs://BUCKET as /gcs/BUCKET.
+
+  Raises:
+    ConfigError: a folder that a container has not.
+  """
+  fields = job.text_fields()
+  if not job.workdir.startswith("gs://"):
+    raise ConfigError(f"--workdir={job.workdir}: expected gs://BUCKET/FOLDER")
+  if fields["data.source"] != "digits" and not fields["data.folder"].startswith("gs://"):
+    raise ConfigError(f"data.folder={fields['data.folder']!r}: expected gs://BUCKET/FOLDER")
+  return job.moved(lambda name, address: "/gcs/" + address.removeprefix("gs://"))
+
+
+def instructions(extra: str) -> list[str]:
+  """Lines of the Dockerfile after its first."""
+  return [
+    "RUN apt-get update && apt-get install --yes git",
+    "WORKDIR /byolx",
+    f"COPY {ROOT.name}/ /byolx",
+    f'RUN pip install --no-cache-dir ".[{extra}]"',
+  ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Launches; returns 0, 1 where a run failed, or 2 for a wrong command."""
+  parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
+  parser.add_argument(
+    "--accelerator", required=True, metavar="KIND=COUNT", help=f"kinds: {', '.join(_EXTRAS)}"
+  )
+  arguments, overrides = jobs.parse(parser, sys.argv[1:] if argv is None else argv)
+  return jobs.run(PROGRAM, lambda: _launch(arguments, overrides))
+
+
+def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
+  wanted = accelerator(arguments.accelerator)
+  if not Path(arguments.config.partition(":")[0]).resolve().is_relative_to(ROOT):
+    raise ConfigError(f"--config={arguments.config}: expected a file in {ROOT}, which is packed")
+  every = [_inside(hosted(job)) for job in jobs.jobs(arguments, overrides)]
+  if arguments.dry_run:
+    container = {"base_image": "python:3.11", "instructions": instructions(_EXTRAS[wanted.kind])}
+    asked = {"container": container, "requirements": {wanted.kind: wanted.count}}
+    print(json.dumps(asked | {"runs": [["byolx", *job.train()] for job in every]}, indent=1))
+    return 0
+  failed = _run(f"byolx {arguments.grid or 'run'}", every, wanted)
+  for job in failed:
+    print(
+      f"{PROGRAM}: error: {job.name or 'the run'} failed; next: its log in the Vertex AI console, "
+      "then the same command, which goes on where it stopped",
+      file=sys.stderr,
+    )
+  return FAILED if failed else 0
+
+
+def _run(title: str, every: Sequence[Job], wanted: Accelerator) -> list[Job]:
+  """Starts all jobs, waits for them, and returns those that failed."""
+  try:
+    from absl import flags
+    from xmanager import xm, xm_local
+  except ImportError as error:
+    raise ConfigError(
+      f"xmanager is not installed ({error}); install it with: pip install '.[launch]'"
+    ) from None
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  units = []
+  with xm_local.create_experiment(experiment_title=title) as experiment:
+    container = xm.python_container(
+      executor_spec=xm_local.Vertex.Spec(),
+      path=str(ROOT),
+      base_image="python:3.11",
+      docker_instructions=instructions(_EXTRAS[wanted.kind]),
+      entrypoint=xm.CommandList(["cd /byolx", 'byolx "$@"']),
+    )
+    [executable] = experiment.package([container])
+    for job in every:
+      executor = xm_local.Vertex(requirements=xm.JobRequirements({wanted.kind: wanted.count}))
+      made = xm.Job(executable=executable, executor=executor, args=job.train())
+      units.append((job, experiment.add(made)))
+    return [job for job, unit in units if not _completed(xm, unit)]
+
+
+def _completed(xm, unit) -> bool:
+  try:
+    unit.wait_until_complete().result()
+  except xm.ExperimentUnitError:
+    return False
+  return True
+
+
+def _inside(job: Job) -> Job:
+  """The job with its config as seen from the root of the container."""
+  name, colon, rest = job.config.partition(":")
+  path = Path(name).resolve().relative_to(ROOT).as_posix()
+  return dataclasses.replace(job, config=f"{path}{colon}{rest}")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

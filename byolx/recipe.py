@@ -41,7 +41,7 @@ class Recipe:
     task: networks and loss.
     rate: learning rate by step.
     tx: the optimiser.
-    abstract_params: shapes of what it trains.
+    abstract_untrained: shapes of a state without the optimiser's.
     steps, warmup_steps: optimiser steps.
     steps_per_epoch: not rounded.
     passes: forward passes per step.
@@ -52,7 +52,7 @@ class Recipe:
   task: Pretrain
   rate: schedules.Schedule
   tx: optax.GradientTransformation
-  abstract_params: nnx.State
+  abstract_untrained: train.TrainState
   steps: int
   warmup_steps: int
   steps_per_epoch: float
@@ -81,12 +81,17 @@ class Recipe:
 
   def initialise(self) -> train.TrainState:
     """The state at step 0, made where it lives."""
-    return train.initialise(self.task, self.tx, self.encoder_key, self.layout)
+    return train.initialise(self.task, self.tx, self.encoder_key, self.layout, self.abstract_state)
 
   @functools.cached_property
   def abstract_state(self) -> train.TrainState:
     """Shapes, types and shardings of the state."""
-    return train.abstract_state(self.task, self.tx, self.encoder_key, self.layout)
+    return train.abstract_state(self.task, self.tx, self.layout, self.abstract_untrained)
+
+  @property
+  def abstract_params(self) -> nnx.State:
+    """Shapes of what is trained."""
+    return self.abstract_untrained.params
 
   def abstract_batch(self) -> Batch:
     """Shapes, types and shardings of what `pipeline.train_batches` makes and a step uses."""
@@ -138,14 +143,15 @@ def build(config: ConfigDict, devices: Sequence[Any], images: int, classes: int)
   steps, warmup_steps = count_steps(config, images)
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
   task = build_task(config, classes, steps, products=on_cpu)
-  rate, tx, abstract = build_optimiser(config, task, warmup_steps)
+  untrained = train.abstract_untrained(task)
+  rate, tx = build_optimiser(config, untrained.params, steps, warmup_steps)
   return Recipe(
     config,
     layout,
     task,
     rate,
     tx,
-    abstract,
+    untrained,
     steps,
     warmup_steps,
     images / config.train.batch_size,
@@ -258,23 +264,21 @@ def build_task(
 
 
 def build_optimiser(
-  config: ConfigDict, task: Pretrain, warmup_steps: int
-) -> tuple[schedules.Schedule, optax.GradientTransformation, nnx.State]:
-  """The learning rate by step, the optimiser, and the shapes of what it trains."""
-  model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
-  params = nnx.split(model, task.trainable, ...)[1]
+  config: ConfigDict, params: nnx.State, steps: int, warmup_steps: int
+) -> tuple[schedules.Schedule, optax.GradientTransformation]:
+  """The learning rate by step, and the optimiser of parameters, which may be shapes."""
   mask = optim.adapted(params)
   o = config.optim
   if not o.exclude:
     mask = jax.tree.map(lambda _: True, mask)
   peak = o.base_rate * config.train.batch_size / 256
-  rate = schedules.warmup_cosine(peak, warmup_steps, task.steps)
+  rate = schedules.warmup_cosine(peak, warmup_steps, steps)
   makers = {
     "lars": functools.partial(optim.lars, rate, o.weight_decay, o.momentum, o.trust),
     "sgd": functools.partial(optim.sgd, rate, o.weight_decay, o.momentum),
     "adamw": functools.partial(optim.adamw, rate, o.weight_decay),
   }
-  return rate, makers[o.name](mask), params
+  return rate, makers[o.name](mask)
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:

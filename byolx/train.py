@@ -64,9 +64,19 @@ class TrainState:
 
 def new_state(task: Task, tx: optax.GradientTransformation, key: Array) -> TrainState:
   """A state at step 0, a pure function of the key."""
-  model = task.init(nnx.Rngs(key))
-  graphdef, params, rest = nnx.split(model, task.trainable, ...)
-  return TrainState(jnp.zeros((), jnp.int32), params, rest, tx.init(params), graphdef)
+  state = _untrained(task, key)
+  return dataclasses.replace(state, opt_state=tx.init(state.params))
+
+
+def _untrained(task: Task, key: Array) -> TrainState:
+  """A state at step 0 without the optimiser's."""
+  graphdef, params, rest = nnx.split(task.init(nnx.Rngs(key)), task.trainable, ...)
+  return TrainState(jnp.zeros((), jnp.int32), params, rest, None, graphdef)
+
+
+def abstract_untrained(task: Task) -> TrainState:
+  """Shapes and types of a state without the optimiser's: seconds of tracing for a large network."""
+  return jax.eval_shape(functools.partial(_untrained, task), jax.random.key(0))
 
 
 def train_step(
@@ -175,7 +185,7 @@ def compile_step(
   everywhere, spread = sharding.replicated(layout.mesh), sharding.by_example(layout.mesh)
   places = everywhere
   if layout.state != "replicated":
-    places = state_shardings(abstract or abstract_state(task, tx, jax.random.key(0), layout))
+    places = state_shardings(abstract or abstract_state(task, tx, layout))
   return jax.jit(
     functools.partial(train_step, task, tx, passes, remat, layout),
     in_shardings=(places, spread, everywhere),
@@ -185,22 +195,36 @@ def compile_step(
 
 
 def initialise(
-  task: Task, tx: optax.GradientTransformation, key: Array, layout: sharding.Layout
+  task: Task,
+  tx: optax.GradientTransformation,
+  key: Array,
+  layout: sharding.Layout,
+  abstract: TrainState | None = None,
 ) -> TrainState:
-  """A new state, made where it lives."""
+  """A new state, made where it lives; `abstract` as for `compile_step`."""
   return jax.jit(
     functools.partial(new_state, task, tx),
-    out_shardings=state_shardings(abstract_state(task, tx, key, layout)),
+    out_shardings=state_shardings(abstract or abstract_state(task, tx, layout)),
     # Runs once: dozens of small random kernels would take the compiler longer than the draws take.
     compiler_options={"xla_backend_optimization_level": 0},
   )(key)
 
 
 def abstract_state(
-  task: Task, tx: optax.GradientTransformation, key: Array, layout: sharding.Layout
+  task: Task,
+  tx: optax.GradientTransformation,
+  layout: sharding.Layout,
+  untrained: TrainState | None = None,
 ) -> TrainState:
-  """Shapes, types and shardings of the state, without its arrays."""
-  state = jax.eval_shape(functools.partial(new_state, task, tx), key)
+  """Shapes, types and shardings of the state, without its arrays.
+
+  Args:
+    task, tx: loss and optimiser.
+    layout: where the state lives.
+    untrained: from `abstract_untrained`, if it is there already.
+  """
+  state = untrained or abstract_untrained(task)
+  state = dataclasses.replace(state, opt_state=jax.eval_shape(tx.init, state.params))
   places = TrainState(
     sharding.replicated(layout.mesh),
     layout.of_params(state.params),

@@ -33,9 +33,7 @@ def task_and_optimiser(**changes):
 
 def abstract(devices, **changes):
   task, tx = task_and_optimiser(**changes)
-  return train.abstract_state(
-    task, tx, jax.random.key(0), sharding.Layout(sharding.make_mesh(devices))
-  )
+  return train.abstract_state(task, tx, sharding.Layout(sharding.make_mesh(devices)))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import jax
 import pytest
 from flax import nnx
 
-from byolx import config, experiment, recipe
+from byolx import config, experiment, recipe, train
 from byolx.config import ConfigError
 from byolx.fields import FIELDS
 
@@ -147,7 +147,8 @@ def test_every_argument_can_be_given(file):
 def test_a_file_describes_something_that_can_be_built(file):
   cfg = load(file.name)
   task = recipe.build_task(cfg, 10, steps=1000)
-  rate, tx, params = recipe.build_optimiser(cfg, task, warmup_steps=100)
+  params = train.abstract_untrained(task).params
+  rate, tx = recipe.build_optimiser(cfg, params, steps=1000, warmup_steps=100)
   assert {path[0] for path, _ in nnx.to_flat_state(params)} == {"online", "predictor", "probe"}
   momenta = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
   assert momenta == [x.shape for x in jax.tree.leaves(params)]

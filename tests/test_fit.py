@@ -291,6 +291,35 @@ def test_a_run_that_changes_its_mesh_goes_on_within_rounding(path, whole, tmp_pa
     np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
 
 
+def test_a_run_that_changes_where_its_state_lives_goes_on_within_rounding(
+  path, whole, tmp_path, monkeypatch
+):
+  """In pieces over 8 devices, over 4, whole, in pieces again: checkpoints hold whole arrays."""
+  monkeypatch.setattr(sharding, "LEAST_TO_CUT", 64)
+  quarters = (("full", 8, 7), ("zero", 4, 14), ("replicated", 1, 21), ("full", 4, STEPS))
+  for state, devices, stays in quarters:
+    overrides = f"mesh.state={state}", f"mesh.data={devices}"
+    exp = experiment.build(config.load(str(path), [f"--config.{name}" for name in overrides]))
+    kept = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(exp.abstract_state)]
+    assert all(kept) == (state == "replicated")
+    _, arrays = trained(path, tmp_path, *overrides)
+    for one in (tmp_path / "checkpoints").glob("[0-9]*"):
+      if int(one.name) > stays:
+        shutil.rmtree(one)
+  for ours, theirs in zip(arrays, whole[1], strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
+  for ours, theirs in zip(rows(tmp_path), rows(whole[0]), strict=True):
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
+def test_an_encoder_from_another_run_takes_its_place_in_pieces(path, whole, tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, "LEAST_TO_CUT", 64)
+  said, _ = trained(
+    path, tmp_path, f"init.workdir={whole[0]}", "mesh.state=full", "mesh.data=8", "train.epochs=0.6"
+  )
+  assert "starting from the online encoder of" in said
+
+
 def test_a_checkpoint_serves_any_micro_batch(path, whole):
   """The state does not know how many passes a step took: every array comes back as it was."""
   checkpoints = checkpoint.Checkpoints(whole[0] / "checkpoints")

@@ -28,9 +28,7 @@ def abstract(devices, encoder=ENCODER, hidden=12, adam=False, size=8, **changes)
     tx = optim.adamw(lambda k: 0.1, 1e-6, mask)
   else:
     tx = optim.lars(lambda k: 0.1, 1e-6, 0.9, 1e-3, mask)
-  return train.abstract_state(
-    task, tx, jax.random.key(0), sharding.Layout(sharding.make_mesh(devices))
-  )
+  return train.abstract_state(task, tx, sharding.Layout(sharding.make_mesh(devices)))
 
 
 def fill(shapes, seed):

@@ -170,7 +170,7 @@ def test_the_compiled_step_takes_and_gives_the_layouts_shardings(parts):
   tx = optim.sgd(lambda step: 0.1, 0.0, 0.9, optim.adapted(params))
   layout = sharding.Layout(sharding.make_mesh(8, 8), "full")
   state = train.initialise(task, tx, jax.random.key(0), layout)
-  abstract = train.abstract_state(task, tx, jax.random.key(0), layout)
+  abstract = train.abstract_state(task, tx, layout)
   before = [x.sharding for x in jax.tree.leaves(state)]
   assert before == [x.sharding for x in jax.tree.leaves(abstract)]
   assert any(not place.is_fully_replicated for place in before)

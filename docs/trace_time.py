@@ -1,0 +1,45 @@
+"""How long Python takes over a train step before the compiler has it: tracing and lowering.
+
+  pip install "byolx[plan]"
+  taskset -c 0 python docs/trace_time.py --config=configs/pretrain_imagenet.py:arch=resnet200,width=2
+
+The step is lowered for a TPU slice that need not be there, as `byolx plan` does it, once, in a new
+process. The shapes of the first state are found before and counted apart.
+"""
+
+import argparse
+import os
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+
+from byolx import config, recipe, tpu
+
+IMAGES, CLASSES = 1_281_167, 1000
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--config", default="configs/pretrain_imagenet.py:arch=resnet200,width=2")
+  parser.add_argument("--topology", default="v3:16x16")
+  arguments = parser.parse_args()
+  cfg = config.load(arguments.config, [])
+  devices = tpu.devices(tpu.topology(arguments.topology))
+  clock = time.perf_counter
+  began = clock()
+  built = recipe.build(cfg, devices, IMAGES, CLASSES)
+  state = built.abstract_state
+  shaped = clock()
+  lowered = built.lower()
+  ended = clock()
+  leaves = len(jax.tree.leaves(state))
+  print(f"{arguments.config} for {arguments.topology}, {len(devices)} cores, {leaves:,} arrays")
+  print(f"shapes of the state        {shaped - began:6.1f} s")
+  print(f"tracing and lowering       {ended - shaped:6.1f} s")
+  print(f"program                    {len(lowered.as_text()) / 1e6:6.1f} MB of text")
+
+
+if __name__ == "__main__":
+  main()

@@ -207,7 +207,7 @@ def test_what_is_no_override_is_refused(file, word):
     ("optim.base_rat", "unknown field optim.base_rat: did you mean optim.base_rate?"),
     ("byol.predictr", "unknown field byol.predictr: did you mean byol.predictor"),
     ("optim.lr", "expected one of optim.name, optim.base_rate, "),
-    ("learning_rate", "expected one of byol, checkpoint, data, eval, "),
+    ("learning_rate", "expected one of byol, checkpoint, compile, data, eval, "),
     ("optim", "optim is a group of fields; expected one of optim.name, optim.base_rate, "),
     ("views.view1", "views.view1 is a group of fields; expected one of views.view1.crop_pro"),
   ],

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from byolx import experiment, recipe, sharding
+from byolx import experiment, recipe, sharding, tpu
 from byolx.data import augment, decode, making, pipeline
 from byolx.data.augment_host import apply_host
 from byolx.data.failures import TooManyFailuresError
@@ -35,8 +35,8 @@ SAMPLE = 512
 
 ROUNDS = 3
 
-V3_CORE_FLOPS = 61.5e12
-"""Peak bfloat16 operations per second of a TPU v3 core: half of a chip's 123 TFLOP/s."""
+V3_CORE_FLOPS = tpu.GENERATIONS["v3"].flops
+"""Peak bfloat16 operations per second of a TPU v3 core."""
 
 UTILISATION = 0.3
 """Share of the peak that a fast step of a ResNet is expected to reach."""

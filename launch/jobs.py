@@ -5,6 +5,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 import grids
@@ -133,3 +134,21 @@ def run(program: str, launch: Callable[[], int]) -> int:
   except ConfigError as error:
     print(f"{program}: error: {error}", file=sys.stderr)
     return USAGE
+
+
+def xmanager() -> tuple[ModuleType, ModuleType]:
+  """xmanager's modules `xm` and `xm_local`, ready for use without an absl main.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
+  try:
+    from absl import flags
+    from xmanager import xm, xm_local
+  except ImportError as error:
+    raise ConfigError(
+      f"xmanager is not installed ({error}); install it with: pip install '.[launch]'"
+    ) from None
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  return xm, xm_local

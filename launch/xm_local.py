@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import jobs
-from jobs import FAILED, INTERRUPTED, Job
+from jobs import FAILED, INTERRUPTED, Job, xmanager
 
 from byolx import machine, numbers
 from byolx.config import ConfigError
@@ -79,15 +79,7 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _run(title: str, wanted: Sequence[Job], places: Sequence[Sequence[int]]) -> list[Job]:
   """Runs jobs as xmanager's work units, one in each place at a time; returns those that failed."""
-  try:
-    from absl import flags
-    from xmanager import xm, xm_local
-  except ImportError as error:
-    raise ConfigError(
-      f"xmanager is not installed ({error}); install it with: pip install '.[launch]'"
-    ) from None
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
+  xm, xm_local = xmanager()
   failed = []
 
   async def work(experiment, job: Job, free: asyncio.Queue) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jobs
-from jobs import FAILED, Job
+from jobs import FAILED, Job, xmanager
 
 from byolx.config import ConfigError
 
@@ -113,15 +113,7 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _run(title: str, every: Sequence[Job], wanted: Accelerator) -> list[Job]:
   """Starts all jobs, waits for them, and returns those that failed."""
-  try:
-    from absl import flags
-    from xmanager import xm, xm_local
-  except ImportError as error:
-    raise ConfigError(
-      f"xmanager is not installed ({error}); install it with: pip install '.[launch]'"
-    ) from None
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
+  xm, xm_local = xmanager()
   units = []
   with xm_local.create_experiment(experiment_title=title) as experiment:
     container = xm.python_container(

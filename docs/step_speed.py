@@ -7,7 +7,8 @@ ResNet-50 at 64 x 64, LARS, online probe and monitors, float32, both sides from 
 and on the same crops of photographs. First both take three steps, and must agree; then they take
 turns, step by step, each pair in the other order than the last, because a shared machine is not
 equally fast all the time. The ratio is the median over pairs. The plain step is
-`plain_byol.py`. Some six minutes on two cores; leave the machine alone meanwhile.
+`plain_byol.py`. Some four minutes for one number of devices
+and seven pairs; leave the machine alone meanwhile.
 """
 
 import argparse

@@ -116,6 +116,15 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
   assert rows(workdir) == rows(whole[0])
 
 
+@pytest.fixture
+def interruptible():
+  """Ctrl-C as Python has it, also where the tests were started with it ignored, by a shell's `&`."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_as_ever():
   stop = fit.Stop()
   before = signal.getsignal(signal.SIGINT)

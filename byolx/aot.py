@@ -16,11 +16,11 @@ from typing import Any
 import jax
 
 from byolx import hlo, hlo_costs, logs, tpu
+from byolx.compilations import SECONDS_PER_MEGABYTE
 from byolx.config import ConfigError
 
 FORMAT = 1
 COSTS_KEPT = 100
-_USUAL_SECONDS_PER_MB = 40.0
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -103,7 +103,7 @@ def compile_aloud(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stag
     name: of what it is compiled for.
     size: of its text, characters.
   """
-  minutes = round(size / 1e6 * _USUAL_SECONDS_PER_MB / 60)
+  minutes = round(size / 1e6 * SECONDS_PER_MEGABYTE["tpu"] / 60)
   usual = f"usually about {minutes + 1} minutes" if minutes else "usually less than a minute"
   said = f"compiling for {name}, {usual}"
   result: dict[str, Any] = {}

@@ -4,10 +4,9 @@ import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from byolx import optim
+from byolx import optim, sharding
 from byolx.experiment import Experiment
 from byolx.recipe import Recipe
 
@@ -74,16 +73,12 @@ def placement_table(recipe: Recipe) -> str:
   rows = [("state", "bytes", "per device", "in pieces")]
   for name, tree in parts.items():
     leaves = jax.tree.leaves(tree)
-    whole = sum(_bytes(x.shape, x.dtype) for x in leaves)
-    held = sum(_bytes(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves)
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    held = sharding.held_bytes(tree)
     cut = sum(not x.sharding.is_fully_replicated for x in leaves)
     pieces = f"{cut:,} of {len(leaves):,} arrays" if cut else "none"
     rows.append((name, f"{whole:,}", f"{held:,}", pieces))
   return _aligned(rows)
-
-
-def _bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
-  return math.prod(shape) * dtype.itemsize
 
 
 def _aligned(rows: list[tuple[str, str, str, str]]) -> str:

@@ -5,15 +5,13 @@ without images. When it does not fit, changes are tried, from what costs least t
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from byolx import aot, experiment, recipe, tpu
+from byolx import aot, experiment, recipe, sharding, tpu
 from byolx.config import ConfigError
 from byolx.data import sources
 
@@ -313,8 +311,8 @@ class _Need:
     self._passes = built.passes
     self._batch = built.config.train.batch_size
     # Gradients and their update are as large as the parameters, and so is a copy of these.
-    self._state = _held(state) + 3 * _held(state.params)
-    self._activations = max(0, peak - _held(state))
+    self._state = sharding.held_bytes(state) + 3 * sharding.held_bytes(state.params)
+    self._activations = max(0, peak - sharding.held_bytes(state))
 
   def note(self, changes: dict[str, Any], peak: int) -> None:
     """Remembers what a step with these changes needs."""
@@ -333,11 +331,3 @@ class _Need:
       passes = self._batch / changes["train.micro_batch"]
       freed += self._activations * (1 - self._passes / passes)
     return self._peaks[frozenset()] - freed <= self._memory
-
-
-def _held(tree: Any) -> int:
-  """Bytes of a tree of shapes on one device."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )

@@ -163,6 +163,13 @@ class Layout:
     return jax.tree.map(lambda x: in_pieces(self.mesh, x.shape) if pieces else whole, tree)
 
 
+def held_bytes(tree: Any) -> int:
+  """What each device holds of arrays, or of shapes with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+
+
 _in_use: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 import tiny
 
-from byolx import aot, cli, config, plan, plan_page, recipe, tpu
+from byolx import aot, cli, config, plan, plan_page, recipe, sharding, tpu
 from byolx.config import ConfigError
 
 KEYS = {
@@ -227,7 +227,7 @@ def memory(monkeypatch):
 
     monkeypatch.setattr(recipe.Recipe, "lower", noted)
     monkeypatch.setattr(aot, "figures", figures)
-    monkeypatch.setattr(plan, "_held", lambda tree: 2 * GIB)
+    monkeypatch.setattr(sharding, "held_bytes", lambda tree: 2 * GIB)
     return asked
 
   return of

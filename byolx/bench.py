@@ -129,7 +129,7 @@ def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> In
     ConfigError: the images are not there, or fields do not go together.
     TooManyFailuresError: no record can be read.
   """
-  source, _ = experiment.build_sources(cfg)
+  source = experiment.build_sources(cfg).train
   work = Work.of(cfg, source)
   making.one_thread_per_image()
   stages = _stages(cfg, work, seconds)

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,31 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     path: a config file, with an optional argument for its `get_config` after a colon.
     overrides: `--config.field=value` in the order given.
 
+  Fields of the groups in init.inherit that neither file nor overrides set are those of another run.
+
   Raises:
     ConfigError: missing file, unknown field or argument, impossible value.
   """
-  config = merge(_read(path), path)
+  given = _read(path)
+  config = merge(given, path)
   for flag in overrides:
     _override(config, flag)
+  named = {flag.removeprefix("--config.").partition("=")[0] for flag in overrides}
+  _inherit(config, named | flatten(given).keys())
   check(config)
   return config
+
+
+def of_run(path: str | Path) -> ConfigDict:
+  """The config of a run, given its workdir, its folder of checkpoints, or one of these.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  for folder in (Path(path), *Path(path).absolute().parents[:2]):
+    if (folder / "config.json").is_file():
+      return from_json((folder / "config.json").read_text())
+  raise ConfigError(f"{path}: expected a workdir of `byolx train`, with a config.json")
 
 
 def merge(given: ConfigDict, origin: str) -> ConfigDict:
@@ -104,6 +121,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   ]
 
 
+def changes(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """What of a flat config is not the default; fields of other versions count."""
+  usual = flatten(defaults())
+  return {
+    name: _plain(value)
+    for name, value in flat.items()
+    if name not in usual or _plain(usual[name]) != _plain(value)
+  }
+
+
 def fingerprint(config: ConfigDict) -> str:
   """Twelve hex digits that tell configs apart in what shapes results, the seed aside."""
   shaping = {
@@ -152,6 +179,21 @@ def _override(config: ConfigDict, flag: str) -> None:
     values(argv)
   except (flags.Error, ValueError, TypeError):
     raise ConfigError(f"{name}={value!r}: expected {_kind(name)}") from None
+
+
+def _inherit(config: ConfigDict, given: Set[str]) -> None:
+  """Sets the fields of init.inherit that are not given as the other run has them."""
+  run = config.init.like or config.init.workdir
+  if not (config.init.inherit and run):
+    return
+  check(config)
+  for name, value in flatten(of_run(run)).items():
+    *groups, leaf = name.split(".")
+    if groups and groups[0] in config.init.inherit and name not in given:
+      node = config
+      for group in groups:
+        node = node[group]
+      node[leaf] = value
 
 
 def _kind(name: str) -> str:

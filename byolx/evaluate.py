@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, UInt8
 from byolx import sharding
 from byolx.models.norm import BatchNorm
 from byolx.tasks.base import Batch, Task
+from byolx.tasks.classify import Classify
 
 PIXELS_SIDE = 32
 """Larger images are averaged down to this side before their raw pixels count as features."""
@@ -28,7 +29,7 @@ PIXELS_SIDE = 32
 
 def measure(
   task: Task, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh
-) -> dict[str, float]:
+) -> dict[str, float | np.ndarray]:
   """The task's metrics over all batches, exact for any batch size, mesh and number of processes."""
   graphdef, state = nnx.split(model)
 
@@ -42,7 +43,10 @@ def measure(
     total = current if total is None else total.merge(current)
   if total is None:
     return {}
-  return {name: float(value) for name, value in total.compute().items()}
+  return {
+    name: np.asarray(value) if np.ndim(value) else float(value)
+    for name, value in total.compute().items()
+  }
 
 
 def features(
@@ -79,17 +83,38 @@ def features(
     return encoded | {name: batch[name] for name in ("pixels", "label", "index", "mask")}
 
   states = {name: state for name, (_, state) in split.items()}
+  with_pixels = (batch | {"pixels": raw_pixels(batch["image"])} for batch in batches)
+  joined = _unmasked(functools.partial(encode, states), with_pixels, mesh, wanted)
+  return joined, joined.pop("label"), joined.pop("index")
+
+
+def predictions(
+  task: Classify, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh, *, wanted: bool = True
+) -> dict[str, np.ndarray]:
+  """What `task.predict` says of every image, with `label` and `index`; see `features`."""
+  graphdef, state = nnx.split(model)
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def predict(state: nnx.State, batch: Batch) -> Batch:
+    found = task.predict(nnx.merge(graphdef, state), batch)
+    return found | {name: batch[name] for name in ("label", "index", "mask")}
+
+  return _unmasked(functools.partial(predict, state), batches, mesh, wanted)
+
+
+def _unmasked(
+  function: Callable[[Batch], Batch], batches: Iterable[Batch], mesh: Mesh, wanted: bool
+) -> dict[str, np.ndarray]:
+  """The rows that a function returns for all batches, without masked ones; none unless wanted."""
   found: dict[str, list[np.ndarray]] = {}
   for batch in batches:
-    pixels = raw_pixels(batch["image"])
-    for name, rows in encode(states, _placed(batch | {"pixels": pixels}, mesh)).items():
+    for name, rows in function(_placed(batch, mesh)).items():
       # Each array is whole on every device; those of other processes are out of reach.
       found.setdefault(name, []).append(np.asarray(rows.addressable_data(0)))
     keep = found.pop("mask")[0] & wanted
     for rows in found.values():
       rows[-1] = rows[-1][keep]
-  joined = {name: np.concatenate(rows) for name, rows in found.items()}
-  return joined, joined.pop("label"), joined.pop("index")
+  return {name: np.concatenate(rows) for name, rows in found.items()}
 
 
 def raw_pixels(images: UInt8[np.ndarray, "b s s 3"]) -> UInt8[np.ndarray, "b d"]:

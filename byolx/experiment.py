@@ -3,13 +3,26 @@ a name in a config becomes an object."""
 
 import dataclasses
 import functools
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from byolx import distributed, recipe, sharding
 from byolx.config import ConfigError
-from byolx.data import augment, cifar, folders, pipeline, records, sources, splits, tfds
+from byolx.data import (
+  augment,
+  cifar,
+  folders,
+  pipeline,
+  randaugment,
+  records,
+  sources,
+  splits,
+  tfds,
+)
 from byolx.recipe import Recipe
 
 
@@ -18,15 +31,19 @@ class Experiment(Recipe):
   """What a config describes, built and checked: a recipe, and the images it is for.
 
   Args:
-    train_source, test_source: images.
-    views: the distributions T and T'.
+    sources: images.
+    views: the distribution of each view.
     named: unreadable files that were named so far.
   """
 
-  train_source: sources.Source
-  test_source: sources.Source
-  views: tuple[augment.ViewSpec, augment.ViewSpec]
+  sources: "Sources"
+  views: tuple[augment.ViewSpec, ...]
   named: set[str] = dataclasses.field(default_factory=set)
+
+  @property
+  def train_source(self) -> sources.Source:
+    """What is trained on."""
+    return self.sources.train
 
   def train_batches(self, start_step: int) -> pipeline.Batches:
     """Training batches from a step on, see `pipeline.train_batches`."""
@@ -74,22 +91,61 @@ def build(config: ConfigDict) -> Experiment:
   Raises:
     ConfigError: fields that do not go together, or images that are not there.
   """
-  train_source, test_source = build_sources(config)
+  _check_origin(config)
+  images = build_sources(config)
   of_pass = config.train.micro_batch or config.train.batch_size
   sharding.split_cpu(of_pass // distributed.count(), config.mesh.cpu_devices)
-  made = recipe.build(config, jax.devices(), len(train_source), len(train_source.classes))
+  made = recipe.build(config, jax.devices(), len(images.train), len(images.train.classes))
   _check_evaluation(config)
-  return Experiment(
-    **vars(made), train_source=train_source, test_source=test_source, views=build_views(config)
-  )
+  return Experiment(**vars(made), sources=images, views=build_views(config))
 
 
-def build_sources(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
-  """Training and test images; with data.validation, both are training images of the source.
+class Sources(NamedTuple):
+  """Images to train on, to choose by (data.validation), and to test on (None: not to be looked at)."""
+
+  train: sources.Source
+  validation: sources.Source | None
+  test: sources.Source | None
+  labels: float = 1.0
+  """Share of the training images' labels that is used."""
+
+  @property
+  def held_out(self) -> tuple[str, sources.Source]:
+    """What a run that chooses nothing is measured on, and the name of that split."""
+    return ("validation", self.validation) if self.validation else ("test", self.test)
+
+
+def build_sources(config: ConfigDict) -> Sources:
+  """The images of a run.
+
+  With data.validation, pretraining is measured on the validation images and the test images need not
+  be there; data.labels and data.label_list choose among what is not held out.
 
   Raises:
     ConfigError: they are not there, or not enough of them.
   """
+  make = _opener(config)
+  try:
+    train = make(split="train")
+    whole = config.data.validation == "none"
+    tested = whole or (config.task != "pretrain" and config.eval.test)
+    test = make(split="test") if tested else None
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+  rest, held = np.arange(len(train)), np.empty(0, np.int64)
+  if not whole:
+    rest, held = _validation(config, train)
+  used, held = _used(config, train, rest, held)
+  return Sources(
+    train if len(used) == len(train) else sources.subset(train, used),
+    None if whole else sources.subset(train, held),
+    test,
+    round(len(used) / len(train), 4) if config.data.label_list else config.data.labels,
+  )
+
+
+def _opener(config: ConfigDict):
+  """The function that opens a split of a config's source."""
   data = config.data
   makers = {
     "digits": functools.partial(sources.digits, test_share=data.test_share),
@@ -104,31 +160,100 @@ def build_sources(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
     "array_record": functools.partial(records.prepared, data.folder, test_share=data.test_share),
     "tfds": functools.partial(tfds.tfds, data.folder),
   }
-  make = makers[data.source]
+  return makers[data.source]
+
+
+def _validation(config: ConfigDict, train: sources.Source) -> tuple[np.ndarray, np.ndarray]:
+  """Indices of the rest, and of what data.validation keeps apart."""
+  data = config.data
+  if data.validation == "share":
+    return splits.stratified_holdout(
+      train.labels, data.validation_share, sources.SPLIT_SEED, train.names
+    )
   try:
-    train = make(split="train")
-    if data.validation == "none":
-      return train, make(split="test")
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
-  try:
-    parts = splits.imagenet_validation(train.names, data.validation)
+    return splits.imagenet_validation(train.names, data.validation)
   except ValueError as error:
     raise ConfigError(
       f"data.validation={data.validation}: {error}; it is meant for ImageNet (data.source=imagenet,"
       " or ImageNet as array_record, tfds or image_folder) and works for any source that large"
     ) from None
-  return sources.subset(train, parts[0]), sources.subset(train, parts[1])
 
 
-def build_views(config: ConfigDict) -> tuple[augment.ViewSpec, augment.ViewSpec]:
-  """The distributions T and T' (Table 6)."""
+def _used(
+  config: ConfigDict, train: sources.Source, rest: np.ndarray, held: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Indices of what is trained on, and of what is held out then.
+
+  A list is trained on whole, as all who use it do: its images are not validation images.
+  """
+  data = config.data
+  if data.label_list:
+    if data.labels < 1:
+      raise ConfigError(
+        f"data.labels={data.labels} with data.label_list={data.label_list}: expected one of them"
+      )
+    try:
+      wanted = Path(data.label_list).read_text().split()
+      used = splits.listed(train.names, wanted)
+    except (OSError, ValueError) as error:
+      raise ConfigError(f"data.label_list={data.label_list}: {error}") from None
+    return used, np.setdiff1d(held, used)
+  if data.labels == 1:
+    return rest, held
+  try:
+    return splits.labelled_share(train.labels, rest, data.labels, data.labels_seed), held
+  except ValueError as error:
+    raise ConfigError(f"data.labels={data.labels}: {error}") from None
+
+
+def build_views(config: ConfigDict) -> tuple[augment.ViewSpec, ...]:
+  """The distributions T and T' of pretraining (Table 6), or the one that a classifier is trained on.
+
+  Raises:
+    ConfigError: RandAugment's settings are impossible.
+  """
   rules = {
     "crop_rule": config.views.crop_rule,
     "brightness_rule": config.views.brightness_rule,
   }
-  first, second = config.views.view1, config.views.view2
-  return augment.ViewSpec(**first, **rules), augment.ViewSpec(**second, **rules)
+  first = augment.ViewSpec(**config.views.view1, **rules)
+  if config.task == "pretrain":
+    return first, augment.ViewSpec(**config.views.view2, **rules)
+  if config.classify.views == "pretrain":
+    return (first,)
+  spatial = dataclasses.replace(
+    first,
+    jitter_probability=0.0,
+    grayscale_probability=0.0,
+    blur_probability=0.0,
+    solarise_probability=0.0,
+  )
+  if config.classify.views == "spatial":
+    return (spatial,)
+  try:
+    chosen = randaugment.RandAugment(**config.classify.randaugment)
+  except ValueError as error:
+    raise ConfigError(f"classify.randaugment: {error}") from None
+  return (dataclasses.replace(spatial, randaugment=chosen),)
+
+
+def _check_origin(config: ConfigDict) -> None:
+  """Where the encoder comes from has to go with what is trained."""
+  wanted, given = config.task in ("linear", "finetune"), config.init.workdir
+  if wanted and not given:
+    raise ConfigError(
+      f"task={config.task} without init.workdir: expected the workdir or checkpoint whose encoder is "
+      "evaluated (task=supervised starts from scratch)"
+    )
+  if config.task == "supervised" and given:
+    raise ConfigError(
+      f"task=supervised with init.workdir={given}: it starts from scratch; expected task=finetune, or "
+      "init.like to take only fields from that run"
+    )
+  if config.task != "pretrain" and config.data.validation == "none" and not config.eval.test:
+    raise ConfigError(
+      "eval.test=False with data.validation=none: nothing would be measured; expected one of them"
+    )
 
 
 def _check_evaluation(config: ConfigDict) -> None:

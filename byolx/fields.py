@@ -96,7 +96,12 @@ _second_view = _view | {
 }
 
 FIELDS: dict[str, Field] = {
-  "task": Field("pretrain", "what is trained", one_of("pretrain")),
+  "task": Field(
+    "pretrain",
+    "what is trained: pretrain, without labels; linear, classifiers on a frozen encoder; finetune, a "
+    "classifier and the encoder it starts from; supervised, both from scratch",
+    one_of("pretrain", "linear", "finetune", "supervised"),
+  ),
   "seed": Field(0, "of everything that is drawn: parameters, order, views", between(0, 2**32 - 1)),
   # Data.
   "data.source": Field(
@@ -119,8 +124,21 @@ FIELDS: dict[str, Field] = {
   ),
   "data.validation": Field(
     "none",
-    "training images kept apart as the test set: ImageNet's of appendix D.1, or of the code",
-    one_of("none", "last_10009", "first_10000"),
+    "training images kept apart, to choose by: ImageNet's of appendix D.1, or of the code; or a share",
+    one_of("none", "last_10009", "first_10000", "share"),
+  ),
+  "data.validation_share": Field(
+    0.1, "of data.validation=share, the same of every class", between(0.001, 0.9)
+  ),
+  "data.labels": Field(
+    1.0,
+    "share of the training images that is used, as many of every class; a smaller share lies inside a "
+    "larger one (Figure 4)",
+    between(1e-6, 1),
+  ),
+  "data.labels_seed": Field(0, "chooses them", between(0, 2**32 - 1)),
+  "data.label_list": Field(
+    "", "a file with the names of the training images to use instead, such as SimCLR's 1percent.txt"
   ),
   "data.test_share": Field(
     0.2, "share held out for testing, where the source has no test set", between(0.01, 0.9)
@@ -214,6 +232,33 @@ FIELDS: dict[str, Field] = {
   "byol.probe_weight": Field(
     1.0, "of the online probe's loss; 0 leaves the probe out", at_least(0)
   ),
+  # Classification: appendix D.
+  "classify.views": Field(
+    "spatial",
+    "of training: crop and flip of views.view1; all of view1 (pretrain, Table 7); or spatial and "
+    "RandAugment (appendix D.2)",
+    one_of("spatial", "pretrain", "randaugment"),
+  ),
+  "classify.tclip": Field(
+    0.0, "alpha of alpha * tanh(logits / alpha) (Table 7: 20); 0: none", at_least(0)
+  ),
+  "classify.logit_penalty": Field(
+    0.0,
+    "beta, times the mean squared (clipped) logit, added to the loss (Table 7: 0.01)",
+    at_least(0),
+  ),
+  "classify.label_smoothing": Field(
+    0.0, "share of a label that is spread over all classes", between(0, 0.999)
+  ),
+  "classify.head_init": Field(
+    "normal", "kernel of the classifier: as the encoder's, or zeros", one_of("normal", "zeros")
+  ),
+  "classify.randaugment.operations": Field(2, "N, one after another", whole(1)),
+  "classify.randaugment.magnitude": Field(9.0, "M, in bins", at_least(0)),
+  "classify.randaugment.bins": Field(31, "of magnitudes, 0 to the largest", whole(2)),
+  "classify.randaugment.interpolation": Field(
+    "nearest", "of shears and rotations", one_of("nearest", "bilinear")
+  ),
   # Optimiser: appendix A.
   "optim.name": Field("lars", "optimiser", one_of("lars", "sgd", "adamw")),
   "optim.base_rate": Field(0.2, "peak learning rate per 256 images of a batch", above(0)),
@@ -221,6 +266,16 @@ FIELDS: dict[str, Field] = {
   "optim.momentum": Field(0.9, "lars, sgd", between(0, 1)),
   "optim.trust": Field(1e-3, "lars: eta of the trust ratio", above(0)),
   "optim.warmup_epochs": Field(10.0, "of linear warm-up; a cosine to 0 follows", at_least(0)),
+  "optim.rates": Field(
+    (),
+    "linear: base rates of classifiers that are trained side by side, the best of which is chosen on "
+    "the validation images; empty: optim.base_rate alone",
+    each(above(0)),
+  ),
+  "optim.scale_rate": Field(True, "base rates are per 256 images of a batch, or as they are"),
+  "optim.schedule": Field(
+    "cosine", "of the rate after warm-up: a cosine to 0, or none", one_of("cosine", "constant")
+  ),
   "optim.exclude": Field(True, "no decay, no trust ratio for biases and normalisations"),
   # Run.
   "train.epochs": Field(1000.0, "passes over the training images", above(0)),
@@ -232,6 +287,13 @@ FIELDS: dict[str, Field] = {
     "", "start with the encoder of this run's newest checkpoint, or of this checkpoint; empty: anew"
   ),
   "init.encoder": Field("online", "which of its encoders", one_of("online", "target")),
+  "init.inherit": Field(
+    (),
+    "groups of fields that are taken from another run where this config does not set them",
+    each(one_of("data", "views", "model", "eval")),
+    free=True,
+  ),
+  "init.like": Field("", "that run's workdir; empty: init.workdir", free=True),
   "train.remat": Field(
     "none",
     "what the forward pass keeps for the backward pass, which computes the rest again: none (all), or "
@@ -296,7 +358,19 @@ FIELDS: dict[str, Field] = {
   ),
   "log.every_steps": Field(50, "between rows of metrics.jsonl", at_least(1), free=True),
   "log.every_seconds": Field(10.0, "between progress lines", at_least(0), free=True),
-  # Evaluation of frozen features.
+  # Evaluation.
+  "eval.test": Field(
+    True, "classification: measure the test images, by what validation chose", free=True
+  ),
+  "eval.predictions": Field(
+    False, "classification: write predictions.npz, what was said of every test image", free=True
+  ),
+  "eval.bootstrap": Field(
+    0,
+    "classification: resamples of the test images for a 95 % interval; 0: none",
+    at_least(0),
+    free=True,
+  ),
   "eval.resize": Field(
     256, "shorter side, pixels, before the centre crop of views.size", at_least(4), free=True
   ),

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 import byolx
@@ -29,9 +28,9 @@ from byolx import (
   compilations,
   config,
   distributed,
-  graft,
   logs,
   metrics,
+  origin,
   sharding,
   train,
 )
@@ -39,7 +38,6 @@ from byolx.config import ConfigError
 from byolx.experiment import Experiment
 
 ROLLBACKS = "rollbacks.jsonl"
-LINEAGE = "lineage.json"
 
 
 class StoppedError(RuntimeError):
@@ -171,7 +169,7 @@ def fit(exp: Experiment, workdir: Path) -> train.TrainState:
             save_when=_save_when(exp),
             stop_when=lambda step: stopping(bool(stop.name)),
             log=_writer(exp, log),
-            save=_saver(exp, checkpoints, rollbacks, log, lineage(workdir)),
+            save=_saver(exp, checkpoints, rollbacks, log, origin.lineage(workdir)),
             most_gradient=c.train.max_gradient_norm or math.inf,
           )
           checkpoints.wait()
@@ -215,38 +213,12 @@ def first_state(
 ) -> tuple[train.TrainState, int]:
   """The newest checkpoint's state, or a new one; and its step."""
   if checkpoints.latest() is None:
-    return new_state(exp, workdir), 0
+    return origin.new_state(exp, workdir), 0
   state = restore(exp, checkpoints, rollbacks)
   step = int(state.step)
   checkpoints.discard_after(step)  # the damaged ones, if there were any
   print(f"going on from step {step:,} of {exp.steps:,}", flush=True)
   return state, step
-
-
-def new_state(exp: Experiment, workdir: Path) -> train.TrainState:
-  """The state at step 0: drawn from the seed, with the encoder of `init.workdir` if that is given.
-
-  Which checkpoint that was is kept in the workdir, so that starting again takes the same one.
-  """
-  state = exp.initialise()
-  init = exp.config.init
-  if not init.workdir:
-    return state
-  before = lineage(workdir)
-  source = Path(before["path"] if before else init.workdir)
-  encoder = graft.read(source, init.encoder, sharding.replicated(exp.mesh))
-  state, table = graft.apply(state, encoder)
-  state = jax.device_put(state, train.state_shardings(exp.abstract_state))
-  print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")
-  if distributed.is_writer():
-    logs.write_atomically(workdir / LINEAGE, json.dumps(encoder.lineage, indent=1) + "\n")
-  return state
-
-
-def lineage(workdir: Path) -> dict[str, Any] | None:
-  """The checkpoint that the run's encoder came from, if it came from one."""
-  path = workdir / LINEAGE
-  return json.loads(path.read_text()) if path.exists() else None
 
 
 def restore(
@@ -291,6 +263,7 @@ def _open_log(exp: Experiment, workdir: Path, start: int) -> logs.RunLog:
     start=start,
     every_seconds=exp.config.log.every_seconds,
     writer=distributed.is_writer(),
+    accuracy="online top-1" if exp.config.task == "pretrain" else "top-1",
   )
 
 
@@ -308,8 +281,10 @@ def _writer(exp: Experiment, log: logs.RunLog) -> Callable[[int, dict[str, float
   def write(step: int, scalars: dict[str, float]) -> None:
     log.write(step, {**scalars, "rate": float(exp.rate(step - 1))})
     size = exp.config.byol.projection_size
+    if "std" not in scalars or warned or step <= exp.warmup_steps:
+      return
     warning = metrics.collapse_warning(scalars["std"], scalars["rank"], size)
-    if warning and step > exp.warmup_steps and not warned:
+    if warning:
       warned.add(step)
       print(f"warning: step {step}: {warning}", flush=True)
 

@@ -30,11 +30,15 @@ class Encoder:
     lineage: where they come from, as JSON: path, step, encoder, commit, fingerprint, and the
       lineage of that run.
     others: kinds, such as `float32[8, 10]`, of the arrays that were left, by their whole names.
+    data: what the run was trained on, see `fit.data_position`.
+    config: of the run, flat.
   """
 
   arrays: dict[str, jax.Array]
   lineage: dict[str, Any]
   others: dict[str, str]
+  data: dict[str, Any]
+  config: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,8 @@ def read(path: Path, which: str, place: jax.sharding.Sharding) -> Encoder:
       "from": record["meta"].get("lineage"),
     }
     others = {name: kind for name, (kind, _) in record["arrays"].items() if name not in arrays}
-    return Encoder({prefixes[name]: array for name, array in arrays.items()}, lineage, others)
+    own = {prefixes[name]: array for name, array in arrays.items()}
+    return Encoder(own, lineage, others, record["data"], record["meta"].get("config", {}))
 
   return checkpoint.first_good(checkpoint.folders_at(path), load)
 
@@ -131,6 +136,13 @@ def apply(state: State, encoder: Encoder) -> tuple[State, Table]:
   }
   table = Table(parts_of(loaded), parts_of(encoder.others), parts_of(missing, changed))
   return jax.tree.unflatten(jax.tree.structure(state), new.values()), table
+
+
+def arrays_of(state: Any, which: str = "online") -> dict[str, jax.Array]:
+  """An encoder's arrays in a state, by the name that they have inside it."""
+  named = archive.named(state)
+  places = {name: found for name in named if (found := _in_encoder(name))}
+  return {inner: named[name] for name, (owner, inner) in places.items() if owner == which}
 
 
 def _in_encoder(name: str) -> tuple[str, str] | None:

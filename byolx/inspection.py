@@ -117,11 +117,7 @@ def _all_arrays(record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def _changed(flat: dict[str, Any]) -> dict[str, list[Any]]:
   """`{field: [default, value]}` where they differ; fields of other versions count."""
   defaults = json.loads(config.to_json(config.defaults()))
-  return {
-    name: [defaults.get(name), value]
-    for name, value in flat.items()
-    if name not in defaults or defaults[name] != value
-  }
+  return {name: [defaults.get(name), value] for name, value in config.changes(flat).items()}
 
 
 def _step_rows(steps: list[Step]) -> list[list[str]]:

@@ -20,6 +20,7 @@ class RunLog:
     start: step that the run continues from; later rows of an earlier attempt are dropped.
     every_seconds: between progress lines.
     writer: False in every process but the writer: nothing is written or printed.
+    accuracy: what progress lines call the accuracy `top1` of a row.
   """
 
   def __init__(
@@ -32,7 +33,9 @@ class RunLog:
     start: int,
     every_seconds: float,
     writer: bool = True,
+    accuracy: str = "online top-1",
   ):
+    self._accuracy = accuracy
     self._steps, self._per_epoch, self._images = steps, steps_per_epoch, images_per_step
     self._every = every_seconds
     self._last_step = start
@@ -83,7 +86,7 @@ class RunLog:
       f"loss {row['loss']:.4f}",
     ]
     if "top1" in row:
-      parts.append(f"online top-1 {100 * row['top1']:.1f}")
+      parts.append(f"{self._accuracy} {100 * row['top1']:.1f}")
     return "  ".join([*parts, f"{rate:.0f} images/s", f"{duration(left)} left"])
 
 

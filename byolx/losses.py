@@ -1,4 +1,4 @@
-"""Losses: one value per example, the equation in the comment (appendix B, J.3; reference)."""
+"""Losses: one value per example, the equation in the comment (appendices B, D, J.3; reference)."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,25 @@ def regression_loss(
   return jnp.sum(jnp.square(difference), axis=-1)
 
 
-def cross_entropy(logits: Float[Array, "*b c"], labels: Int[Array, "*b"]) -> Float[Array, "*b"]:
-  """-log softmax(logits)[label]; 0 where the label is -1 (unlabelled)."""
+def cross_entropy(
+  logits: Float[Array, "*b c"], labels: Int[Array, "*b"], smoothing: float = 0.0
+) -> Float[Array, "*b"]:
+  """-sum_k t_k log softmax(logits)_k with t = (1 - smoothing) * onehot(label) + smoothing / c.
+
+  0 where the label is -1 (unlabelled).
+  """
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+  if smoothing:
+    uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    loss = (1 - smoothing) * loss + smoothing * uniform
   return jnp.where(labels >= 0, loss, 0.0)
+
+
+def tclip(logits: Float[Array, "*b c"], alpha: float) -> Float[Array, "*b c"]:
+  """alpha * tanh(logits / alpha), in (-alpha, alpha); the logits themselves where alpha is 0 (D.1)."""
+  return alpha * jnp.tanh(logits / alpha) if alpha else logits
+
+
+def logit_penalty(logits: Float[Array, "*b c"]) -> Float[Array, "*b"]:
+  """average(logits^2) over the classes: beta times it regularises a classifier (D.1)."""
+  return jnp.mean(jnp.square(logits), axis=-1)

@@ -76,8 +76,20 @@ def topk_accuracy(
   -1 are not counted; NaN if none is labelled.
   """
   counted = labels >= 0
-  correct = _rank_of_label(logits, labels) < k
+  correct = rank_of_label(logits, labels) < k
   return jnp.sum(correct & counted) / jnp.sum(counted)
+
+
+def rank_of_label(logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]) -> Int[Array, "*b"]:
+  """How many classes come before the label's; for label -1, meaningless.
+
+  Equal logits rank by class number; the label comes after every NaN, and after everything if it is one.
+  """
+  own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)
+  later: Bool[Array, "*b classes"] = jnp.arange(logits.shape[-1]) >= labels[..., None]
+  # Counted by what is certainly behind, so that comparisons with NaN count as before.
+  behind = (logits < own) | ((logits == own) & later)
+  return jnp.sum(~behind, axis=-1)
 
 
 def collapse_warning(std: float, rank: float, dimension: int) -> str | None:
@@ -112,12 +124,3 @@ def _unit(z: Float[Array, "b d"]) -> Float[Array, "b d"]:
 def _centred_unit(z: Float[Array, "b d"]) -> Float[Array, "b d"]:
   unit = _unit(z)
   return unit - jnp.mean(unit, axis=0)
-
-
-def _rank_of_label(logits: Float[Array, "b classes"], labels: Int[Array, "b"]) -> Int[Array, "b"]:
-  """How many classes come before the label; for label -1, meaningless."""
-  own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)
-  later: Bool[Array, "b classes"] = jnp.arange(logits.shape[1]) >= labels[:, None]
-  # Counted by what is certainly behind, so that comparisons with NaN count as before.
-  behind = (logits < own) | ((logits == own) & later)
-  return jnp.sum(~behind, axis=1)

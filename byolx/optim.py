@@ -1,6 +1,9 @@
 """Optimisers: LARS in the authors' order, SGD and AdamW, with exclusions decided by role."""
 
+from collections.abc import Sequence
+
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -62,6 +65,16 @@ def sgd(
     optax.trace(decay=momentum, nesterov=True),
     optax.scale_by_learning_rate(rate),
   )
+
+
+def scale_each(factors: Sequence[float]) -> optax.GradientTransformation:
+  """Multiplies the updates of classifiers that are stacked along the first axis, each by its factor."""
+
+  def scale(update: jax.Array) -> jax.Array:
+    column = jnp.asarray(factors, update.dtype).reshape(-1, *(1,) * (update.ndim - 1))
+    return update * column
+
+  return optax.stateless(lambda updates, _: jax.tree.map(scale, updates))
 
 
 def adamw(rate: Schedule, weight_decay: float, mask: Mask) -> optax.GradientTransformation:

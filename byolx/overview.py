@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from byolx import optim, sharding
-from byolx.experiment import Experiment
+from byolx.experiment import Experiment, Sources
 from byolx.recipe import Recipe
 
 
@@ -15,8 +15,7 @@ def describe(exp: Experiment, workdir: Path) -> str:
   """What will run, before the first step: devices, parameters, exclusions, steps, rates."""
   c = exp.config
   device = jax.devices()[0]
-  peak = float(exp.rate(exp.warmup_steps))
-  encoder = exp.task.spec.encoder
+  encoder, source = exp.task.encoder, exp.train_source
   passes = f"{exp.passes} passes of {c.train.batch_size // exp.passes}"
   lines = [
     parameter_table(exp),
@@ -25,20 +24,52 @@ def describe(exp: Experiment, workdir: Path) -> str:
     "",
     f"devices   {exp.mesh.size} x {device.device_kind}, mesh {dict(exp.mesh.shape)}, "
     f"state {c.mesh.state}, remat {c.train.remat}",
-    f"images    {len(exp.train_source):,} to train on, {len(exp.test_source):,} held out "
-    f"({exp.train_source.name}, {len(exp.train_source.classes)} classes)",
+    f"images    {len(source):,} to train on, {_held_out(exp.sources)} "
+    f"({source.name}, {len(source.classes)} classes)",
     f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.channels[-1]} features, "
     f"computed in {c.model.dtype}",
     f"steps     {exp.steps:,} of {c.train.batch_size} images"
     + (f" in {passes}" if exp.passes > 1 else "")
     + f", {c.train.epochs:g} epochs",
-    f"rate      0 to {peak:g} ({c.optim.base_rate:g} * {c.train.batch_size} / 256) in "
-    f"{exp.warmup_steps:,} steps, then a cosine to 0; {c.optim.name}",
-    f"target    {c.byol.target}, tau from {c.byol.tau_base:g} ({c.byol.tau_rule})",
+    f"rate      {_rates(exp)}; {c.optim.name}",
+    *(_of_pretraining(exp) if c.task == "pretrain" else _of_classification(exp)),
     f"workdir   {workdir}",
     "",
   ]
   return "\n".join(lines)
+
+
+def _held_out(images: Sources) -> str:
+  """`5,000 to choose by, 10,000 to test on`; a run that does not choose has one set `held out`."""
+  if images.validation is None or images.test is None:
+    return f"{len(images.held_out[1]):,} held out"
+  return f"{len(images.validation):,} to choose by, {len(images.test):,} to test on"
+
+
+def _rates(exp: Experiment) -> str:
+  o, batch = exp.config.optim, exp.config.train.batch_size
+  peak = float(exp.rate(exp.warmup_steps))
+  scaled = f" ({(o.rates or [o.base_rate])[0]:g} * {batch} / 256)" if o.scale_rate else ""
+  start = f"0 to {peak:g}{scaled} in {exp.warmup_steps:,} steps, then " if exp.warmup_steps else ""
+  start = start or f"{peak:g}{scaled}, "
+  return start + ("a cosine to 0" if o.schedule == "cosine" else "constant")
+
+
+def _of_pretraining(exp: Experiment) -> list[str]:
+  byol = exp.config.byol
+  return [f"target    {byol.target}, tau from {byol.tau_base:g} ({byol.tau_rule})"]
+
+
+def _of_classification(exp: Experiment) -> list[str]:
+  c, task = exp.config, exp.task
+  heads = f"{task.spec.heads} side by side, base rates {', '.join(f'{r:g}' for r in c.optim.rates)}"
+  origin = f"that of {c.init.workdir}" if c.init.workdir else "from scratch"
+  return [
+    f"training  {'the classifier alone' if task.frozen else 'everything'}; encoder {origin}",
+    *([f"heads     {heads}"] if task.spec.heads > 1 else []),
+    f"loss      cross-entropy, tclip {task.alpha:g}, logit penalty {task.beta:g}, "
+    f"label smoothing {task.smoothing:g}; {c.classify.views} views",
+  ]
 
 
 def parameter_table(exp: Experiment) -> str:
@@ -63,9 +94,10 @@ def placement_table(recipe: Recipe) -> str:
   """Where the state lives: part by part, its bytes and what each device holds of them."""
   state = recipe.abstract_state
   target = nnx.filter_state(state.rest, nnx.Param)
+  still = "target network" if recipe.config.task == "pretrain" else "frozen parameters"
   parts = {
     "trained parameters": state.params,
-    "target network": target,
+    still: target,
     "optimiser": state.opt_state,
     "statistics": nnx.filter_state(state.rest, nnx.Not(nnx.Param)),
   }
@@ -93,6 +125,8 @@ def _aligned(rows: list[tuple[str, str, str, str]]) -> str:
 def _part(path: tuple) -> str:
   """`online encoder stage 2`, `predictor`: the row of the table that a parameter belongs to."""
   names = [str(name) for name in path]
-  if names[:2] == ["online", "encoder"]:
-    return f"encoder stage {int(names[3]) + 1}" if names[2] == "groups" else "encoder stem"
-  return names[1] if names[0] == "online" else names[0]
+  if names[0] == "online":
+    names = names[1:]
+  if names[0] == "encoder":
+    return f"encoder stage {int(names[2]) + 1}" if names[1] == "groups" else "encoder stem"
+  return names[0]

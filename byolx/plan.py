@@ -258,7 +258,7 @@ def count_images(config: ConfigDict, terms: Terms) -> tuple[int, int]:
 
 def _look(config: ConfigDict) -> tuple[int, int]:
   try:
-    train, _ = experiment.build_sources(config)
+    train = experiment.build_sources(config).train
   except (ConfigError, OSError) as error:
     raise ConfigError(
       f"data.source={config.data.source}: its images cannot be counted ({error}); give --images=N "

@@ -233,6 +233,7 @@ def evaluate_features(
   step: int,
   config: str,
   commit: str,
+  split: str = "test",
   rule: str = "centre",
   l2: Sequence[float] = L2_VALUES,
 ) -> list[dict[str, Any]]:
@@ -243,7 +244,7 @@ def evaluate_features(
     train_labels, test_labels: -1 = unlabelled.
     fractions, draws: see `label_draws`; a value is the mean over draws, its interval half their
       range (None for one draw).
-    task, step, config, commit: go into every record as they are.
+    task, step, config, commit, split: go into every record as they are.
     seed: of the draws; goes into every record.
     rule: see `preprocess`.
     l2: penalties to choose from.
@@ -255,7 +256,8 @@ def evaluate_features(
     return []
   classes = max(2, int(train_labels.max()) + 1)
   plan = {f: label_draws(train_labels, f, draws, seed=seed) for f in fractions}
-  known = {"task": task, "seed": seed, "step": step, "config": config, "commit": commit}
+  known = {"task": task, "split": split, "seed": seed, "step": step}
+  known |= {"config": config, "commit": commit}
   records = []
   for encoder, (train_features, test_features) in features.items():
     began = time.monotonic()
@@ -298,7 +300,7 @@ def _record(
     "protocol": protocol,
     "encoder": encoder,
     "labels": fraction,
-    "split": "test",
+    "split": known["split"],
     "metric": "top1",
     "value": float(np.mean(values)),
     "interval": float(np.ptp(values) / 2) if len(values) > 1 else None,

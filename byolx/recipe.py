@@ -23,9 +23,11 @@ from byolx import optim, schedules, sharding, train
 from byolx.config import ConfigError
 from byolx.data import augment, augment_device
 from byolx.models.byol import BYOLSpec
+from byolx.models.classifier import ClassifierSpec
 from byolx.models.layers import INITIALIZERS
 from byolx.models.resnet import ARCHITECTURES, STEMS, ResNetSpec, widen
-from byolx.tasks.base import Batch
+from byolx.tasks.base import Batch, Task
+from byolx.tasks.classify import Classify
 from byolx.tasks.pretrain import Pretrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -49,7 +51,7 @@ class Recipe:
 
   config: ConfigDict
   layout: sharding.Layout
-  task: Pretrain
+  task: Task
   rate: schedules.Schedule
   tx: optax.GradientTransformation
   abstract_untrained: train.TrainState
@@ -75,9 +77,7 @@ class Recipe:
 
   def normalise(self, image: Array) -> Array:
     """uint8 images as the encoder takes them."""
-    return augment_device.normalise(
-      image.astype(jnp.float32) / 255.0, self.task.mean, self.task.std
-    )
+    return augment_device.network_input(image, *_colours(self.config))
 
   def initialise(self) -> train.TrainState:
     """The state at step 0, made where it lives."""
@@ -102,11 +102,12 @@ class Recipe:
       return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=spread)
 
     batch = {name: shape_of((), np.int32) for name in ("label", "index")}
-    batch |= {name: shape_of((size, size, 3), np.uint8) for name in ("view1", "view2")}
+    views = (1, 2) if self.config.task == "pretrain" else (1,)
+    batch |= {f"view{view}": shape_of((size, size, 3), np.uint8) for view in views}
     if self.task.augment_on_device:
       one = augment.draw(augment.ViewSpec(), np.random.default_rng(0), size, size)
       drawn = jax.tree.map(lambda x: shape_of(np.shape(x), np.asarray(x).dtype), one)
-      batch |= {"draws1": drawn, "draws2": drawn}
+      batch |= {f"draws{view}": drawn for view in views}
     return batch
 
   def lower(self) -> jax.stages.Lowered:
@@ -229,11 +230,70 @@ def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpe
   return widen(spec, model.width)
 
 
-def build_task(
-  config: ConfigDict, classes: int, steps: int, products: bool | None = None
-) -> Pretrain:
-  """The pretraining task; without labels there is no online probe."""
+def build_task(config: ConfigDict, classes: int, steps: int, products: bool | None = None) -> Task:
+  """What a config trains; for `products` see `layers.Conv`.
+
+  Raises:
+    ConfigError: fields that do not go together.
+  """
+  if config.task == "pretrain":
+    return _pretraining(config, classes, steps, products)
+  return _classification(config, classes, products)
+
+
+def _colours(config: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  return tuple(config.views.mean), tuple(config.views.std)
+
+
+def _classification(config: ConfigDict, classes: int, products: bool | None) -> Classify:
+  c = config.classify
+  heads = max(1, len(config.optim.rates))
+  if classes < 2:
+    raise ConfigError(
+      f"task={config.task}: the images of data.source={config.data.source} have {classes} classes; "
+      "expected labels of at least two"
+    )
+  if heads > 1 and config.task != "linear":
+    raise ConfigError(
+      f"optim.rates={tuple(config.optim.rates)} with task={config.task}: several rates go side by side "
+      "on a frozen encoder only (task=linear); expected optim.base_rate, or a sweep"
+    )
+  if heads > 1 and config.optim.name != "sgd":
+    raise ConfigError(
+      f"optim.rates={tuple(config.optim.rates)} with optim.name={config.optim.name}: its steps are not "
+      "proportional to the rate of one classifier alone; expected optim.name=sgd"
+    )
+  if heads > 1 and config.data.validation == "none":
+    raise ConfigError(
+      f"optim.rates={tuple(config.optim.rates)} with data.validation=none: expected validation images "
+      "to choose by, or one rate"
+    )
+  if c.views == "randaugment" and config.views.placement == "device":
+    raise ConfigError(
+      "classify.views=randaugment with views.placement=device: RandAugment is work of the host; "
+      "expected views.placement=host"
+    )
+  init = INITIALIZERS[config.model.kernel_init]
+  if c.head_init == "zeros":
+    init = nnx.initializers.zeros_init()
+  mean, std = _colours(config)
+  return Classify(
+    ClassifierSpec(build_encoder(config, products), classes, heads, init),
+    frozen=config.task == "linear",
+    mean=mean,
+    std=std,
+    alpha=c.tclip,
+    beta=c.logit_penalty,
+    smoothing=c.label_smoothing,
+    augment_on_device=config.views.placement == "device",
+    brightness_rule=config.views.brightness_rule,
+  )
+
+
+def _pretraining(config: ConfigDict, classes: int, steps: int, products: bool | None) -> Pretrain:
+  """Without labels there is no online probe."""
   byol, views = config.byol, config.views
+  mean, std = _colours(config)
   spec = BYOLSpec(
     build_encoder(config, products),
     projection_size=byol.projection_size,
@@ -250,8 +310,8 @@ def build_task(
   return Pretrain(
     spec,
     steps,
-    mean=tuple(views.mean),
-    std=tuple(views.std),
+    mean=mean,
+    std=std,
     tau_base=byol.tau_base,
     tau_rule=byol.tau_rule,
     average_statistics=byol.average_statistics,
@@ -266,19 +326,29 @@ def build_task(
 def build_optimiser(
   config: ConfigDict, params: nnx.State, steps: int, warmup_steps: int
 ) -> tuple[schedules.Schedule, optax.GradientTransformation]:
-  """The learning rate by step, and the optimiser of parameters, which may be shapes."""
+  """The learning rate by step, and the optimiser of parameters, which may be shapes.
+
+  With several optim.rates the schedule is that of the first, and each head has its multiple of it.
+  """
   mask = optim.adapted(params)
   o = config.optim
   if not o.exclude:
     mask = jax.tree.map(lambda _: True, mask)
-  peak = o.base_rate * config.train.batch_size / 256
-  rate = schedules.warmup_cosine(peak, warmup_steps, steps)
+  rates = tuple(o.rates) or (o.base_rate,)
+  peak = rates[0] * (config.train.batch_size / 256 if o.scale_rate else 1.0)
+  if o.schedule == "cosine":
+    rate = schedules.warmup_cosine(peak, warmup_steps, steps)
+  else:
+    rate = schedules.warmup_constant(peak, warmup_steps)
   makers = {
     "lars": functools.partial(optim.lars, rate, o.weight_decay, o.momentum, o.trust),
     "sgd": functools.partial(optim.sgd, rate, o.weight_decay, o.momentum),
     "adamw": functools.partial(optim.adamw, rate, o.weight_decay),
   }
-  return rate, makers[o.name](mask)
+  tx = makers[o.name](mask)
+  if len(rates) > 1:
+    tx = optax.chain(tx, optim.scale_each([one / rates[0] for one in rates]))
+  return rate, tx
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:

@@ -50,7 +50,7 @@ class _Panel(NamedTuple):
   logarithmic: bool = False  # where values spread over a factor of 100
 
 
-_PANELS = (
+PRETRAINING = (
   _Panel("Loss", (("loss_byol", "BYOL"), ("loss_probe", "online probe"))),
   _Panel("Online probe: top-1 (%)", (("top1", ""),), scale=100),
   _Panel(
@@ -65,6 +65,15 @@ _PANELS = (
   _Panel("Target decay $\\tau$", (("tau", ""),), from_zero=False, noisy=False),
   _Panel("Learning rate", (("rate", ""),), noisy=False),
 )
+"""Panels of a pretraining run."""
+
+CLASSIFICATION = (
+  _Panel("Loss", (("loss", ""),)),
+  _Panel("Training images: top-1 (%)", (("top1", ""),), scale=100),
+  _Panel("Gradient: $\\ell_2$ norm", (("norm_gradient", ""),), logarithmic=True),
+  _Panel("Learning rate", (("rate", ""),), noisy=False),
+)
+"""Panels of a classifier's run; of several, the mean loss and the best accuracy."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -90,15 +99,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
   return rows
 
 
-def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-  """Training curves: losses, online accuracy, collapse monitors, norms (Figure 7), schedules.
+def curves(
+  rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[_Panel] = PRETRAINING
+) -> None:
+  """Training curves; of pretraining: losses, accuracy, collapse monitors, norms (Figure 7), schedules.
 
   Args:
     rows: of metrics.jsonl. A key that no row has gets no panel; a value that is missing or not
       finite leaves a gap.
     path: of the PNG.
+    panels: PRETRAINING or CLASSIFICATION.
   """
-  panels = [p for p in _PANELS if any(_finite(_column(rows, key)) for key, _ in p.lines)]
+  panels = [p for p in panels if any(_finite(_column(rows, key)) for key, _ in p.lines)]
   across = min(4, max(1, len(panels)))
   down = max(1, math.ceil(len(panels) / across))
   figure = Figure(figsize=(3.3 * across, 2.5 * down), layout="constrained")

@@ -16,6 +16,13 @@ def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> Schedule:
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps)
 
 
+def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
+  """Linear from 0 to `peak` over `warmup_steps`, then `peak`."""
+  if warmup_steps == 0:
+    return optax.constant_schedule(peak)
+  return optax.linear_schedule(0.0, peak, warmup_steps)
+
+
 def tau(step: ArrayLike, steps: int, base: float, rule: str = "cosine") -> Float[Array, ""]:
   """tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2: from `base` at k = 0 to 1 at k = K.
 

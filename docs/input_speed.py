@@ -90,7 +90,7 @@ def threads(photos: Path) -> None:
 def pillow(photos: Path) -> None:
   """One decode and two views, uint8, without colours: ours and the same work with Pillow."""
   cfg = settings(photos)
-  work = bench.Work.of(cfg, experiment.build_sources(cfg)[0])
+  work = bench.Work.of(cfg, experiment.build_sources(cfg).train)
   bench.making.one_thread_per_image()
 
   def ours(antialias: bool):
@@ -162,7 +162,7 @@ def scaled(photos: Path) -> None:
 
 def reading(photos: Path) -> None:
   """Bytes of one image, at random: from a folder, and from what `byolx prepare` made of it."""
-  folder = experiment.build_sources(settings(photos))[0]
+  folder = experiment.build_sources(settings(photos)).train
   with tempfile.TemporaryDirectory() as other:
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
       prepare.prepare(photos, Path(other) / "set", prepare.Options(shards=4))

@@ -134,7 +134,7 @@ def test_page_in_words():
 
 def test_sample_is_the_first_readable_records(settings):
   cfg = config.load("configs/image_folder.py", settings)
-  source, _ = experiment.build_sources(cfg)
+  source = experiment.build_sources(cfg).train
   work = bench.Work.of(cfg, source)
   order = epoch_order(cfg.seed, 0, len(source)).tolist()
   assert len(work.records) == len(work.encoded) == len(work.draws) == len(source) - 1
@@ -146,7 +146,7 @@ def test_sample_is_the_first_readable_records(settings):
 
 def test_bare_functions_do_what_the_pipeline_does(settings):
   cfg = config.load("configs/image_folder.py", settings)
-  source, _ = experiment.build_sources(cfg)
+  source = experiment.build_sources(cfg).train
   work = bench.Work.of(cfg, source)
   with experiment.pipeline.train_batches(
     source, experiment.build_views(cfg), cfg.views.size, 4, cfg.seed

@@ -168,7 +168,7 @@ def test_float_overrides_are_exact(name, number):
       "'cifar': expected one of digits, fashion_mnist, image_folder, imagenet, places365, cifar10,"
       " cifar100, array_record, tfds",
     ),
-    ("data.validation=last", "'last': expected one of none, last_10009, first_10000"),
+    ("data.validation=last", "'last': expected one of none, last_10009, first_10000, share"),
     ("seed=4294967296", "seed=4294967296: expected a number from 0 to 4294967295"),
     ("model.blocks=(1, 2.5)", "model.blocks=(1, 2.5): expected each a whole number of at least 1"),
     ("views.mean=(0.5, 0.5)", "views.mean=(0.5, 0.5): expected 3 values"),
@@ -204,10 +204,10 @@ def test_what_is_no_override_is_refused(file, word):
 @pytest.mark.parametrize(
   ("name", "said"),
   [
-    ("optim.base_rat", "unknown field optim.base_rat: did you mean optim.base_rate?"),
+    ("optim.base_rat", "unknown field optim.base_rat: did you mean optim.base_rate or optim.rates"),
     ("byol.predictr", "unknown field byol.predictr: did you mean byol.predictor"),
     ("optim.lr", "expected one of optim.name, optim.base_rate, "),
-    ("learning_rate", "expected one of byol, checkpoint, compile, data, eval, "),
+    ("learning_rate", "expected one of byol, checkpoint, classify, compile, data, "),
     ("optim", "optim is a group of fields; expected one of optim.name, optim.base_rate, "),
     ("views.view1", "views.view1 is a group of fields; expected one of views.view1.crop_pro"),
   ],

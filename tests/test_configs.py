@@ -1,6 +1,7 @@
 """Every file in configs/: it loads, holds the paper's values, and describes what can be built."""
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 from pathlib import Path
@@ -11,6 +12,8 @@ from flax import nnx
 
 from byolx import config, experiment, recipe, train
 from byolx.config import ConfigError
+from byolx.data import augment
+from byolx.data.randaugment import RandAugment
 from byolx.fields import FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +94,78 @@ PAPER = {
 }
 
 
+TRAINED = {
+  "pretrain": {"online", "predictor", "probe"},
+  "linear": {"heads"},
+  "finetune": {"encoder", "heads"},
+  "supervised": {"encoder", "heads"},
+}
+
+# Appendix D, and what protocols.md adds to it.
+IMAGENET_EVALUATION = {
+  "views.size": 224,
+  "eval.resize": 256,
+  "eval.crop_rule": "paper",
+  "optim.name": "sgd",
+  "optim.momentum": 0.9,
+  "optim.schedule": "cosine",
+  "optim.scale_rate": True,
+  "model.arch": "resnet50",
+  "model.width": 1.0,
+  "classify.tclip": 0.0,
+  "classify.logit_penalty": 0.0,
+}
+LINEAR = {
+  **IMAGENET_EVALUATION,
+  "task": "linear",
+  "train.epochs": 80.0,
+  "train.batch_size": 1024,
+  "optim.rates": (0.4, 0.3, 0.2, 0.1, 0.05),
+  "optim.weight_decay": 0.0,
+  "optim.warmup_epochs": 0.0,
+  "classify.label_smoothing": 0.0,
+  "classify.views": "spatial",
+}
+FINETUNE = {
+  **LINEAR,
+  "task": "finetune",
+  "train.epochs": 30.0,
+  "optim.rates": (),
+  "data.source": "imagenet",
+  "data.validation": "last_10009",
+}
+EVALUATION = {
+  "linear_imagenet.py": {
+    **LINEAR, "data.source": "imagenet", "data.validation": "last_10009"
+  },
+  "linear_imagenet.py:views=pretrain,tclip=20,penalty=0.01": {
+    **LINEAR,
+    "classify.views": "pretrain",
+    "classify.tclip": 20.0,
+    "classify.logit_penalty": 0.01,
+  },
+  "linear_places365.py": {**LINEAR, "data.source": "places365", "data.validation": "share"},
+  "semi_supervised_imagenet.py": FINETUNE,
+  "semi_supervised_imagenet.py:labels=0.1,rate=0.005,epochs=50": {
+    **FINETUNE, "data.labels": 0.1, "optim.base_rate": 0.005, "train.epochs": 50.0
+  },
+  "supervised_imagenet.py": {
+    **IMAGENET_EVALUATION,
+    "task": "supervised",
+    "data.source": "imagenet",
+    "train.epochs": 200.0,
+    "optim.base_rate": 0.1,
+    "optim.weight_decay": 1e-4,
+    "optim.warmup_epochs": 5.0,
+    "classify.label_smoothing": 0.1,
+    "classify.views": "randaugment",
+    "classify.randaugment.operations": 2,
+    "classify.randaugment.magnitude": 9.0,
+    "classify.randaugment.bins": 31,
+  },
+}  # fmt: skip
+
+
 def load(name):
   return config.load(str(ROOT / "configs" / name))
 
@@ -149,10 +224,10 @@ def test_a_file_describes_something_that_can_be_built(file):
   task = recipe.build_task(cfg, 10, steps=1000)
   params = train.abstract_untrained(task).params
   rate, tx = recipe.build_optimiser(cfg, params, steps=1000, warmup_steps=100)
-  assert {path[0] for path, _ in nnx.to_flat_state(params)} == {"online", "predictor", "probe"}
+  assert {path[0] for path, _ in nnx.to_flat_state(params)} == TRAINED[cfg.task]
   momenta = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
   assert momenta == [x.shape for x in jax.tree.leaves(params)]
-  peak = cfg.optim.base_rate * cfg.train.batch_size / 256
+  peak = ([*cfg.optim.rates] or [cfg.optim.base_rate])[0] * cfg.train.batch_size / 256
   assert float(rate(100)) == pytest.approx(peak, rel=1e-6)
   assert float(rate(0)) == 0.0
   assert float(rate(1000)) == pytest.approx(0.0, abs=1e-6 * peak)
@@ -172,9 +247,29 @@ def test_values_are_the_papers(name):
     assert flat[f"views.view2.{field}"] == second, field
 
 
+@pytest.mark.parametrize("name", EVALUATION)
+def test_values_of_protocols_are_those_of_appendix_d(name):
+  flat = config.flatten(load(name))
+  for field, value in EVALUATION[name].items():
+    assert flat[field] == value, field
+  for field, (first, _) in TABLE_6.items():
+    assert flat[f"views.view1.{field}"] == first, field
+
+
 def test_all_files_named_after_the_paper_are_checked():
-  named = {file.name for file in FILES if file.name.startswith("pretrain_")}
-  assert named == {name.partition(":")[0] for name in PAPER}
+  named = {file.name for file in FILES if file.stem.endswith(("imagenet", "b512", "places365"))}
+  assert named == {name.partition(":")[0] for name in PAPER | EVALUATION}
+
+
+def test_views_of_classifiers():
+  (spatial,) = experiment.build_views(load("linear_imagenet.py"))
+  (pretrain,) = experiment.build_views(load("linear_imagenet.py:views=pretrain"))
+  (randaugment,) = experiment.build_views(load("supervised_imagenet.py"))
+  assert pretrain == augment.ViewSpec()
+  off = ("jitter", "grayscale", "blur", "solarise")
+  assert all(getattr(spatial, f"{name}_probability") == 0 for name in off)
+  assert (spatial.flip_probability, spatial.crop_area) == (0.5, (0.08, 1.0))
+  assert randaugment == dataclasses.replace(spatial, randaugment=RandAugment(2, 9.0, 31))
 
 
 def test_places365_trains_as_imagenet_does():

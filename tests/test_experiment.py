@@ -37,7 +37,8 @@ def imagenet(tmp_path_factory):
 
 
 def test_imagenet_with_its_own_test_split(imagenet):
-  train, test = build_sources(settings(source="imagenet", folder=str(imagenet)))
+  train, validation, test, _ = build_sources(settings(source="imagenet", folder=str(imagenet)))
+  assert validation is None
   assert (len(train), len(test), train.classes) == (10_101, 3, WNIDS)
   assert train[0].image.shape == (64, 80, 3)
 
@@ -45,9 +46,12 @@ def test_imagenet_with_its_own_test_split(imagenet):
 @pytest.mark.parametrize(("rule", "held"), [("last_10009", 10_009), ("first_10000", 10_000)])
 @pytest.mark.parametrize("source", ["imagenet", "image_folder"])
 def test_validation_images_leave_the_training_images(imagenet, source, rule, held):
-  whole, _ = build_sources(settings(source=source, folder=str(imagenet)))
+  whole = build_sources(settings(source=source, folder=str(imagenet))).train
   given = settings(source=source, folder=str(imagenet), validation=rule)
-  train, test = build_sources(given)
+  images = build_sources(given)
+  train, test = images.train, images.validation
+  assert images.test is None
+  assert images.held_out == ("validation", test)
   assert (len(train), len(test)) == (10_101 - held, held)
   assert sorted([*train.names, *test.names]) == sorted(whole.names)
   expected = splits.imagenet_validation(list(whole.names), rule)[1]

@@ -10,6 +10,9 @@ def add(command) -> None:
   """Adds the command; see `byolx.cli.main`."""
   sub = command("eval", _run, "evaluate the newest checkpoint of a workdir again")
   sub.add_argument("--from", dest="workdir", type=Path, required=True, metavar="WORKDIR")
+  sub.add_argument(
+    "--test", action="store_true", help="measure the test images, where the run has left them alone"
+  )
   options.add_distributed(sub)
 
 
@@ -17,5 +20,5 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx import run
 
   options.join(arguments)
-  run.evaluate_run(arguments.workdir)
+  run.evaluate_run(arguments.workdir, arguments.test)
   return 0

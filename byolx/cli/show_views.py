@@ -22,7 +22,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx import config, experiment, run
 
   cfg = config.load(arguments.config, overrides)
-  source, _ = experiment.build_sources(cfg)
+  source = experiment.build_sources(cfg).train
   run.write_views(cfg, source, arguments.output, arguments.images, arguments.pairs)
   print(f"wrote {arguments.output}")
   return 0

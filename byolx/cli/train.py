@@ -42,9 +42,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
   if arguments.seeds:
-    run.pretrain_seeds(cfg, workdir, arguments.seeds)
+    run.train_seeds(cfg, workdir, arguments.seeds)
   else:
-    run.pretrain(cfg, workdir)
+    run.train_run(cfg, workdir)
   return 0
 
 

@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
+from byolx.data.randaugment import RandAugment
+
 CROP_RULES = ("one_draw", "retry")
 BRIGHTNESS_RULES = ("additive", "multiplicative")
 EVALUATION_RULES = ("paper", "reference")
@@ -50,6 +52,7 @@ class ViewSpec:
     blur_probability: of a Gaussian blur whose sigma, in pixels, is uniform in `blur_sigma`.
     solarise_probability: of x -> x if x < 0.5 else 1 - x.
     brightness_rule: 'additive' as the reference, or 'multiplicative'.
+    randaugment: what follows all of these, on the host (appendix D.2); None: nothing.
 
   Raises:
     ValueError: if a field is outside its range.
@@ -70,6 +73,7 @@ class ViewSpec:
   blur_sigma: tuple[float, float] = (0.1, 2.0)
   solarise_probability: float = 0.0
   brightness_rule: str = "additive"
+  randaugment: RandAugment | None = None
 
   def __post_init__(self):
     bounded = {

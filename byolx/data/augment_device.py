@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, UInt8
 
 from byolx.data.augment import (
@@ -107,6 +108,30 @@ def normalise(
 ) -> Float[Array, "*b 3"]:
   """(x - mean) / std per channel: the last step before the network, after the augmentations."""
   return (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
+
+
+def network_input(
+  images: UInt8[Array | np.ndarray, "b s s 3"] | Float[Array, "b s s 3"],
+  mean: tuple[float, float, float],
+  std: tuple[float, float, float],
+  dtype: DTypeLike = jnp.float32,
+  draws: Draws | None = None,
+  brightness_rule: str = "additive",
+) -> Float[Array, "b s s 3"]:
+  """What a network sees of images: normalised, in the compute type.
+
+  Args:
+    images: uint8, or floating-point in [0, 1].
+    mean, std: see `normalise`.
+    dtype: of the result.
+    draws: of crops whose colour work is still to be done, see `apply_device`; None: it is done.
+    brightness_rule: see `apply_device`.
+  """
+  if draws is not None:
+    images = apply_device(images, draws, brightness_rule)
+  if images.dtype == jnp.uint8:
+    images = images.astype(jnp.float32) / 255.0
+  return normalise(images, mean, std).astype(dtype)
 
 
 def _jitter(planes: Planes, draws: Draws, brightness_rule: str) -> Planes:

@@ -14,12 +14,13 @@ import numpy as np
 import threadpoolctl
 from jaxtyping import UInt8
 
+from byolx.data import randaugment
 from byolx.data.augment import Draws, ViewSpec, crop_and_resize, draw, evaluation_view
 from byolx.data.augment_host import apply_host
 from byolx.data.decode import DecodeError
 from byolx.data.failures import Failure, TooManyFailuresError
 from byolx.data.lending import Borrower, Lender, Loan
-from byolx.data.order import REPLACEMENT, VIEW, Rows, Stream, epoch_order
+from byolx.data.order import RANDAUGMENT, REPLACEMENT, VIEW, Rows, Stream, epoch_order
 from byolx.data.sources import Example, Source
 from byolx.machine import end_with_parent
 
@@ -116,14 +117,11 @@ class TrainPart:
         record = int(epoch_order(self._seed, epoch, self._rows.records)[place])
         example, index[row] = self._read(record, stream, failures)
         label[row] = example.label
-        height, width = example.image.shape[:2]
         for view, spec in enumerate(self._views):
-          drawn = draw(spec, stream.at(VIEW, record, epoch, view), height, width)
-          out = images[view, row]
-          crop_and_resize(example.image, drawn.crop, size, self._antialias, out)
-          if self._on_host:
-            out[:] = apply_host(out, drawn, spec.brightness_rule)
-          draws[view][row] = drawn
+          place, out = (record, epoch, view), images[view, row]
+          draws[view][row] = make_view(
+            example.image, spec, stream, place, out, self._antialias, self._on_host
+          )
       return failures
 
     failures = self._crew.fill(count, fill)
@@ -156,6 +154,39 @@ class TrainPart:
       f"{self._source.name}: {len(failures)} records in a row cannot be read, the first being"
       f" {failures[0].reason}; expected images"
     )
+
+
+def make_view(
+  image: UInt8[np.ndarray, "h w 3"],
+  spec: ViewSpec,
+  stream: Stream,
+  place: tuple[int, int, int],
+  out: UInt8[np.ndarray, "size size 3"],
+  antialias: bool,
+  on_host: bool = True,
+) -> Draws:
+  """Makes one view of an image: a function of seed and place, wherever and whenever it is made.
+
+  Args:
+    image: any size.
+    spec: what is drawn from.
+    stream: of the seed.
+    place: record, epoch, number of the view.
+    out: takes the view.
+    antialias: whether shrinking is antialiased.
+    on_host: False leaves all that follows the crop to the device.
+
+  Returns:
+    What was drawn; RandAugment's part not among it.
+  """
+  drawn = draw(spec, stream.at(VIEW, *place), *image.shape[:2])
+  crop_and_resize(image, drawn.crop, len(out), antialias, out)
+  if on_host:
+    out[:] = apply_host(out, drawn, spec.brightness_rule)
+    if spec.randaugment is not None:
+      chosen = randaugment.draw(spec.randaugment, stream.at(RANDAUGMENT, *place))
+      out[:] = randaugment.apply(out, chosen, spec.randaugment.interpolation)
+  return drawn
 
 
 class EvaluationPart:

@@ -5,7 +5,7 @@ batches of exactly `batch_size`, across the ends of epochs: nothing is dropped, 
 and every record comes once per epoch whatever the batch size and the number of hosts. Every host
 takes its block of each batch.
 
-The random numbers of a view come from `view_generator`(seed, epoch, record, view): Philox counters
+The random numbers of a view come from `Stream(seed).at(VIEW, record, epoch, view)`: Philox counters
 (draw, purpose, epoch, view) under the key (seed, record).
 """
 
@@ -15,13 +15,8 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int32
 
-VIEW, ORDER, REPLACEMENT = range(3)
+VIEW, ORDER, REPLACEMENT, RANDAUGMENT = range(4)
 """What a generator is for: streams of different purposes share nothing."""
-
-
-def view_generator(seed: int, epoch: int, record: int, view: int) -> np.random.Generator:
-  """The generator that draws view 0, 1, ... of a record in an epoch, and nothing else."""
-  return Stream(seed).at(VIEW, record, epoch, view)
 
 
 @lru_cache(maxsize=4)

@@ -60,6 +60,49 @@ def balanced_subset(
   return np.sort(shuffled[dealt[:count]]).astype(np.int64)
 
 
+def labelled_share(
+  labels: Int[np.ndarray, "n"], rest: Int[np.ndarray, "r"], share: float, seed: int
+) -> Int64[np.ndarray, "k"]:
+  """A class-balanced share of all labelled examples, drawn from the rest that is not held out.
+
+  A share counts all labelled examples: 1 % of ImageNet are 12,811 images, held-out ones or not. A
+  share that is more than the rest is the rest.
+
+  Args:
+    labels: class of every example, -1 for unlabelled ones.
+    rest: indices of those that may be chosen.
+    share: 0 < share <= 1.
+    seed: see `balanced_subset`.
+  """
+  known = rest[labels[rest] >= 0]
+  present = len(np.unique(labels[known]))
+  count = max(round(share * int(np.sum(labels >= 0))), present)
+  return known[balanced_subset(labels[known], count, seed)] if count < len(known) else known
+
+
+def listed(names: Sequence[str], wanted: Sequence[str]) -> Int64[np.ndarray, "k"]:
+  """Indices, sorted, of the names that a list has; what stands before a last slash is ignored.
+
+  Raises:
+    ValueError: a name of the list is not there, or fits several.
+  """
+  index: dict[str, int] = {}
+  for number, name in enumerate(names):
+    base = name.rpartition("/")[2]
+    index[base] = -1 if base in index else number
+  bases = [name.rpartition("/")[2] for name in wanted]
+  missing = [base for base in bases if base not in index]
+  if missing:
+    raise ValueError(
+      f"{len(missing)} of {len(bases)} listed images are not there, such as {missing[0]}; expected "
+      f"names such as {names[0].rpartition('/')[2] if len(names) else 'those of images'}"
+    )
+  twice = [base for base in bases if index[base] < 0]
+  if twice:
+    raise ValueError(f"{len(twice)} listed names fit several images, such as {twice[0]}")
+  return np.unique([index[base] for base in bases]).astype(np.int64)
+
+
 def stratified_holdout(
   labels: Int[np.ndarray, "n"], share: float, seed: int, names: Sequence[str] | None = None
 ) -> tuple[Int64[np.ndarray, "r"], Int64[np.ndarray, "h"]]:

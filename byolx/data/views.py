@@ -15,16 +15,17 @@ _INK = (70, 70, 70)
 
 def draw_sheet(
   originals: Sequence[UInt8[np.ndarray, "_ _ 3"]],
-  pairs: Sequence[Sequence[tuple[UInt8[np.ndarray, "_ _ 3"], UInt8[np.ndarray, "_ _ 3"]]]],
+  pairs: Sequence[Sequence[tuple[UInt8[np.ndarray, "_ _ 3"], ...]]],
 ) -> UInt8[np.ndarray, "height width 3"]:
-  """A contact sheet: a row per image, the original first and then its pairs of views.
+  """A contact sheet: a row per image, the original first and then its pairs of views, or single views.
 
   Views are enlarged by whole factors without interpolation, to 96 pixels or more, so that every
   pixel of a small view is seen; originals are fitted to the same cells, their shape kept.
 
   Args:
     originals: images of any size.
-    pairs: for each original, the same number of (view 1, view 2), square and all of one size.
+    pairs: for each original, the same number of (view 1, view 2), or of (view,), square and all of
+      one size.
 
   Returns:
     An RGB image with a line of labels above the columns.
@@ -44,8 +45,11 @@ def draw_sheet(
   size = min(shapes)[0]
   factor = -(-_SMALLEST_CELL // size)
   cell = factor * size
-  labels = ["original"] + ["view 1", "view 2"] * len(pairs[0])
-  lefts = [_GAP + i * (cell + _GAP) + _GAP * ((i + 1) // 2) for i in range(len(labels))]
+  each = len(pairs[0][0])
+  names = ["view"] if each == 1 else [f"view {number}" for number in range(1, each + 1)]
+  labels = ["original"] + names * len(pairs[0])
+  # A wider gap before every pair.
+  lefts = [_GAP + i * (cell + _GAP) + _GAP * ((i + each - 1) // each) for i in range(len(labels))]
   height = _HEADER + len(originals) * (cell + _GAP)
   sheet = np.full((height, lefts[-1] + cell + _GAP, 3), _PAPER, np.uint8)
   for label, left in zip(labels, lefts, strict=True):

@@ -1,13 +1,17 @@
-"""Small networks on top of a representation: projector g and predictor q (appendix A, Table 14a)."""
+"""Small networks on top of a representation: projector g and predictor q (appendix A, Table 14a), and
+linear classifiers (appendix D)."""
 
 import itertools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from byolx.models.layers import Linear
+from byolx import sharding
+from byolx.models.layers import Initializer, Linear
 from byolx.models.resnet import ResNetSpec
+from byolx.roles import Role
 
 
 class MLP(nnx.Module):
@@ -39,3 +43,28 @@ class MLP(nnx.Module):
     for layer, norm in zip(self.hidden, self.norms, strict=True):
       x = jax.nn.relu(norm(layer(x), train=train, views=views))
     return self.output(x)
+
+
+class Heads(nnx.Module):
+  """Linear classifiers side by side on one representation, all drawn alike; float32.
+
+  Args:
+    inputs: size of the representation.
+    classes: logits of each.
+    count: of classifiers.
+    kernel_init: of the one draw that all kernels start from.
+  """
+
+  def __init__(
+    self, inputs: int, classes: int, count: int, kernel_init: Initializer, *, rngs: nnx.Rngs
+  ):
+    kernel = kernel_init(rngs.params(), (inputs, classes), jnp.float32)
+    self.kernel = nnx.Param(
+      jnp.broadcast_to(kernel, (count, inputs, classes)).copy(), role=Role.KERNEL
+    )
+    self.bias = nnx.Param(jnp.zeros((count, classes), jnp.float32), role=Role.BIAS)
+
+  def __call__(self, y: Float[Array, "b d"]) -> Float[Array, "b n c"]:
+    kernel = sharding.gathered(self.kernel[...])
+    logits = jnp.einsum("bd,ndc->bnc", y.astype(jnp.float32), kernel)
+    return logits + self.bias[...]

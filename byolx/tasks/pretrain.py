@@ -14,6 +14,7 @@ from byolx import losses, metrics, schedules
 from byolx.data import augment_device
 from byolx.models.byol import BYOL, BYOLSpec, Outputs
 from byolx.models.names import VIEWS
+from byolx.models.resnet import ResNetSpec
 from byolx.tasks.base import Batch
 
 
@@ -59,6 +60,11 @@ class Pretrain:
     nnx.Param, nnx.Not(nnx.PathContains("target"))
   )
 
+  @property
+  def encoder(self) -> ResNetSpec:
+    """The encoder's shape."""
+    return self.spec.encoder
+
   def init(self, rngs: nnx.Rngs) -> BYOL:
     return BYOL(self.spec, rngs=rngs)
 
@@ -97,7 +103,7 @@ class Pretrain:
 
   def evaluate(self, model: BYOL, batch: Batch) -> ProbeMetrics:
     """Top-1 and cross-entropy of the online probe; labelled, unmasked images only."""
-    x = augment_device.normalise(_unit(batch["image"]), self.mean, self.std)
+    x = augment_device.network_input(batch["image"], self.mean, self.std)
     logits = model.probe(model.online.encoder(x, train=False).astype(jnp.float32))
     counted = batch["mask"] & (batch["label"] >= 0)
     correct = (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)
@@ -106,17 +112,19 @@ class Pretrain:
 
   def _views(self, batch: Batch) -> Float[Array, "b2 s s 3"]:
     """Both views, normalised and interleaved: row 2 * b + v is view v of image b."""
-    views = [batch["view1"], batch["view2"]]
-    if self.augment_on_device:
-      views = [
-        augment_device.apply_device(view, draws, self.brightness_rule)
-        for view, draws in zip(views, (batch["draws1"], batch["draws2"]), strict=True)
-      ]
     # Each view in the compute type before they are interleaved: half the bytes to move.
-    dtype = self.spec.encoder.dtype
-    x = jnp.stack(
-      [augment_device.normalise(_unit(v), self.mean, self.std).astype(dtype) for v in views], axis=1
-    )
+    views = [
+      augment_device.network_input(
+        batch[f"view{number}"],
+        self.mean,
+        self.std,
+        self.spec.encoder.dtype,
+        batch[f"draws{number}"] if self.augment_on_device else None,
+        self.brightness_rule,
+      )
+      for number in (1, 2)
+    ]
+    x = jnp.stack(views, axis=1)
     return checkpoint_name(x.reshape(-1, *x.shape[2:]), VIEWS)
 
   def _targets(self, model: BYOL, x: Array, online: Outputs) -> Float[Array, "b2 p"]:
@@ -127,11 +135,6 @@ class Pretrain:
       return jax.lax.stop_gradient(online.projection)
     # The target runs in training mode: its statistics are those of its own batch.
     return jax.lax.stop_gradient(model.target(x, train=True, views=2).projection)
-
-
-def _unit(image: Array) -> Float[Array, "*b s s 3"]:
-  """uint8 to [0, 1]; floating-point views are there already."""
-  return image.astype(jnp.float32) / 255.0 if image.dtype == jnp.uint8 else image
 
 
 def _by_view(x: Float[Array, "b2 d"]) -> Float[Array, "b 2 d"]:

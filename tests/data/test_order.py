@@ -7,9 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byolx.data.order import ORDER, REPLACEMENT, VIEW, Rows, Stream, epoch_order, view_generator
+from byolx.data.order import ORDER, REPLACEMENT, VIEW, Rows, Stream, epoch_order
 
 # Random numbers
+
+
+def view_generator(seed, epoch, record, view):
+  return Stream(seed).at(VIEW, record, epoch, view)
 
 
 @pytest.mark.parametrize("place", [(0, 0, 0, 0), (2**32 - 1, 3, 1_281_166, 1), (5, 999, 7, 0)])

@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 from byolx.data.augment import ViewSpec, crop_and_resize, draw, evaluation_view
 from byolx.data.augment_host import apply_host
 from byolx.data.decode import DecodeError
-from byolx.data.order import epoch_order, view_generator
+from byolx.data.order import VIEW, Stream, epoch_order
 from byolx.data.pipeline import evaluation_batches, evaluation_images, train_batches
 from byolx.data.sources import Example, digits
 
@@ -86,7 +86,7 @@ def test_batch_is_what_its_parts_say(digits_test):
     for batch in (host, device):
       assert (batch["index"][row], batch["label"][row]) == (record, label)
     for view, spec in enumerate(VIEWS):
-      draws = draw(spec, view_generator(7, epoch, record, view), 8, 8)
+      draws = draw(spec, Stream(7).at(VIEW, record, epoch, view), 8, 8)
       crop = crop_and_resize(image, draws.crop, 16, False)
       made = apply_host(crop, draws, spec.brightness_rule)
       np.testing.assert_array_equal(host[f"view{view + 1}"][row], made)

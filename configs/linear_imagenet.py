@@ -1,0 +1,58 @@
+"""Linear evaluation on ImageNet (appendix D.1), and its variation (Table 7).
+
+  byolx train --config=configs/linear_imagenet.py --config.data.folder=/data/imagenet \\
+    --config.init.workdir=runs/pretrain_imagenet
+  byolx train --config=configs/linear_imagenet.py:views=pretrain,tclip=20,penalty=0.01 ...
+  byolx sweep --config=configs/linear_imagenet.py --grid=table7 ...
+
+A linear classifier on the frozen encoder of `init.workdir`: neither its parameters nor its statistics
+move, which the end of the run checks bit by bit. Five classifiers, one for each of the paper's rates,
+are trained side by side on one forward pass per batch; the best on the local validation set (the last
+10009 training images in TensorFlow's order) is measured on `val`.
+
+`arch` and `width` are those of the pretraining run. `views=pretrain` trains on T of Table 6;
+`tclip` is alpha of alpha * tanh(logits / alpha), `penalty` the weight beta of the squared logits.
+
+Cost: 80 epochs of forward passes; not run here.
+
+Result (paper; this config was not run here), top-1 / top-5 after 1000 epochs of pretraining:
+
+                         ResNet-50     ResNet-50 4x  ResNet-200 2x
+  as it is               74.3 / 91.6   78.6 / 94.2   79.6 / 94.8 (Table 9: 94.9)
+  views                  74.4 / 91.8   78.6 / 94.3   79.6 / 94.8
+  tclip, penalty         74.7 / 91.8   78.9 / 94.3   79.8 / 95.0
+  all                    74.8 / 91.8   79.0 / 94.5   80.0 / 95.0
+
+Not stated in the paper, and as in its authors' code: a cosine without warm-up, rates per 256 images.
+Ours: of the pretraining views, T alone.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(
+  arch: str = "resnet50",
+  width: int = 1,
+  views: str = "spatial",
+  tclip: float = 0.0,
+  penalty: float = 0.0,
+) -> ConfigDict:
+  """Fields that are not named here keep their defaults: views.view1 is T of Table 6."""
+  config = ConfigDict()
+  config.task = "linear"
+  config.data = {"source": "imagenet", "folder": "", "validation": "last_10009", "workers": -1}
+  config.views = {"size": 224}
+  config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
+  config.classify = {"views": views, "tclip": tclip, "logit_penalty": penalty}
+  config.optim = {
+    "name": "sgd",  # Nesterov
+    "rates": (0.4, 0.3, 0.2, 0.1, 0.05),  # per 256 images
+    "weight_decay": 0.0,
+    "momentum": 0.9,
+    "warmup_epochs": 0.0,
+  }
+  config.train = {"epochs": 80, "batch_size": 1024}
+  config.checkpoint = {"every_epochs": 5, "keep": 1}
+  config.log = {"every_steps": 100}
+  config.eval = {"resize": 256, "batch_size": 1024}
+  return config

@@ -129,7 +129,7 @@ def _facts(exp: Experiment, state: train.TrainState, workdir: Path) -> dict[str,
 
 
 def _record(
-  known: Mapping[str, Any], metric: str, value: float, interval: float | None = None
+  known: Mapping[str, Any], metric: str, value: np.floating, interval: float | None = None
 ) -> dict[str, Any]:
   return {**known, "metric": metric, "value": float(value), "interval": interval, "n": 1}
 

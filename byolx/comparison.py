@@ -11,6 +11,7 @@ from byolx.fields import FIELDS
 from byolx.measurements import Measurement
 from byolx.paper import TABLES, Cell, Column, Condition, Row, Table
 
+_PROTOCOLS = ("linear", "knn", "online_probe")
 _TASKS = ("linear", "finetune", "supervised", "pretrain")
 _PROBES = {"linear": "linear probe", "knn": "k-NN", "online_probe": "online probe"}
 _TASK_NAMES = {"finetune": "fine-tuning"}
@@ -251,10 +252,14 @@ def _distinct(names: Iterable[str | None]) -> tuple[str, ...]:
 
 
 def _order(one: Result) -> tuple:
-  task = one.record["task"]
-  place = _TASKS.index(task) if task in _TASKS else len(_TASKS)
-  keys = (one.record["protocol"], one.record["split"], one.record["metric"])
-  return (str(one.data), place, str(task), *map(str, keys))
+  task, name = one.record["task"], one.record["protocol"]
+  places = (_place(_TASKS, task), _place(_PROTOCOLS, name))
+  return (str(one.data), *places, str(task), str(name), one.record["split"], one.record["metric"])
+
+
+def _place(order: Sequence[str], name: str) -> int:
+  """Its index; names that are not there come last."""
+  return order.index(name) if name in order else len(order)
 
 
 def _encoder(one: Result) -> str:
@@ -262,4 +267,4 @@ def _encoder(one: Result) -> str:
 
 
 def _share(one: Result) -> float:
-  return one.record.get("labels") or 0.0
+  return float(one.record.get("labels") or 0)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ from byolx.comparison import Result
 
 _METRICS = {"top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)"}
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+_FEW = 6  # lines that colours alone tell apart
 _SHORT = 34  # letters of a bar's name on one line
 
 Name = tuple[str, str]
@@ -34,7 +36,7 @@ def draw(found: Sequence[Result], path: Path) -> None:
   panels: dict[str, list[Result]] = {}
   for one in found:
     metric = _METRICS.get(one.record["metric"], one.record["metric"])
-    panels.setdefault(f"{one.data or 'unknown data'}: {metric}", []).append(one)
+    panels.setdefault(f"{one.data}: {metric}" if one.data else metric, []).append(one)
   shares = [{name: _shares(group, name) for name in _names(group)} for group in panels.values()]
   over_shares = any(len(of_name) > 1 for of_panel in shares for of_name in of_panel.values())
   figure = (_lines if over_shares else _bars)(list(panels.items()))
@@ -82,8 +84,9 @@ def _lines(panels: Sequence[Panel]) -> Figure:
   for ax, (title, group) in zip(every, panels, strict=False):
     report.style(ax, _plain(title))
     for name in _names(group):
-      _line(ax, [one for one in group if _name(one) == name], *looks[name])
-    paper |= _paper_points(ax, group)
+      of_name = [one for one in group if _name(one) == name]
+      _line(ax, of_name, *looks[name])
+      paper |= _paper_points(ax, of_name, looks[name][0])
     _scale_shares(ax, group)
   for ax in every[len(panels) :]:
     ax.set_axis_off()
@@ -107,17 +110,16 @@ def _lines(panels: Sequence[Panel]) -> Figure:
   return figure
 
 
-def _looks(names: Sequence[Name]) -> dict[Name, tuple[str, object, str]]:
-  """Colour by encoder and dashes by protocol, if there are several of both; colours alone if not."""
+def _looks(names: Sequence[Name]) -> dict[Name, tuple[str, Any, str]]:
+  """A colour and a shape for each line; of many, a colour for each encoder and dashes by protocol."""
   protocols = list(dict.fromkeys(protocol for protocol, _ in names))
   encoders = list(dict.fromkeys(encoder for _, encoder in names))
+  crossed = len(names) > _FEW and len(protocols) > 1 and len(encoders) > 1
   looks = {}
-  for i, name in enumerate(names):
-    dash = protocols.index(name[0])
-    colour = encoders.index(name[1]) if len(encoders) > 1 and len(protocols) > 1 else i
-    if len(encoders) == 1 or len(protocols) == 1:
-      dash = 0
-    looks[name] = (
+  for i, (protocol, encoder) in enumerate(names):
+    colour = encoders.index(encoder) if crossed else i
+    dash = protocols.index(protocol) if crossed else 0
+    looks[protocol, encoder] = (
       report.COLOURS[colour % len(report.COLOURS)],
       _DASHES[dash % len(_DASHES)],
       report.SHAPES[colour % len(report.SHAPES)],
@@ -125,7 +127,7 @@ def _looks(names: Sequence[Name]) -> dict[Name, tuple[str, object, str]]:
   return looks
 
 
-def _line(ax: Axes, found: Sequence[Result], colour: str, dash: object, shape: str) -> None:
+def _line(ax: Axes, found: Sequence[Result], colour: str, dash: Any, shape: str) -> None:
   points = sorted((one for one in found if one.record.get("labels")), key=_share)
   x = [100 * _share(one) for one in points]
   y = [100 * one.value for one in points]
@@ -137,7 +139,7 @@ def _line(ax: Axes, found: Sequence[Result], colour: str, dash: object, shape: s
 
 
 def _share(one: Result) -> float:
-  return one.record["labels"]
+  return float(one.record["labels"])
 
 
 def _scale_shares(ax: Axes, found: Sequence[Result]) -> None:
@@ -154,11 +156,11 @@ def _scale_shares(ax: Axes, found: Sequence[Result]) -> None:
   ax.set_axisbelow(True)
 
 
-def _paper_points(ax: Axes, found: Sequence[Result]) -> bool:
+def _paper_points(ax: Axes, found: Sequence[Result], colour: str) -> bool:
   """Marks the paper's numbers; whether there was one."""
   points = [(100 * _share(one), value) for one in found for value in _paper(one)]
   for x, y in points:
-    ax.plot(x, y, "D", markersize=6.5, markerfacecolor="none", color=report.INK, zorder=4)
+    ax.plot(x, y, "D", markersize=7, markerfacecolor="none", color=colour, zorder=4)
   return bool(points)
 
 
@@ -226,9 +228,9 @@ def _draw_bars(ax: Axes, found: Sequence[Result]) -> bool:
       ax.plot([number, number], [y - 0.4, y + 0.4], color=report.INK, linewidth=1.8)
       ends.append(number)
       marked = True
-    text = f"{value:.1f}" + "".join(f" (paper {number:.1f})" for number in _paper(one))
+    paper = ", ".join(f"{number:.1f}" for number in _paper(one))
     ax.annotate(
-      text,
+      f"{value:.1f}" + (f" (paper {paper})" if paper else ""),
       (max(ends), y),
       xytext=(4, 0),
       textcoords="offset points",

@@ -179,6 +179,8 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
       raise ConfigError(
         f"{folder / RESULTS}: {str(record)[:60]!r}; expected records with {', '.join(needed)}"
       )
+    if not isinstance(record["value"], int | float):
+      raise ConfigError(f"{folder / RESULTS}: value {record['value']!r}; expected a number in 0..1")
   return records
 
 

@@ -44,9 +44,9 @@ TABLE_18 = Table(
   ("Loss weight β", "Temperature α"),
   _TOP1_AND_TOP5,
   tuple(
-    row(beta, alpha, cells=cells, condition=_BASELINE if beta == "0" else None)
+    row(beta, alpha, cells=tuple(numbers), condition=_BASELINE if beta == "0" else None)
     for beta, of_beta in _TABLE_18_CELLS.items()
-    for alpha, *cells in of_beta
+    for alpha, *numbers in of_beta
   ),
   "BYOL is β = 0, at any temperature.",
 )
@@ -143,6 +143,7 @@ TABLE_22 = Table(
 _SMALL_BATCH = Condition(
   config=RESNET50,
   pretrain={"train.batch_size": 512, "optim.base_rate": 0.4, "byol.tau_base": 0.9995},
+  origin_known=True,
 )
 
 TEXT = Table(

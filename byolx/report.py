@@ -26,14 +26,14 @@ from byolx.metrics import STD_WARNING
 LARGEST_EMBEDDING = 2000
 """Images on a map; more would hide each other, and t-SNE slows down."""
 
-_INK, _FAINT = "#262626", "#8c8c8c"
-_BLUE, _ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito, safe for colour-blind readers
+INK, FAINT = "#262626", "#8c8c8c"
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito, safe for colour-blind readers
 # The "muted" set of Paul Tol, safe for colour-blind readers, and black; then shapes change as well.
-_COLOURS = (
+COLOURS = (
   "#332288", "#DDCC77", "#CC6677", "#88CCEE", "#117733",
   "#882255", "#44AA99", "#999933", "#AA4499", "#000000",
 )  # fmt: skip
-_SHAPES = ("o", "^", "s", "D", "v", "P", "X", "*")
+SHAPES = ("o", "^", "s", "D", "v", "P", "X", "*")
 _LARGEST_LEGEND = 40
 
 
@@ -123,20 +123,20 @@ def curves(
   # The lowest panel of each column names the axis.
   for i, ax in enumerate(axes[: len(panels)]):
     if i + across >= len(panels):
-      ax.set_xlabel(key, fontsize=8, color=_INK)
+      ax.set_xlabel(key, fontsize=8, color=INK)
   for ax in axes[len(panels) :]:
     ax.set_axis_off()
   if not panels:
-    axes[0].text(0.5, 0.5, "no measurements", ha="center", va="center", color=_FAINT)
-  _save(figure, path)
+    axes[0].text(0.5, 0.5, "no measurements", ha="center", va="center", color=FAINT)
+  save(figure, path)
 
 
 def _draw_panel(
   ax: Axes, panel: _Panel, x: Float[np.ndarray, "n"], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-  _style(ax, panel.title)
+  style(ax, panel.title)
   every = []
-  for (key, name), colour in zip(panel.lines, (_BLUE, _ORANGE), strict=False):
+  for (key, name), colour in zip(panel.lines, (BLUE, ORANGE), strict=False):
     y = panel.scale * _column(rows, key)
     if not _finite(y):
       continue
@@ -149,7 +149,7 @@ def _draw_panel(
     ax.plot(x, y, color=colour, linewidth=1.4, marker=marker, markersize=3, label=name)
   _scale_y(ax, panel, np.concatenate(every))
   for height, meaning in panel.marks:
-    ax.axhline(height, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    ax.axhline(height, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     ax.annotate(
       meaning,
       (1, height),
@@ -158,10 +158,10 @@ def _draw_panel(
       textcoords="offset points",
       ha="right",
       fontsize=7,
-      color=_FAINT,
+      color=FAINT,
     )
   if len(every) > 1:
-    ax.legend(fontsize=7.5, frameon=False, labelcolor=_INK, handlelength=1.4)
+    ax.legend(fontsize=7.5, frameon=False, labelcolor=INK, handlelength=1.4)
 
 
 def _scale_y(ax: Axes, panel: _Panel, values: Float[np.ndarray, "n"]) -> None:
@@ -212,7 +212,7 @@ def embedding(
   figure = Figure(figsize=(4.8 + 2.2 * columns, 5.4), layout="constrained")
   figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
   ax = figure.subplots()
-  _style(ax, title)
+  style(ax, title)
   ax.set(xticks=[], yticks=[])
   ax.set_aspect("equal", adjustable="datalim")
   ax.spines[:].set_visible(False)
@@ -228,7 +228,7 @@ def embedding(
       linewidths=0,
     )
   _legend(figure, shown, classes, columns)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _project(features: Num[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
@@ -257,9 +257,9 @@ def _project(features: Num[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "
 def _appearance(label: int) -> tuple[str, str]:
   """Colour and shape of a class."""
   if label < 0:
-    return _FAINT, "o"
-  turn = label // len(_COLOURS)
-  return _COLOURS[label % len(_COLOURS)], _SHAPES[turn % len(_SHAPES)]
+    return FAINT, "o"
+  turn = label // len(COLOURS)
+  return COLOURS[label % len(COLOURS)], SHAPES[turn % len(SHAPES)]
 
 
 def _name(label: int, classes: Sequence[str]) -> str:
@@ -290,7 +290,7 @@ def _legend(figure: Figure, labels: Sequence[int], classes: Sequence[str], colum
     ncols=columns,
     fontsize=8.5 if columns == 1 else 7,
     frameon=False,
-    labelcolor=_INK,
+    labelcolor=INK,
     handletextpad=0.3,
   )
 
@@ -314,14 +314,15 @@ def _running_mean(y: Float[np.ndarray, "n"], window: int) -> Float[np.ndarray, "
   return np.where(finite, totals / np.maximum(counts, 1), math.nan)
 
 
-def _style(ax: Axes, title: str) -> None:
-  ax.set_title(title, fontsize=9, loc="left", color=_INK)
-  ax.tick_params(labelsize=7.5, colors=_INK, length=3)
+def style(ax: Axes, title: str) -> None:
+  """The look of every pair of axes: a title at the left, no box, small ticks."""
+  ax.set_title(title, fontsize=9, loc="left", color=INK)
+  ax.tick_params(labelsize=7.5, colors=INK, length=3)
   ax.spines[["top", "right"]].set_visible(False)
-  ax.spines[["left", "bottom"]].set_color(_FAINT)
+  ax.spines[["left", "bottom"]].set_color(FAINT)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
   """The PNG, drawn whole before a file is touched."""
   png = io.BytesIO()
   FigureCanvasAgg(figure).print_figure(png, format="png", dpi=160, facecolor="white")

@@ -89,12 +89,12 @@ def images(folder, count=6, size=12):
 def test_help_lists_the_commands(byolx):
   code, out, err = byolx("--help")
   assert (code, err) == (0, "")
-  for command in ("train", "eval", "plan", "show-views", "prepare", "bench", "fields"):
+  for command in ("train", "eval", "report", "plan", "show-views", "prepare", "bench", "fields"):
     assert f"\n    {command}" in out
 
 
 @pytest.mark.parametrize(
-  "command", ["train", "eval", "plan", "show-views", "prepare", "bench", "fields"]
+  "command", ["train", "eval", "report", "plan", "show-views", "prepare", "bench", "fields"]
 )
 def test_every_command_has_help(byolx, command):
   code, out, err = byolx(command, "--help")

@@ -146,7 +146,7 @@ def test_embedding_is_a_picture_in_the_colours_of_its_classes(digits, tmp_path):
   names = [str(i) for i in range(10)]
   report.embedding(x[:200], y[:200], names, tmp_path / "new" / "e.png", "digits, held out")
   image = picture(tmp_path / "new" / "e.png")
-  for colour in report._COLOURS:
+  for colour in report.COLOURS:
     assert has(image, colour) > 50
   # The same again, byte for byte.
   before = (tmp_path / "new" / "e.png").read_bytes()
@@ -159,16 +159,16 @@ def test_embedding_of_a_few_images(digits, tmp_path, n):
   x, y = digits
   report.embedding(x[:n], y[:n], ("zero", "one"), tmp_path / "e.png", "few")
   image = picture(tmp_path / "e.png")
-  assert has(image, report._COLOURS[0]) > 50
+  assert has(image, report.COLOURS[0]) > 50
 
 
 def test_embedding_of_collapsed_and_of_flat_features(tmp_path):
   labels = np.zeros(40, np.int32)
   report.embedding(np.ones((40, 8)), labels, ("a",), tmp_path / "e.png", "collapsed")
-  assert has(picture(tmp_path / "e.png"), report._COLOURS[0]) > 50
+  assert has(picture(tmp_path / "e.png"), report.COLOURS[0]) > 50
   one = np.linspace(-1, 1, 40)[:, None]
   report.embedding(one, labels, ("a",), tmp_path / "e.png", "one dimension")
-  assert has(picture(tmp_path / "e.png"), report._COLOURS[0]) > 50
+  assert has(picture(tmp_path / "e.png"), report.COLOURS[0]) > 50
   with pytest.raises(ValueError, match="not finite"):
     report.embedding(one * math.inf, labels, ("a",), tmp_path / "e.png", "broken")
 
@@ -177,8 +177,8 @@ def test_embedding_of_unlabelled_images_and_of_many_oddly_named_classes(digits, 
   x, _ = digits
   report.embedding(x[:30], np.full(30, -1), (), tmp_path / "e.png", "no labels")
   image = picture(tmp_path / "e.png")
-  assert has(image, report._FAINT) > 50
-  assert has(image, report._COLOURS[0]) == 0
+  assert has(image, report.FAINT) > 50
+  assert has(image, report.COLOURS[0]) == 0
   names = ["$x_1", "_hidden", "a very long name of a class, too long for a legend", "ß €"]
   labels = np.arange(120, dtype=np.int32) % 60
   report.embedding(x[:120], labels, names, tmp_path / "e.png", "sixty classes")

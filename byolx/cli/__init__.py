@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from byolx.cli import bench, evaluate, fields, inspect, plan, prepare, show_views, train
+from byolx.cli import bench, evaluate, fields, inspect, plan, prepare, report, show_views, train
 from byolx.cli.options import FAILED, INTERRUPTED, STOPPED, USAGE
 
-_COMMANDS = (train, evaluate, plan, show_views, prepare, bench, inspect, fields)
+_COMMANDS = (train, evaluate, report, plan, show_views, prepare, bench, inspect, fields)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

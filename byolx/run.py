@@ -26,6 +26,7 @@ from byolx import (
   overview,
   probe,
   report,
+  results,
   train,
 )
 from byolx.config import ConfigError
@@ -87,29 +88,11 @@ def pretrain_seeds(cfg: ConfigDict, workdir: Path, seeds: list[int]) -> list[dic
     of_seed = cfg.copy_and_resolve_references()
     of_seed.seed = seed
     every += pretrain(of_seed, workdir / f"seed_{seed}")
-  means = mean_over_seeds(every)
+  means = results.mean_over_seeds(every)
   if distributed.is_writer():
     logs.write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
   print(f"\nMean over seeds {', '.join(map(str, seeds))}\n{probe.format_table(means)}")
   return every + means
-
-
-def mean_over_seeds(records: list[dict]) -> list[dict]:
-  """Records that differ only in seed, averaged; `seed` lists them, the interval is over them."""
-  groups: dict[tuple, list[dict]] = {}
-  for record in records:
-    keys = ("task", "protocol", "encoder", "labels", "split", "metric", "step", "commit")
-    groups.setdefault(tuple(record[key] for key in keys), []).append(record)
-  return [
-    {
-      **group[0],
-      "value": float(np.mean([record["value"] for record in group])),
-      "interval": float(np.ptp([record["value"] for record in group]) / 2),
-      "n": sum(record["n"] for record in group),
-      "seed": [record["seed"] for record in group],
-    }
-    for group in groups.values()
-  ]
 
 
 def claim(workdir: Path, cfg: ConfigDict) -> None:

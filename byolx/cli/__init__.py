@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from byolx.cli import bench, evaluate, fields, inspect, plan, prepare, show_views, train
+from byolx.cli import bench, evaluate, fields, inspect, plan, prepare, show_views, sweep, train
 from byolx.cli.options import FAILED, INTERRUPTED, STOPPED, USAGE
 
-_COMMANDS = (train, evaluate, plan, show_views, prepare, bench, inspect, fields)
+_COMMANDS = (train, evaluate, sweep, plan, show_views, prepare, bench, inspect, fields)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   from byolx.config import ConfigError
   from byolx.data.failures import TooManyFailuresError
   from byolx.distributed import DistributedError
-  from byolx.fit import StoppedError
+  from byolx.stopping import StoppedError
   from byolx.train import DivergedError
 
   tpu.quieten()

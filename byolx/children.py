@@ -91,7 +91,7 @@ class _Child:
   def __init__(self, run: Run):
     self.run, self.began = run, time.monotonic()
     self.process: subprocess.Popen | None = None
-    self._from = 0
+    self._from, self._waits = 0, False
     run.workdir.mkdir(parents=True, exist_ok=True)
 
   def code(self) -> int | None:
@@ -105,7 +105,9 @@ class _Child:
         return 0
       self._start(folder)
     except BlockingIOError:
-      pass
+      if not self._waits:
+        self._waits = True
+        print(f"{self.run.name}: a process of before is still at it, and is waited for", flush=True)
     finally:
       os.close(folder)
     return None

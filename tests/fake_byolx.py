@@ -3,7 +3,7 @@
   python fake_byolx.py SWEEPS_FOLDER sweep ...     as `byolx sweep`, whose runs are fakes as well
   python fake_byolx.py SWEEPS_FOLDER train|eval ...
 
-In the folder: `journal`, a line `begin|end COMMAND WORKDIR TIME` for each run, and `behaviour.json`,
+In the folder: `journal`, lines `begin|end COMMAND WORKDIR` of each run, and `behaviour.json`,
 from a part of a workdir's name to what happens there: `seconds` that it takes, `exit` with this code,
 `kill` itself. Accuracies are a formula of the config, see `validation` and `test`.
 """
@@ -58,7 +58,7 @@ def record(cfg, split, value, **more):
 
 def note(folder: Path, *words) -> None:
   with (folder / "journal").open("a") as journal:
-    journal.write(" ".join(map(str, [*words, time.monotonic()])) + "\n")
+    journal.write(" ".join(map(str, words)) + "\n")
 
 
 def write(path: Path, text: str) -> None:

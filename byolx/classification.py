@@ -137,17 +137,23 @@ def _record(
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
   """Records as a table for a terminal: a row for every split and rate, * for what was chosen."""
   rows = [("split", "rate", *(f"{metric[:3]}-{metric[3:]}" for metric in METRICS))]
-  groups: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+  groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
   for record in records:
-    groups.setdefault((record["split"], record["rate"]), {})[record["metric"]] = record
+    groups.setdefault((record["split"], _rate(record)), {})[record["metric"]] = record
   several = len({rate for _, rate in groups}) > 1
   for (split, rate), found in groups.items():
-    mark = " *" if several and next(iter(found.values()))["chosen"] else ""
-    rows.append((split, f"{rate:g}{mark}", *(_cell(found.get(metric)) for metric in METRICS)))
+    mark = " *" if several and next(iter(found.values()))["chosen"] is True else ""
+    rows.append((split, rate + mark, *(_cell(found.get(metric)) for metric in METRICS)))
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
   caption = "accuracy in %" + ("; *: the best on the validation images" if several else "")
   return "\n".join([*(line.rstrip() for line in lines), caption])
+
+
+def _rate(record: Mapping[str, Any]) -> str:
+  """The rate of a record; those of several seeds, where each chose its own."""
+  rate = record["rate"]
+  return ", ".join(f"{one:g}" for one in rate) if isinstance(rate, list) else f"{rate:g}"
 
 
 def _cell(record: Mapping[str, Any] | None) -> str:

@@ -72,6 +72,18 @@ def of_run(path: str | Path) -> ConfigDict:
   raise ConfigError(f"{path}: expected a workdir of `byolx train`, with a config.json")
 
 
+def value(name: str, text: str) -> Any:
+  """What `--config.name=text` sets a field to, in the field's own type.
+
+  Raises:
+    ConfigError: unknown field, or a value that it cannot have.
+  """
+  config = defaults()
+  _override(config, f"--config.{name}={text}")
+  check(config)
+  return flatten(config)[name]
+
+
 def merge(given: ConfigDict, origin: str) -> ConfigDict:
   """The defaults with the given fields set, each of its default's type."""
   config = defaults()

@@ -23,6 +23,7 @@ from byolx import (
   overview,
   pretraining,
   probe,
+  results,
   train,
 )
 from byolx.config import ConfigError
@@ -93,30 +94,15 @@ def train_seeds(cfg: ConfigDict, workdir: Path, seeds: list[int]) -> list[dict]:
     of_seed = cfg.copy_and_resolve_references()
     of_seed.seed = seed
     every += train_run(of_seed, workdir / f"seed_{seed}")
-  means = mean_over_seeds(every)
+  chosen = [record for record in every if record["split"] != "validation"]
+  tried = [record for record in every if record["split"] == "validation"]
+  means = results.mean_over_seeds(tried, (*results.KEYS, "rate"))
+  means += results.mean_over_seeds(chosen)
   if distributed.is_writer():
     logs.write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
   table = probe.format_table if cfg.task == "pretrain" else classification.format_table
   print(f"\nMean over seeds {', '.join(map(str, seeds))}\n{table(means)}")
   return every + means
-
-
-def mean_over_seeds(records: list[dict]) -> list[dict]:
-  """Records that differ only in seed, averaged; `seed` lists them, the interval is over them."""
-  groups: dict[tuple, list[dict]] = {}
-  for record in records:
-    keys = ("task", "protocol", "encoder", "labels", "split", "metric", "step", "commit")
-    groups.setdefault(tuple(record[key] for key in keys), []).append(record)
-  return [
-    {
-      **group[0],
-      "value": float(np.mean([record["value"] for record in group])),
-      "interval": float(np.ptp([record["value"] for record in group]) / 2),
-      "n": sum(record["n"] for record in group),
-      "seed": [record["seed"] for record in group],
-    }
-    for group in groups.values()
-  ]
 
 
 def claim(workdir: Path, cfg: ConfigDict) -> None:

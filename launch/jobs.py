@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-import grids
-
-from byolx import config
+from byolx import config, grids
 from byolx.config import ConfigError
 
 FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
@@ -92,7 +90,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
   made.add_argument(
     "--workdir", required=True, help="of the run; of a grid: of its runs, one folder each"
   )
-  made.add_argument("--grid", metavar="NAME", help="several runs: see launch/grids.py")
+  made.add_argument("--grid", metavar="NAME", help="several runs: see byolx/grids.py")
   made.add_argument("--dry_run", action="store_true", help="print what would be done, do nothing")
   return made
 
@@ -116,7 +114,7 @@ def jobs(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Job]:
   Raises:
     ConfigError: unknown grid, or a config that cannot be.
   """
-  cells = grids.cells(arguments.grid) if arguments.grid else [{}]
+  cells = grids.named(arguments.grid).cells if arguments.grid else [{}]
   made = []
   for cell in cells:
     name = grids.label(cell)

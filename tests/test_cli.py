@@ -14,6 +14,8 @@ from byolx.fields import FIELDS
 
 ROOT = Path(__file__).parent.parent
 
+COMMANDS = ["train", "eval", "sweep", "report", "plan", "show-views", "prepare", "bench", "fields"]
+
 CONFIG = """
 from ml_collections import ConfigDict
 
@@ -89,13 +91,11 @@ def images(folder, count=6, size=12):
 def test_help_lists_the_commands(byolx):
   code, out, err = byolx("--help")
   assert (code, err) == (0, "")
-  for command in ("train", "eval", "report", "plan", "show-views", "prepare", "bench", "fields"):
+  for command in COMMANDS:
     assert f"\n    {command}" in out
 
 
-@pytest.mark.parametrize(
-  "command", ["train", "eval", "report", "plan", "show-views", "prepare", "bench", "fields"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(byolx, command):
   code, out, err = byolx(command, "--help")
   assert (code, err) == (0, "")

@@ -7,10 +7,21 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from byolx.cli import bench, evaluate, fields, inspect, plan, prepare, report, show_views, train
+from byolx.cli import (
+  bench,
+  evaluate,
+  fields,
+  inspect,
+  plan,
+  prepare,
+  report,
+  show_views,
+  sweep,
+  train,
+)
 from byolx.cli.options import FAILED, INTERRUPTED, STOPPED, USAGE
 
-_COMMANDS = (train, evaluate, report, plan, show_views, prepare, bench, inspect, fields)
+_COMMANDS = (train, evaluate, sweep, report, plan, show_views, prepare, bench, inspect, fields)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   from byolx.config import ConfigError
   from byolx.data.failures import TooManyFailuresError
   from byolx.distributed import DistributedError
-  from byolx.fit import StoppedError
+  from byolx.stopping import StoppedError
   from byolx.train import DivergedError
 
   tpu.quieten()

@@ -22,7 +22,7 @@ def get_config():
   config.init = {"inherit": ("data", "views", "model", "eval")}
   config.data = {"validation": "share"}
   config.optim = {"name": "sgd", "rates": (0.4, 0.05), "weight_decay": 0.0, "warmup_epochs": 0.0}
-  config.train = {"epochs": 2, "batch_size": 96}
+  config.train = {"epochs": 20, "batch_size": 96}
   config.log = {"every_steps": 5}
   config.mesh = {"data": 1}
   return config

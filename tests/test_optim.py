@@ -249,3 +249,12 @@ def test_a_parameter_of_several_arrays_is_refused():
 
 def test_only_kernels_are_adapted():
   assert [role for role in Role if role.adapted] == [Role.KERNEL]
+
+
+def test_stacked_classifiers_take_their_multiple_of_a_step():
+  updates = {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.full((3, 5), 2.0)}
+  tx = optim.scale_each([1.0, 0.5, 3.0])
+  found, _ = jax.jit(lambda u: tx.update(u, tx.init(u)))(updates)
+  for head, factor in enumerate((1.0, 0.5, 3.0)):
+    np.testing.assert_array_equal(found["kernel"][head], np.full((4, 5), factor))
+    np.testing.assert_array_equal(found["bias"][head], np.full(5, 2 * factor))

@@ -70,3 +70,9 @@ def test_a_constant_tau_does_not_move():
   got = jax.jit(jax.vmap(lambda k: schedules.tau(k, 100, 0.25, "constant")))(jnp.arange(101))
   assert got.dtype == jnp.float32
   np.testing.assert_array_equal(got, np.full(101, 0.25, np.float32))
+
+
+def test_a_constant_rate_after_its_warm_up():
+  rate = jax.jit(schedules.warmup_constant(0.4, 4))
+  np.testing.assert_allclose([rate(k) for k in range(7)], [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+  assert float(schedules.warmup_constant(0.4, 0)(0)) == pytest.approx(0.4)

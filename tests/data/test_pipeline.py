@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_image
 
+from byolx.data import randaugment
 from byolx.data.augment import ViewSpec, crop_and_resize, draw, evaluation_view
 from byolx.data.augment_host import apply_host
 from byolx.data.decode import DecodeError
-from byolx.data.order import VIEW, Stream, epoch_order
+from byolx.data.order import RANDAUGMENT, VIEW, Stream, epoch_order
 from byolx.data.pipeline import evaluation_batches, evaluation_images, train_batches
+from byolx.data.randaugment import RandAugment
 from byolx.data.sources import Example, digits
 
 T = ViewSpec()
@@ -92,6 +94,24 @@ def test_batch_is_what_its_parts_say(digits_test):
       np.testing.assert_array_equal(host[f"view{view + 1}"][row], made)
       np.testing.assert_array_equal(device[f"view{view + 1}"][row], crop)
       assert_equal(draws, jax.tree.map(lambda a, row=row: a[row], device[f"draws{view + 1}"]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_randaugment_follows_from_seed_and_place(digits_test, workers):
+  spec = ViewSpec(blur_probability=0.0, randaugment=RandAugment(2, 20))
+  (batch,) = first(1, digits_test, (spec,), 16, 24, 7, start_step=29, workers=workers)
+  assert set(batch) == {"view1", "label", "index"}
+  changed = 0
+  for row in range(24):
+    epoch, number = divmod(29 * 24 + row, 360)
+    record = int(epoch_order(7, epoch, 360)[number])
+    draws = draw(spec, Stream(7).at(VIEW, record, epoch, 0), 8, 8)
+    crop = crop_and_resize(digits_test[record][0], draws.crop, 16, False)
+    before = apply_host(crop, draws, spec.brightness_rule)
+    drawn = randaugment.draw(spec.randaugment, Stream(7).at(RANDAUGMENT, record, epoch, 0))
+    np.testing.assert_array_equal(batch["view1"][row], randaugment.apply(before, drawn))
+    changed += not np.array_equal(batch["view1"][row], before)
+  assert changed > 12
 
 
 def test_shapes_and_types(digits_test):

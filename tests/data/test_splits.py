@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from byolx.data.names import Names
-from byolx.data.splits import balanced_subset, imagenet_validation, stratified_holdout
+from byolx.data.splits import (
+  balanced_subset,
+  imagenet_validation,
+  labelled_share,
+  listed,
+  stratified_holdout,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=120).map(np.array)
@@ -214,3 +220,44 @@ def test_imagenet_validation_errors():
     imagenet_validation(imagenet_names(10_009), "last_10009")
   with pytest.raises(ValueError, match=r"rule is 'none'; expected one of last_10009, first_10000"):
     imagenet_validation(imagenet_names(10_010), "none")
+
+
+# Shares and lists of labels
+
+
+@given(PARTLY_LABELLED, st.floats(0.01, 0.5), st.lists(st.floats(0.001, 1), max_size=4), SEEDS)
+def test_shares_are_balanced_nested_and_apart_from_what_is_held_out(labels, held, shares, seed):
+  rest, held_out = stratified_holdout(labels, held, 0)
+  assume((labels[rest] >= 0).any())
+  smaller = set()
+  for share in sorted(shares):
+    chosen = labelled_share(labels, rest, share, seed)
+    assert (np.diff(chosen) > 0).all()
+    assert (labels[chosen] >= 0).all()
+    assert not set(chosen) & set(held_out)
+    assert smaller <= set(chosen)
+    smaller = set(chosen)
+    # A share of all labels, held-out ones too, as far as the rest has them.
+    known = rest[labels[rest] >= 0]
+    present = len(np.unique(labels[known]))
+    wanted = max(round(share * int(np.sum(labels >= 0))), present)
+    assert len(chosen) == min(wanted, len(known))
+    taken, there = (np.bincount(labels[which], minlength=6) for which in (chosen, known))
+    assert (taken >= np.minimum(there, taken.max() - 1)).all()
+
+
+def test_one_percent_of_imagenet_is_what_simclr_has():
+  labels = np.arange(1_281_167) % 1000
+  rest = np.arange(10_009, 1_281_167)
+  assert len(labelled_share(labels, rest, 0.01, 0)) == 12_812  # its list has 12,811: floors
+  assert len(labelled_share(labels, rest, 1.0, 0)) == 1_271_158
+
+
+def test_a_list_is_matched_by_file_names_in_any_order():
+  names = Names.of(["b/x.JPEG", "a/y.JPEG", "c/z.JPEG"])
+  np.testing.assert_array_equal(listed(names, ["z.JPEG", "b/x.JPEG", "z.JPEG"]), [0, 2])
+  with pytest.raises(ValueError, match=r"1 of 2 listed images are not there, such as q; expected"):
+    listed(names, ["x.JPEG", "q"])
+  with pytest.raises(ValueError, match=r"1 listed names fit several images, such as x"):
+    listed(["a/x", "b/x", "y"], ["x", "y"])
+  np.testing.assert_array_equal(listed(["a/x", "b/x", "y"], ["y"]), [2])

@@ -53,6 +53,15 @@ def test_labels_are_written_above_every_column():
   assert not inked.any()
 
 
+def test_single_views_stand_one_by_one():
+  views = images(3, 96, 96)
+  sheet = draw_sheet(images(1, 8, 8), [[(view,) for view in views]])
+  (tops, lefts) = np.array([contains(sheet, view)[0] for view in views]).T
+  assert (tops == tops[0]).all()
+  assert len(set(np.diff(lefts))) == 1
+  assert 96 < np.diff(lefts)[0] < 96 + 20
+
+
 def test_originals_keep_their_shape():
   wide, tall = np.full((50, 200, 3), 90, np.uint8), np.full((300, 100, 3), 160, np.uint8)
   sheet = draw_sheet([wide, tall], pairs_of(images(4, 96, 96), 2, 1))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from byolx.models.heads import MLP
+from byolx.models.heads import MLP, Heads
+from byolx.models.layers import uncorrected
 from byolx.models.norm import BatchNorm
 from byolx.models.resnet import ResNetSpec
 
@@ -102,3 +103,20 @@ def test_normalisation_and_type_are_the_encoders():
   assert (norm.decay, norm.group, norm.eps) == (0.5, 3, 1e-3)
   assert mlp(jnp.ones((6, 6)), train=True).dtype == jnp.bfloat16
   assert mlp.output.kernel.dtype == jnp.float32
+
+
+def test_heads_side_by_side_are_linear_layers_drawn_alike():
+  heads = Heads(6, 4, 3, uncorrected, rngs=nnx.Rngs(0))
+  kernel = np.asarray(heads.kernel[...], np.float64)
+  assert kernel.shape == (3, 6, 4)
+  assert (kernel == kernel[:1]).all()
+  assert 0.5 < kernel.std() * np.sqrt(6) < 1.2
+  rng = np.random.default_rng(0)
+  kernel, bias = rng.normal(size=(3, 6, 4)), rng.normal(size=(3, 4))
+  heads.kernel.set_value(jnp.asarray(kernel, jnp.float32))
+  heads.bias.set_value(jnp.asarray(bias, jnp.float32))
+  y = rng.normal(size=(5, 6))
+  got = nnx.jit(lambda heads, y: heads(y))(heads, jnp.asarray(y, jnp.bfloat16))
+  assert got.dtype == jnp.float32
+  y = np.asarray(jnp.asarray(y, jnp.bfloat16), np.float64)
+  np.testing.assert_allclose(got, np.stack([y @ k + b for k, b in zip(kernel, bias)], 1), atol=1e-4)

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Every protocol of appendix D on the encoder of one pretraining run, whatever its images are:
+# linear evaluation and its variation (Table 7), fine-tuning and supervised baselines at three shares of
+# the labels (Figure 4), then the table and the figure.
+#
+#   bash docs/protocols.sh runs/fashion_mnist runs/fashion_protocols
+#
+# PRETRAINED: the workdir of a pretraining run. FOLDER: of everything that comes out; start the same
+# command again and it goes on. JOBS: runs at once, each on one CPU core (default 2). Passes over the
+# training images, and batch sizes, are set by the environment: see below.
+set -euo pipefail
+
+pretrained=$1 folder=$2
+jobs=${JOBS:-2}
+linear_epochs=${LINEAR_EPOCHS:-4}
+shares=${SHARES:-0.01 0.1 1.0}
+epochs=(${EPOCHS:-40 12 2}) # for each share
+seeds=(${SEEDS:-0,1,2 0,1,2 0})
+batch=${BATCH:-64}
+rates=${RATES:-0.05,0.2,0.8}
+one_core="--config.mesh.cpu_devices=1 --config.log.every_seconds=60"
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "linear evaluation and its variation: Table 7's four rows, five rates side by side in each"
+# shellcheck disable=SC2086
+byolx sweep --config=configs/linear.py --grid=table7 --seeds=0,1,2 --jobs="$jobs" \
+  --config.init.workdir="$pretrained" --config.train.epochs="$linear_epochs" $one_core \
+  --workdir="$folder/table7"
+
+i=0
+for share in $shares; do
+  for method in finetune supervised randaugment; do
+    case $method in
+      finetune) run=(--config=configs/finetune.py --config.init.workdir="$pretrained") ;;
+      supervised) run=(--config=configs/supervised.py --config.init.like="$pretrained") ;;
+      randaugment)
+        run=(--config=configs/supervised.py:views=randaugment --config.init.like="$pretrained") ;;
+    esac
+    say "$method, $share of the labels"
+    # shellcheck disable=SC2086
+    byolx sweep "${run[@]}" --grid=optim.base_rate="$rates" --seeds="${seeds[$i]}" --jobs="$jobs" \
+      --config.data.labels="$share" --config.train.epochs="${epochs[$i]}" \
+      --config.train.batch_size="$batch" $one_core --workdir="$folder/${method}_$share"
+  done
+  i=$((i + 1))
+done
+
+say "all of it"
+byolx report "$folder"/* --output="$folder/report.md"
+byolx report "$folder"/* --figure="$folder/labels.png"
+cat "$folder/report.md"

@@ -272,7 +272,7 @@ FIELDS: dict[str, Field] = {
     "the validation images; empty: optim.base_rate alone",
     each(above(0)),
   ),
-  "optim.scale_rate": Field(True, "base rates are per 256 images of a batch, or as they are"),
+  "optim.batch_scaling": Field(True, "base rates are per 256 images of a batch, or as they are"),
   "optim.schedule": Field(
     "cosine", "of the rate after warm-up: a cosine to 0, or none", one_of("cosine", "constant")
   ),

@@ -335,7 +335,7 @@ def build_optimiser(
   if not o.exclude:
     mask = jax.tree.map(lambda _: True, mask)
   rates = tuple(o.rates) or (o.base_rate,)
-  peak = rates[0] * (config.train.batch_size / 256 if o.scale_rate else 1.0)
+  peak = rates[0] * (config.train.batch_size / 256 if o.batch_scaling else 1.0)
   if o.schedule == "cosine":
     rate = schedules.warmup_cosine(peak, warmup_steps, steps)
   else:

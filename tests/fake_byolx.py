@@ -16,19 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from byolx import config, fields
-from byolx.fields import Field
-
-COMING = {
-  "eval.test": Field(True, "evaluate on test images", free=True),
-  "optim.rates": Field((), "several at once"),
-}
-
-
-def add_fields(known):
-  """Fields of the classification task; those that byolx has by now stay as they are."""
-  for name, field in COMING.items():
-    known.setdefault(name, field)
+from byolx import config
 
 
 def validation(cfg) -> float:
@@ -110,7 +98,6 @@ def run(folder: Path, command: str, words: dict[str, str], overrides: list[str])
 
 
 def main() -> int:
-  add_fields(fields.FIELDS)
   folder, command, *rest = sys.argv[1:]
   overrides = [word for word in rest if word.startswith("--config.")]
   pairs = [word.partition("=") for word in rest if not word.startswith("--config.")]

@@ -204,7 +204,7 @@ def test_what_is_no_override_is_refused(file, word):
 @pytest.mark.parametrize(
   ("name", "said"),
   [
-    ("optim.base_rat", "unknown field optim.base_rat: did you mean optim.base_rate or optim.rates"),
+    ("optim.base_rat", "unknown field optim.base_rat: did you mean optim.base_rate?"),
     ("byol.predictr", "unknown field byol.predictr: did you mean byol.predictor"),
     ("optim.lr", "expected one of optim.name, optim.base_rate, "),
     ("learning_rate", "expected one of byol, checkpoint, classify, compile, data, "),

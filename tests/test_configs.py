@@ -109,7 +109,7 @@ IMAGENET_EVALUATION = {
   "optim.name": "sgd",
   "optim.momentum": 0.9,
   "optim.schedule": "cosine",
-  "optim.scale_rate": True,
+  "optim.batch_scaling": True,
   "model.arch": "resnet50",
   "model.width": 1.0,
   "classify.tclip": 0.0,

@@ -14,7 +14,7 @@ from pathlib import Path
 import fake_byolx
 import pytest
 
-from byolx import children, cli, config, fields, selection
+from byolx import children, cli, config, selection
 from byolx.config import ConfigError
 
 FAKE = Path(fake_byolx.__file__)
@@ -79,11 +79,6 @@ class Sweeps:
 
 @pytest.fixture
 def sweeps(tmp_path, monkeypatch, capsys):
-  known = dict(fields.FIELDS)
-  fake_byolx.add_fields(known)
-  for module in (fields, config):
-    monkeypatch.setattr(module, "FIELDS", known)
-  monkeypatch.setattr("byolx.grids.FIELDS", known)
   monkeypatch.setattr(children, "BYOLX", (sys.executable, str(FAKE), str(tmp_path)))
   monkeypatch.setattr(children, "POLL", 0.02)
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

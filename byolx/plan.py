@@ -5,6 +5,7 @@ without images. When it does not fit, changes are tried, from what costs least t
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,16 +245,24 @@ def count_images(config: ConfigDict, terms: Terms) -> tuple[int, int]:
   images, classes = terms.images, terms.classes
   if images is None or classes is None:
     if data.source in KNOWN:
-      known = KNOWN[data.source]
-      known = (known[0] - HELD_OUT[data.validation], known[1])
+      whole, known_classes = KNOWN[data.source]
+      known = (_used(data, whole), known_classes)
     elif data.source == "digits":
       train = sources.digits("train", test_share=data.test_share)
-      known = (len(train), len(train.classes))
+      known = (_used(data, len(train)), len(train.classes))
     else:
       known = _look(config)
     images = known[0] if images is None else images
     classes = known[1] if classes is None else classes
   return images, classes
+
+
+def _used(data: ConfigDict, images: int) -> int:
+  """How many of a source's training images are trained on, by the fields of `data`."""
+  if data.label_list:
+    return len(Path(data.label_list).read_text().split())
+  held = HELD_OUT.get(data.validation, math.ceil(data.validation_share * images))
+  return min(images - held, round(data.labels * images))
 
 
 def _look(config: ConfigDict) -> tuple[int, int]:

@@ -25,7 +25,6 @@ from byolx import (
   metrics,
   overview,
   probe,
-  report,
   train,
 )
 from byolx.config import ConfigError
@@ -49,7 +48,8 @@ def pretrain(cfg: ConfigDict, workdir: Path) -> list[dict]:
     train.DivergedError: a loss that is not finite; the last good checkpoint stays.
   """
   compilations.keep_in(cfg.compile.cache, workdir)
-  exp = experiment.build(cfg)
+  begun = (workdir / "checkpoints").exists()
+  exp = experiment.build(cfg, soon=("step",) if begun else ("step", "initialise"))
   claim(workdir, cfg)
   print(overview.describe(exp, workdir), flush=True)
   if distributed.is_writer():
@@ -196,6 +196,8 @@ def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[di
   All processes share the work on images; the writer does the rest, and the others wait for its
   records.
   """
+  from byolx import report  # scikit-learn and matplotlib: seconds that the first step need not wait
+
   began = time.monotonic()
   writer = distributed.is_writer()
   if writer:
@@ -236,6 +238,8 @@ def _draw(
   exp: Experiment, step: int, test: dict[str, np.ndarray], labels: np.ndarray, workdir: Path
 ) -> None:
   """The test images as the online encoder sees them, and how many dimensions it uses."""
+  from byolx import report
+
   some = test["online"][:EMBEDDED_IMAGES]
   title = f"{exp.train_source.name}: held-out images, online encoder, step {step:,}"
   path, classes = workdir / "embedding.png", exp.test_source.classes

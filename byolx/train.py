@@ -202,12 +202,23 @@ def initialise(
   abstract: TrainState | None = None,
 ) -> TrainState:
   """A new state, made where it lives; `abstract` as for `compile_step`."""
+  return initialiser(task, tx, layout, abstract)(key)
+
+
+def initialiser(
+  task: Task,
+  tx: optax.GradientTransformation,
+  layout: sharding.Layout,
+  abstract: TrainState | None = None,
+) -> jax.stages.Wrapped:
+  """The jitted function that makes a new state of a key; arguments as for `initialise`."""
   return jax.jit(
     functools.partial(new_state, task, tx),
+    in_shardings=sharding.replicated(layout.mesh),
     out_shardings=state_shardings(abstract or abstract_state(task, tx, layout)),
     # Runs once: dozens of small random kernels would take the compiler longer than the draws take.
     compiler_options={"xla_backend_optimization_level": 0},
-  )(key)
+  )
 
 
 def abstract_state(

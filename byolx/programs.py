@@ -44,7 +44,13 @@ NOT_IN_PROGRAMS = ("data.", "checkpoint.", "compile.", "eval.", "init.", "log.",
 """Fields, or groups of them, that no program depends on; every other field is part of the facts."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "libtpu")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_NOT_FLAGS = ("jax_compilation_cache", "jax_persistent_cache", "jax_explain", "jax_log", "jax_debug")
+_NOT_FLAGS = (
+  "jax_compilation_cache",
+  "jax_persistent_cache",
+  "jax_explain",
+  "jax_log",
+  "jax_debug",
+)
 
 
 class Kept:
@@ -180,9 +186,7 @@ def of(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) ->
   return Kept(Path(folder), facts(config, devices, images, classes), devices)
 
 
-def facts(
-  config: ConfigDict, devices: Sequence[Any], images: int, classes: int
-) -> dict[str, Any]:
+def facts(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) -> dict[str, Any]:
   """All that an experiment's programs are made from.
 
   Args:
@@ -196,14 +200,17 @@ def facts(
     "fields": {
       name: value
       for name, value in fields.items()
-      if not any(name == one or (one[-1] == "." and name.startswith(one)) for one in NOT_IN_PROGRAMS)
+      if not any(
+        name == one or (one[-1] == "." and name.startswith(one)) for one in NOT_IN_PROGRAMS
+      )
     },
     "images": images,
     "classes": classes,
     "devices": [[device.id, device.process_index, device.device_kind] for device in devices],
     "platform": [first.platform, first.client.platform_version, str(_topology(devices))],
     "processor": _processor() if first.platform == "cpu" else "",
-    "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+    "versions": {name: _version(name) for name in _PACKAGES}
+    | {"python": platform.python_version()},
     "source": source_digest(),
     "flags": {name: os.environ.get(name, "") for name in _FLAGS},
     "jax": {
@@ -250,9 +257,9 @@ def _describe(
   known = compiled._executable
   rest = jax.tree.unflatten(compiled.out_tree, known.out_avals)
   plain = jax.tree.structure(rest) == jax.tree.structure(result)
-  scalars = None if plain else {
-    name: [x.shape, x.dtype.name, x.weak_type] for name, x in rest[1].items()
-  }
+  scalars = (
+    None if plain else {name: [x.shape, x.dtype.name, x.weak_type] for name, x in rest[1].items()}
+  )
   note = {
     "name": known._unloaded_executable.name,
     "used": sorted(known._kept_var_idx),
@@ -280,7 +287,9 @@ def _plain(value: Any) -> Any:
 
 def _same(name: str, one: Any, other: Any) -> None:
   if one != other:
-    raise ValueError(f"its {name} would not be the same again: {str(one)[:200]}, {str(other)[:200]}")
+    raise ValueError(
+      f"its {name} would not be the same again: {str(one)[:200]}, {str(other)[:200]}"
+    )
 
 
 def _rebuild(
@@ -294,10 +303,13 @@ def _rebuild(
   given, in_tree = jax.tree.flatten((arguments, {}))
   if note["scalars"] is not None:
     everywhere = jax.tree.leaves(result)[0].sharding
-    result = result, {
-      name: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere, weak_type=weak)
-      for name, (shape, dtype, weak) in note["scalars"].items()
-    }
+    result = (
+      result,
+      {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere, weak_type=weak)
+        for name, (shape, dtype, weak) in note["scalars"].items()
+      },
+    )
   made, out_tree = jax.tree.flatten(result)
   used = [given[index] for index in note["used"]]
   in_avals, out_avals = _avals(used), _avals(made)

@@ -47,7 +47,7 @@ class Experiment(Recipe):
     """The train step, from where it is kept, or compiled now."""
     arguments, state = self.step_arguments(), self.abstract_state
     if found := self.kept.find("step", arguments, state):
-      print("the step was compiled before, and is loaded", flush=True)
+      print("the step was compiled in an earlier start, and is loaded", flush=True)
       return found
     return compilations.compile_aloud(
       self.lower(),
@@ -109,7 +109,7 @@ def build(config: ConfigDict, soon: Sequence[str] = ()) -> Experiment:
   of_pass = config.train.micro_batch or config.train.batch_size
   sharding.split_cpu(of_pass // distributed.count(), config.mesh.cpu_devices)
   of_source = len(train_source), len(train_source.classes)
-  devices = recipe.build_layout(config, jax.devices()).mesh.devices.ravel()
+  devices = recipe.build_layout(config, jax.devices()).mesh.devices.ravel().tolist()
   kept = programs.of(config, devices, *of_source)
   for name in soon:
     kept.begin(name)

@@ -2,8 +2,8 @@
 
 jax keeps compiled programs by what they compute, which is known only after seconds of tracing. Beside
 each of its entries a note is kept here, found by what a program is made from: config, images,
-devices, versions, flags and this package's source. So a start that changes none of these begins to
-load while it still imports and counts; every other start does as if there were no notes.
+devices, versions, flags and this package's source as it is on disk. So a start that changes none of
+these begins to load while it still imports and counts; any other goes on as if there were no notes.
 
 A note is JSON, and jax's entries are the compiler's own bytes: nothing is unpickled. A note holds the
 digest of itself and of the entry, and the facts that both were made from: one that is damaged, or
@@ -103,6 +103,7 @@ class Kept:
       return None
     try:
       note, executable = future.result()
+      _same("arguments and results", note["shapes"], _shapes(arguments, result))
       return _rebuild(note, executable, self._devices, arguments, result)
     except Exception as error:
       reason = f"{type(error).__name__}: {error}"
@@ -123,7 +124,7 @@ class Kept:
         note = _describe(compiled, self._devices, arguments, result)
         content = self._entry(entries[-1]).read_bytes()
         note |= {"entry": entries[-1], "sha256": hashlib.sha256(content).hexdigest()}
-        note |= {"facts": self._facts}
+        note |= {"facts": self._facts, "shapes": _shapes(arguments, result)}
         logs.write_atomically(path, json.dumps(note | {"digest": _digest(note)}) + "\n")
       except Exception as error:  # the run goes on without; the next one traces again
         _log.info("no note on %s: %s: %s", name, type(error).__name__, error)
@@ -164,6 +165,12 @@ def _entries() -> Iterator[list[str]]:
     yield asked
   finally:
     compilation_cache.get_cache_key = before
+
+
+def _shapes(arguments: tuple, result: Any) -> str:
+  """The digest of what a program takes and returns, and where that lives."""
+  leaves = jax.tree.leaves((arguments, result))
+  return _digest([[x.shape, str(x.dtype), str(x.sharding.spec)] for x in leaves])
 
 
 def _digest(value: Any) -> str:

@@ -118,7 +118,7 @@ def note(exp, name="step"):
     ("train.epochs=7", False),
     ("mesh.data=4", False),
     ("mesh.state=zero", False),
-    ("views.placement=host", False),
+    ("views.placement=device", False),
     ("optim.base_rate=0.1", False),
   ],
 )

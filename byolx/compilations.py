@@ -1,6 +1,7 @@
 """Compiled programs on disk, so that what was compiled once is not compiled again."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -38,7 +39,11 @@ def keep_in(folder: str, workdir: Path) -> None:
   compilation_cache.reset_cache()
 
 
-def compile_aloud(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+def compile_aloud(
+  lowered: jax.stages.Lowered,
+  platform: str,
+  compile_it: Callable[[jax.stages.Lowered], jax.stages.Compiled] = jax.stages.Lowered.compile,
+) -> jax.stages.Compiled:
   """Compiles a train step, and says before how long that usually takes, and how long it took."""
   folder = jax.config.jax_compilation_cache_dir
   kept = f", less if it is in {folder}" if folder else ""
@@ -46,7 +51,7 @@ def compile_aloud(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Comp
   wait = f"about {logs.duration(usual)}" if usual > 5 else "a few seconds"
   print(f"compiling the step ({wait}{kept}) ...", flush=True)
   began = time.monotonic()
-  compiled = lowered.compile()
+  compiled = compile_it(lowered)
   print(f"compiled in {logs.duration(time.monotonic() - began)}", flush=True)
   return compiled
 

@@ -3,6 +3,7 @@ a name in a config becomes an object."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from byolx import distributed, recipe, sharding
+from byolx import compilations, distributed, programs, recipe, sharding, train
 from byolx.config import ConfigError
 from byolx.data import (
   augment,
@@ -34,11 +35,37 @@ class Experiment(Recipe):
     sources: images.
     views: the distribution of each view.
     named: unreadable files that were named so far.
+    kept: its programs.
   """
 
   sources: "Sources"
   views: tuple[augment.ViewSpec, ...]
   named: set[str] = dataclasses.field(default_factory=set)
+  kept: programs.Kept = dataclasses.field(default_factory=programs.none)
+
+  def initialise(self) -> train.TrainState:
+    """The state at step 0, made where it lives, by a program that is kept."""
+    return self._initialiser(self.encoder_key)
+
+  @functools.cached_property
+  def _initialiser(self) -> jax.stages.Compiled:
+    arguments, state = (self.abstract_key,), self.abstract_state
+    if found := self.kept.find("initialise", arguments, state):
+      return found
+    made = train.initialiser(self.task, self.tx, self.layout, state).lower(*arguments)
+    return self.kept.compile("initialise", made, arguments, state)
+
+  def compile_step(self) -> jax.stages.Compiled:
+    """The train step, from where it is kept, or compiled now."""
+    arguments, state = self.step_arguments(), self.abstract_state
+    if found := self.kept.find("step", arguments, state):
+      print("the step was compiled in an earlier start, and is loaded", flush=True)
+      return found
+    return compilations.compile_aloud(
+      self.lower(),
+      self.mesh.devices.flat[0].platform,
+      lambda lowered: self.kept.compile("step", lowered, arguments, state),
+    )
 
   @property
   def train_source(self) -> sources.Source:
@@ -85,8 +112,12 @@ class Experiment(Recipe):
     )
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, soon: Sequence[str] = ()) -> Experiment:
   """Builds and checks everything that a config says.
+
+  Args:
+    config: all fields.
+    soon: programs that will be needed; where they are kept, they begin to load.
 
   Raises:
     ConfigError: fields that do not go together, or images that are not there.
@@ -95,9 +126,14 @@ def build(config: ConfigDict) -> Experiment:
   images = build_sources(config)
   of_pass = config.train.micro_batch or config.train.batch_size
   sharding.split_cpu(of_pass // distributed.count(), config.mesh.cpu_devices)
-  made = recipe.build(config, jax.devices(), len(images.train), len(images.train.classes))
+  of_source = len(images.train), len(images.train.classes)
+  devices = recipe.build_layout(config, jax.devices()).mesh.devices.ravel().tolist()
+  kept = programs.of(config, devices, *of_source)
+  for name in soon:
+    kept.begin(name)
+  made = recipe.build(config, jax.devices(), *of_source)
   _check_evaluation(config)
-  return Experiment(**vars(made), sources=images, views=build_views(config))
+  return Experiment(**vars(made), sources=images, views=build_views(config), kept=kept)
 
 
 class Sources(NamedTuple):

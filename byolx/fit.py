@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 import byolx
 from byolx import (
   checkpoint,
-  compilations,
   config,
   distributed,
   logs,
@@ -222,7 +221,7 @@ def _open_log(exp: Experiment, workdir: Path, start: int) -> logs.RunLog:
 
 
 def _compile(exp: Experiment) -> Callable:
-  compiled = compilations.compile_aloud(exp.lower(), exp.mesh.devices.flat[0].platform)
+  compiled = exp.compile_step()
   # On CPUs the first exchange between processes fails where one comes 30 s after another.
   distributed.barrier("compiled")
   return compiled

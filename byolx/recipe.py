@@ -120,11 +120,19 @@ class Recipe:
       remat=self.config.train.remat,
       abstract=self.abstract_state,
     )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(self.mesh))
     platform = self.mesh.devices.flat[0].platform
-    traced = step.trace(self.abstract_state, self.abstract_batch(), key)
+    traced = step.trace(*self.step_arguments())
     return traced.lower(lowering_platforms=(platform,))
+
+  def step_arguments(self) -> tuple[train.TrainState, Batch, jax.ShapeDtypeStruct]:
+    """What a train step takes: shapes, types and shardings of state, batch and key."""
+    return self.abstract_state, self.abstract_batch(), self.abstract_key
+
+  @property
+  def abstract_key(self) -> jax.ShapeDtypeStruct:
+    """What every key is."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(self.mesh))
 
 
 def build(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) -> Recipe:

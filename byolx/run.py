@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from byolx import (
   checkpoint,
-  classification,
   compilations,
   config,
   distributed,
@@ -21,8 +20,6 @@ from byolx import (
   fit,
   logs,
   overview,
-  pretraining,
-  probe,
   results,
   train,
 )
@@ -46,7 +43,8 @@ def train_run(cfg: ConfigDict, workdir: Path) -> list[dict]:
     train.DivergedError: a loss that is not finite; the last good checkpoint stays.
   """
   compilations.keep_in(cfg.compile.cache, workdir)
-  exp = experiment.build(cfg)
+  begun = (workdir / "checkpoints").exists()
+  exp = experiment.build(cfg, soon=("step",) if begun else ("step", "initialise"))
   claim(workdir, cfg)
   print(overview.describe(exp, workdir), flush=True)
   if distributed.is_writer():
@@ -63,6 +61,9 @@ def train_run(cfg: ConfigDict, workdir: Path) -> list[dict]:
 
 def conclude(exp: Experiment, state: train.TrainState, workdir: Path) -> list[dict]:
   """Measures what a finished run has trained; the records of `results.json`."""
+  # scikit-learn and matplotlib take seconds that a first step need not wait for.
+  from byolx import classification, pretraining
+
   if exp.config.task == "pretrain":
     return pretraining.conclude(exp, state, workdir)
   return classification.conclude(exp, state, workdir)
@@ -100,6 +101,8 @@ def train_seeds(cfg: ConfigDict, workdir: Path, seeds: list[int]) -> list[dict]:
   means += results.mean_over_seeds(chosen)
   if distributed.is_writer():
     logs.write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
+  from byolx import classification, probe
+
   table = probe.format_table if cfg.task == "pretrain" else classification.format_table
   print(f"\nMean over seeds {', '.join(map(str, seeds))}\n{table(means)}")
   return every + means

@@ -63,7 +63,7 @@ def refused(byolx, monkeypatch):
   def compiles(*args, **kwargs):
     raise AssertionError("got as far as compiling")
 
-  monkeypatch.setattr(train, "initialise", compiles)
+  monkeypatch.setattr(train, "initialiser", compiles)
   monkeypatch.setattr(train, "compile_step", compiles)
 
   def run(*arguments):

@@ -213,7 +213,7 @@ def test_a_run_says_what_it_does_and_found(seeds):
   out, err = seeds[1].out, seeds[1].err
   assert "steps     89 of 96 images, 6 epochs" in out
   assert "1,437 to train on, 360 held out (digits, 10 classes)" in out
-  assert out.index("workdir") < out.index("compiling the step")
+  assert out.index("workdir") < out.index("the step")
   assert "step 89/89  epoch 5.9" in err
   table = out[out.rindex("Mean over seeds 0, 1") :]
   for encoder in ("online", "target", "random", "pixels"):

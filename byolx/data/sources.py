@@ -13,6 +13,7 @@ The others are made in `folders` (image trees: a folder of one's own, ImageNet, 
 """
 
 import gzip
+import importlib.util
 import math
 import os
 import zlib
@@ -193,14 +194,19 @@ def digits(split: str, test_share: float = 0.2) -> ArraySource:
   Raises:
     ValueError: unknown split, or a share outside [0, 1).
   """
-  from sklearn.datasets import load_digits  # half a second, which only this source should cost
-
   check_split(split)
-  data = load_digits()
-  labels = data.target.astype(np.int32)
+  table = _digits_table()
+  labels = table[:, -1].astype(np.int32)
   chosen = stratified_holdout(labels, test_share, SPLIT_SEED)[SPLITS.index(split)]
-  images = np.rint(data.images[chosen] * (255 / 16)).astype(np.uint8)
+  images = np.rint(table[chosen, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
   return ArraySource("digits", images, labels[chosen], tuple(str(i) for i in range(10)))
+
+
+def _digits_table() -> np.ndarray:
+  """The file that `sklearn.datasets.load_digits` reads; to import scikit-learn would take seconds."""
+  package = importlib.util.find_spec("sklearn").submodule_search_locations[0]
+  with gzip.open(Path(package) / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+    return np.loadtxt(file, delimiter=",")
 
 
 def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:

@@ -21,7 +21,7 @@ def get_config():
   config.task = "linear"
   config.init = {"inherit": ("data", "views", "model", "eval")}
   config.data = {"validation": "share"}
-  config.optim = {"name": "sgd", "rates": (0.4, 0.05), "weight_decay": 0.0, "warmup_epochs": 0.0}
+  config.optim = {"name": "sgd", "rates": (8.0, 0.4), "weight_decay": 0.0, "warmup_epochs": 0.0}
   config.train = {"epochs": 20, "batch_size": 96}
   config.log = {"every_steps": 5}
   config.mesh = {"data": 1}
@@ -87,7 +87,7 @@ def test_the_best_rate_on_validation_images_is_tested_once(linear):
   validation = [r for r in records if r["split"] == "validation"]
   test = [r for r in records if r["split"] == "test"]
   assert [(r["rate"], r["metric"]) for r in validation] == [
-    (rate, metric) for rate in (0.4, 0.05) for metric in ("top1", "top5")
+    (rate, metric) for rate in (8.0, 0.4) for metric in ("top1", "top5")
   ]
   top1 = {r["rate"]: r["value"] for r in validation if r["metric"] == "top1"}
   best = max(top1, key=top1.get)
@@ -114,7 +114,7 @@ def test_everything_is_in_the_workdir(linear):
   }  # fmt: skip
   assert "1,293 to train on, 144 to choose by, 360 to test on (digits, 10 classes)" in out
   assert "the encoder is bit by bit the one that was loaded" in out
-  assert "heads     2 side by side, base rates 0.4, 0.05" in out
+  assert "heads     2 side by side, base rates 8, 0.4" in out
   assert "top-1" in err
   assert "online top-1" not in err
 

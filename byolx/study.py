@@ -6,6 +6,7 @@ the protocol says so (E.2, E.3), and tested once.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from byolx import config, grids, results, selection
 from byolx.children import Run
 from byolx.config import ConfigError
+from byolx.fields import FIELDS
 from byolx.selection import By
 
 ALL = "all"
@@ -145,6 +147,10 @@ def cell_run(sweep: Sweep, cell: Cell) -> Run:
 
 
 def _train(sweep: Sweep, name: str, workdir: Path, overrides: Sequence[str]) -> Run:
+  if sweep.base.compile.cache == FIELDS["compile.cache"].default:
+    # One folder for all: a cell's programs are those of its tests with other seeds.
+    shared = os.path.relpath(sweep.workdir / "compiled", workdir)
+    overrides = (*overrides, f"--config.compile.cache={shared}")
   words = ("train", f"--config={sweep.config}", *overrides, f"--workdir={workdir}")
   return Run(name, workdir, words, config.load(sweep.config, overrides))
 

@@ -14,10 +14,10 @@ pretrained=$1 folder=$2
 jobs=${JOBS:-2}
 linear_epochs=${LINEAR_EPOCHS:-4}
 shares=${SHARES:-0.01 0.1 1.0}
-epochs=(${EPOCHS:-40 12 2}) # for each share
+epochs=(${EPOCHS:-40 8 2}) # for each share
 seeds=(${SEEDS:-0,1,2 0,1,2 0})
 batch=${BATCH:-64}
-rates=${RATES:-0.05,0.2,0.8}
+rates=${RATES:-0.1,0.4}
 one_core="--config.mesh.cpu_devices=1 --config.log.every_seconds=60"
 
 say() { printf '\n== %s\n' "$*"; }
@@ -47,6 +47,5 @@ for share in $shares; do
 done
 
 say "all of it"
-byolx report "$folder"/* --output="$folder/report.md"
-byolx report "$folder"/* --figure="$folder/labels.png"
+byolx report "$folder" --output="$folder/report.md" --figure="$folder/labels.png"
 cat "$folder/report.md"

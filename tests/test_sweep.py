@@ -446,6 +446,7 @@ def test_a_dry_run_prints_what_would_run_now(sweeps):
       *command.split(),
       f"--config.model.blocks={value}",
       "--config.eval.test=False",
+      "--config.compile.cache=../../compiled",
       f"--workdir={sweeps.workdir}/cells/{label}",
     ]
     for value, label in (("(1,)", "blocks-1"), ("(1, 2)", "blocks-1-2"))
@@ -455,7 +456,7 @@ def test_a_dry_run_prints_what_would_run_now(sweeps):
   assert printed == [
     f"byolx eval --from={sweeps.workdir}/cells/blocks-1 --test",
     f"{command} '--config.model.blocks=(1,)' --config.seed=1 --config.eval.test=True "
-    f"--workdir={sweeps.workdir}/final/all/seed_1",
+    f"--config.compile.cache=../../../compiled --workdir={sweeps.workdir}/final/all/seed_1",
   ]
   run_lines(sweeps, printed)
   assert lines(*words) == []

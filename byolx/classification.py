@@ -125,6 +125,8 @@ def _facts(exp: Experiment, state: train.TrainState, workdir: Path) -> dict[str,
     "devices": f"{exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}",
     "pretrained_on": before.get("data"),
     "pretrain": before.get("changes"),
+    "pretrain_step": before.get("step"),
+    "pretrain_finished": before.get("finished"),
   }
 
 

@@ -17,8 +17,10 @@ _PROBES = {"linear": "linear probe", "knn": "k-NN", "online_probe": "online prob
 _TASK_NAMES = {"finetune": "fine-tuning"}
 _METRICS = {"top1": "top-1", "top5": "top-5"}
 _UNSHAPING = ("seed", "init.workdir")  # the second names a place; `pretrain` says what is there
-_RECORD_KEYS = ("task", "protocol", "encoder", "labels", "split", "metric", "step", "pretrained_on")
-_ORIGIN = ("pretrained_on",)
+_RECORD_KEYS = (
+  *("task", "protocol", "encoder", "labels", "split", "metric", "step"),
+  *("pretrained_on", "pretrain_step"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,10 @@ def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str
   """
   if record.get("chosen", True) is False or (condition.config and not config):
     return False
+  if record.get("pretrain_finished") is False:  # the paper has no number of half a pretraining
+    return False
   for key, wanted in condition.record.items():
-    if key in _ORIGIN and key not in record and not condition.origin_known:
+    if key == "pretrained_on" and key not in record and not condition.origin_known:
       continue
     known = record.get(key)
     if key == "data" and known is None:
@@ -208,14 +212,19 @@ def _repeats(group: Sequence[Measurement]) -> list[list[Measurement]]:
   """A group, cut by commits where these ran the same seeds; what is there twice counts once."""
   distinct: dict[tuple, Measurement] = {}
   for one in group:
-    distinct.setdefault((_seeds(one), one.record.get("commit"), one.record["value"]), one)
+    distinct.setdefault((_seeds(one), _commit(one), one.record["value"]), one)
   kept = list(distinct.values())
   if len({_seeds(one) for one in kept}) == len(kept):
     return [kept]
   by_commit: dict[Any, list[Measurement]] = {}
   for one in kept:
-    by_commit.setdefault(one.record.get("commit"), []).append(one)
+    by_commit.setdefault(_commit(one), []).append(one)
   return list(by_commit.values())
+
+
+def _commit(one: Measurement) -> str:
+  """That of its record; a mean over runs of several commits lists them."""
+  return json.dumps(one.record.get("commit"))
 
 
 def _seeds(one: Measurement) -> str:
@@ -247,7 +256,9 @@ def _mean(group: Sequence[Measurement]) -> Result:
   )
 
 
-def _distinct(names: Iterable[str | None]) -> tuple[str, ...]:
+def _distinct(found: Iterable[str | list[str] | None]) -> tuple[str, ...]:
+  """Each name once; a mean over runs that differ lists theirs."""
+  names = [name for one in found for name in (one if isinstance(one, list) else [one])]
   return tuple(dict.fromkeys(name for name in names if name))
 
 

@@ -4,7 +4,6 @@ a name in a config becomes an object."""
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -148,7 +147,9 @@ class Sources(NamedTuple):
   @property
   def held_out(self) -> tuple[str, sources.Source]:
     """What a run that chooses nothing is measured on, and the name of that split."""
-    return ("validation", self.validation) if self.validation else ("test", self.test)
+    if self.validation is not None:
+      return "validation", self.validation
+    return "test", self.test
 
 
 def build_sources(config: ConfigDict) -> Sources:
@@ -172,9 +173,16 @@ def build_sources(config: ConfigDict) -> Sources:
   if not whole:
     rest, held = _validation(config, train)
   used, held = _used(config, train, rest, held)
+  validation = None if whole else sources.subset(train, held)
+  if config.task != "pretrain":
+    for name, images in (("validation", validation), ("test", test)):
+      if images is not None and not (images.labels >= 0).any():
+        raise ConfigError(
+          f"task={config.task}: none of the {len(images)} {name} images is labelled"
+        )
   return Sources(
     train if len(used) == len(train) else sources.subset(train, used),
-    None if whole else sources.subset(train, held),
+    validation,
     test,
     round(len(used) / len(train), 4) if config.data.label_list else config.data.labels,
   )
@@ -229,8 +237,7 @@ def _used(
         f"data.labels={data.labels} with data.label_list={data.label_list}: expected one of them"
       )
     try:
-      wanted = Path(data.label_list).read_text().split()
-      used = splits.listed(train.names, wanted)
+      used = splits.listed(train.names, splits.read_list(data.label_list))
     except (OSError, ValueError) as error:
       raise ConfigError(f"data.label_list={data.label_list}: {error}") from None
     return used, np.setdiff1d(held, used)
@@ -285,6 +292,11 @@ def _check_origin(config: ConfigDict) -> None:
     raise ConfigError(
       f"task=supervised with init.workdir={given}: it starts from scratch; expected task=finetune, or "
       "init.like to take only fields from that run"
+    )
+  if config.init.inherit and not (config.init.like or given):
+    raise ConfigError(
+      f"init.inherit={tuple(config.init.inherit)} without init.like or init.workdir: expected the run "
+      "whose fields are taken"
     )
   if config.task != "pretrain" and config.data.validation == "none" and not config.eval.test:
     raise ConfigError(

@@ -269,7 +269,7 @@ FIELDS: dict[str, Field] = {
   "optim.rates": Field(
     (),
     "linear: base rates of classifiers that are trained side by side, the best of which is chosen on "
-    "the validation images; empty: optim.base_rate alone",
+    "the validation images; empty: optim.base_rate alone. One that diverges stops them all",
     each(above(0)),
   ),
   "optim.batch_scaling": Field(True, "base rates are per 256 images of a batch, or as they are"),

@@ -232,7 +232,7 @@ def _writer(exp: Experiment, log: logs.RunLog) -> Callable[[int, dict[str, float
   warned = set()
 
   def write(step: int, scalars: dict[str, float]) -> None:
-    log.write(step, {**scalars, "rate": float(exp.rate(step - 1))})
+    log.write(step, {**scalars, "rate": exp.rate_at(step - 1)})
     size = exp.config.byol.projection_size
     if "std" not in scalars or warned or step <= exp.warmup_steps:
       return

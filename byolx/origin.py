@@ -33,11 +33,23 @@ def new_state(exp: Experiment, workdir: Path) -> train.TrainState:
   state, table = graft.apply(state, encoder)
   state = jax.device_put(state, train.state_shardings(exp.abstract_state))
   print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")
-  facts = {"data": encoder.data.get("source"), "changes": config.changes(encoder.config)}
-  _write(workdir / LINEAGE, encoder.lineage | facts)
+  _write(workdir / LINEAGE, encoder.lineage | _facts(encoder))
   if exp.config.task == "linear":
     _write(workdir / FROZEN, digest.digests(graft.arrays_of(state)))
   return state
+
+
+def _facts(encoder: graft.Encoder) -> dict[str, Any]:
+  """What the encoder was trained on, by which config where not the default, and whether to its end."""
+  flat = encoder.config
+  if not flat or "images" not in encoder.data:
+    return {"data": encoder.data.get("source"), "changes": None, "finished": None}
+  steps = flat["train.epochs"] * encoder.data["images"] // flat["train.batch_size"]
+  return {
+    "data": encoder.data["source"],
+    "changes": config.changes(flat),
+    "finished": encoder.lineage["step"] >= steps,
+  }
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

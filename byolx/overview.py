@@ -48,7 +48,7 @@ def _held_out(images: Sources) -> str:
 
 def _rates(exp: Experiment) -> str:
   o, batch = exp.config.optim, exp.config.train.batch_size
-  peak = float(exp.rate(exp.warmup_steps))
+  peak = exp.rate_at(exp.warmup_steps)
   scaled = f" ({(o.rates or [o.base_rate])[0]:g} * {batch} / 256)" if o.batch_scaling else ""
   start = f"0 to {peak:g}{scaled} in {exp.warmup_steps:,} steps, then " if exp.warmup_steps else ""
   start = start or f"{peak:g}{scaled}, "

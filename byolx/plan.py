@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from byolx import aot, experiment, recipe, sharding, tpu
 from byolx.config import ConfigError
-from byolx.data import sources
+from byolx.data import sources, splits
 
 KNOWN = {
   "imagenet": (1_281_167, 1000),
@@ -260,7 +260,7 @@ def count_images(config: ConfigDict, terms: Terms) -> tuple[int, int]:
 def _used(data: ConfigDict, images: int) -> int:
   """How many of a source's training images are trained on, by the fields of `data`."""
   if data.label_list:
-    return len(Path(data.label_list).read_text().split())
+    return len(set(splits.read_list(data.label_list)))
   held = HELD_OUT.get(data.validation, math.ceil(data.validation_share * images))
   return min(images - held, round(data.labels * images))
 

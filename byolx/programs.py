@@ -15,6 +15,7 @@ What jax does not say in public about a compiled program is read and rebuilt her
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -190,7 +191,11 @@ def of(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) ->
   folder = jax.config.jax_compilation_cache_dir
   if not folder or "://" in folder or jax.process_count() > 1:
     return none()
-  return Kept(Path(folder), facts(config, devices, images, classes), devices)
+  try:
+    return Kept(Path(folder), facts(config, devices, images, classes), devices)
+  except Exception as error:  # a backend may not say what it is: then programs are traced, as ever
+    _log.info("no programs are kept: %s: %s", type(error).__name__, error)
+    return none()
 
 
 def facts(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) -> dict[str, Any]:
@@ -228,8 +233,9 @@ def facts(config: ConfigDict, devices: Sequence[Any], images: int, classes: int)
   }
 
 
+@functools.cache
 def source_digest(folder: Path = Path(__file__).parent) -> str:
-  """Of every Python file below a folder, names and contents."""
+  """Of every Python file below a folder, names and contents; as they were at the first call."""
   digest = hashlib.sha256()
   for path in sorted(folder.rglob("*.py")):
     digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
@@ -356,3 +362,6 @@ def _rebuild(
 
 def _avals(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
   return [core.shaped_abstractify(x) for x in shapes]
+
+
+source_digest()  # now, when the code that will run is being read: it may be edited before it is asked for

@@ -7,7 +7,7 @@ program that `byolx train` runs.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,12 @@ class Recipe:
   def step_key(self) -> Array:
     """The key that losses draw from."""
     return jax.random.fold_in(jax.random.key(self.config.seed), 1)
+
+  @functools.cached_property
+  def rate_at(self) -> Callable[[int], float]:
+    """The learning rate at a step, counted from 0: one small program, where `rate` would be many."""
+    compiled = jax.jit(self.rate)
+    return lambda step: float(compiled(step))
 
   def normalise(self, image: Array) -> Array:
     """uint8 images as the encoder takes them."""
@@ -244,6 +250,11 @@ def build_task(config: ConfigDict, classes: int, steps: int, products: bool | No
   Raises:
     ConfigError: fields that do not go together.
   """
+  if config.optim.rates and config.task != "linear":
+    raise ConfigError(
+      f"optim.rates={tuple(config.optim.rates)} with task={config.task}: rates go side by side on a "
+      "frozen encoder only (task=linear); expected optim.base_rate, or a sweep"
+    )
   if config.task == "pretrain":
     return _pretraining(config, classes, steps, products)
   return _classification(config, classes, products)
@@ -260,11 +271,6 @@ def _classification(config: ConfigDict, classes: int, products: bool | None) -> 
     raise ConfigError(
       f"task={config.task}: the images of data.source={config.data.source} have {classes} classes; "
       "expected labels of at least two"
-    )
-  if heads > 1 and config.task != "linear":
-    raise ConfigError(
-      f"optim.rates={tuple(config.optim.rates)} with task={config.task}: several rates go side by side "
-      "on a frozen encoder only (task=linear); expected optim.base_rate, or a sweep"
     )
   if heads > 1 and config.optim.name != "sgd":
     raise ConfigError(

@@ -23,8 +23,8 @@ def read(workdir: Path) -> list[Record]:
 def mean_over_seeds(records: Sequence[Record], keys: Sequence[str] = KEYS) -> list[Record]:
   """Records that agree in `keys`, averaged, in the order of the first of each.
 
-  `interval` is half the range over seeds, as the paper states it, None for one seed; `n` is the sum
-  of theirs; `seed` lists the seeds, and so does anything else in which they differ list theirs.
+  `interval` is half the range over seeds, as the paper states it, that of the record for one seed; `n`
+  is the sum of theirs; `seed` lists the seeds, and so does anything else in which they differ.
   """
   groups: dict[tuple, list[Record]] = {}
   for record in records:
@@ -38,7 +38,7 @@ def _mean(group: Sequence[Record]) -> Record:
   return {
     **{name: each if each != each[:1] * len(each) else each[0] for name, each in every.items()},
     "value": float(np.mean(values)),
-    "interval": float(np.ptp(values) / 2) if len(values) > 1 else None,
+    "interval": float(np.ptp(values) / 2) if len(values) > 1 else group[0].get("interval"),
     "n": sum(every["n"]),
     "seed": every["seed"],
   }

@@ -106,10 +106,36 @@ def build(
     raise ConfigError(f"--per={unknown[0]}: expected a field of the grid: {', '.join(varied)}")
   cells = tuple(_cell(path, overrides, fields, per) for fields in grid.cells)
   base = config.load(path, overrides)
+  for cell in cells:
+    _check_cell(cell.config, varied, by, retrain)
   _check_labels(cells, per)
   return Sweep(
     path, tuple(overrides), workdir, cells, per, by, tuple(seeds) or (base.seed,), retrain, base
   )
+
+
+def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) -> None:
+  """Refuses what would be found out only after the cells have run."""
+  if cell.task == "pretrain" and not retrain:
+    raise ConfigError(
+      "task=pretrain: a run with validation images is measured on these; expected --retrain, which "
+      "tests what was trained on all training images"
+    )
+  if cell.task == "pretrain" and {key for key, _ in by.only} != {"protocol", "encoder", "labels"}:
+    raise ConfigError(
+      f"--select={by}: a pretraining run has records of several probes; expected such as "
+      "--select=top1:protocol=linear,encoder=online,labels=1.0"
+    )
+  if retrain and (cell.data.labels < 1 or cell.data.label_list):
+    raise ConfigError(
+      f"--retrain with data.labels={cell.data.labels}, data.label_list={cell.data.label_list!r}: as many "
+      "labels are trained on with validation images as without; expected no --retrain"
+    )
+  if "optim.base_rate" in varied and cell.optim.rates:
+    raise ConfigError(
+      f"--grid: optim.base_rate has no meaning beside optim.rates={tuple(cell.optim.rates)}; expected "
+      "optim.rates in the grid, or --config.optim.rates=()"
+    )
 
 
 def _check_labels(cells: Sequence[Cell], per: Sequence[str]) -> None:

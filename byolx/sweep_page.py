@@ -147,7 +147,7 @@ def summarise(
   summary = []
   for group, runs in finals.items():
     records = [
-      {**record, "seed": seed, "workdir": str(r.workdir)}
+      {**record, "seed": seed}
       for seed, r in zip(sweep.seeds, runs, strict=True)
       for record in study.tested(r)
     ]
@@ -159,7 +159,7 @@ def summarise(
           "n": len(mean["seed"]),
           "group": group,
           "cell": choices[group].cell.fields,
-          "workdir": [str(folder) for folder in folders],
+          "workdir": [os.path.relpath(folder, sweep.workdir) for folder in folders],
         }
       )
   return summary

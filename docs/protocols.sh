@@ -31,17 +31,18 @@ byolx sweep --config=configs/linear.py --grid=table7 --seeds=0,1,2 --jobs="$jobs
 i=0
 for share in $shares; do
   for method in finetune supervised randaugment; do
+    passes=epochs=${epochs[$i]}
     case $method in
-      finetune) run=(--config=configs/finetune.py --config.init.workdir="$pretrained") ;;
-      supervised) run=(--config=configs/supervised.py --config.init.like="$pretrained") ;;
+      finetune) run=(--config=configs/finetune.py:"$passes" --config.init.workdir="$pretrained") ;;
+      supervised) run=(--config=configs/supervised.py:"$passes" --config.init.like="$pretrained") ;;
       randaugment)
-        run=(--config=configs/supervised.py:views=randaugment --config.init.like="$pretrained") ;;
+        run=(--config=configs/supervised.py:"$passes",views=randaugment
+          --config.init.like="$pretrained") ;;
     esac
     say "$method, $share of the labels"
     # shellcheck disable=SC2086
     byolx sweep "${run[@]}" --grid=optim.base_rate="$rates" --seeds="${seeds[$i]}" --jobs="$jobs" \
-      --config.data.labels="$share" --config.train.epochs="${epochs[$i]}" \
-      --config.train.batch_size="$batch" $one_core --workdir="$folder/${method}_$share"
+      --config.data.labels="$share" --config.train.batch_size="$batch" $one_core --workdir="$folder/${method}_$share"
   done
   i=$((i + 1))
 done

@@ -81,8 +81,8 @@ def test_appendix_d1_has_its_rates_and_epochs():
   figure = grids.GRIDS["figure4"]
   assert len(figure.cells) == 70
   assert figure.per == ("data.labels",)
-  rates = [cell["optim.base_rate"] for cell in grids.GRIDS["linear_rates"].cells]
-  assert rates == [0.4, 0.3, 0.2, 0.1, 0.05]
+  rates = [cell["optim.rates"] for cell in grids.GRIDS["linear_rates"].cells]
+  assert rates == [(0.4,), (0.3,), (0.2,), (0.1,), (0.05,)]
 
 
 def test_table_7_regularises_by_both_or_neither():
@@ -117,12 +117,12 @@ def test_lists_stand_in_brackets():
 def test_the_product_of_named_and_spelled_grids_keeps_what_is_studied_apart(monkeypatch):
   apart = grids.Grid(grids.vary("model.width", (1, 2)), per=("model.width",))
   monkeypatch.setitem(grids.GRIDS, "widths", apart)
-  grid = grids.read(["widths", "linear_rates"])
+  grid = grids.read(["widths", "semi_supervised"])
   assert grid.per == ("model.width",)
-  assert len(grid.cells) == 10
+  assert len(grid.cells) == 20
   assert grid.cells[:2] == [
-    {"model.width": 1, "optim.base_rate": 0.4},
-    {"model.width": 1, "optim.base_rate": 0.3},
+    {"model.width": 1, "optim.base_rate": 0.01, "train.epochs": 30},
+    {"model.width": 1, "optim.base_rate": 0.01, "train.epochs": 50},
   ]
 
 
@@ -137,7 +137,7 @@ def test_the_product_of_named_and_spelled_grids_keeps_what_is_studied_apart(monk
     (["optim.base_rate=1,"], "optim.base_rate='': expected a number"),
     (["optim.base_rate=1,-1"], "optim.base_rate=-1.0: expected a finite number above 0"),
     (["model.blocks=(1,2"], "model.blocks='(1,2': expected values in brackets"),
-    (["linear_rates", "optim.base_rate=1"], "optim.base_rate is in --grid=linear_rates as well"),
+    (["rate_decay", "optim.base_rate=1"], "optim.base_rate is in --grid=rate_decay as well"),
   ],
 )
 def test_grids_that_cannot_be(words, said):

@@ -17,9 +17,10 @@ def test_what_differs_only_in_the_seed_is_averaged():
   assert (mean["n"], mean["seed"], mean["metric"]) == (3, [0, 1, 2], "same")
 
 
-def test_one_seed_has_no_interval():
-  (mean,) = results.mean_over_seeds([record(4, 0.5, interval=0.1, n=3)])
-  assert (mean["value"], mean["interval"], mean["n"], mean["seed"]) == (0.5, None, 3, [4])
+def test_one_seed_has_the_interval_that_it_had():
+  for interval in (None, 0.1):
+    (mean,) = results.mean_over_seeds([record(4, 0.5, interval=interval, n=3)])
+    assert (mean["value"], mean["interval"], mean["n"], mean["seed"]) == (0.5, interval, 3, [4])
 
 
 def test_what_else_differs_is_listed():

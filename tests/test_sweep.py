@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 def get_config(validation="last_10009"):
   config = ConfigDict()
+  config.task = "linear"
   config.data = {"validation": validation}
   return config
 """
@@ -110,7 +111,7 @@ def test_the_best_cell_is_chosen_and_it_alone_is_tested(sweeps):
   assert result["interval"] is None
   assert (result["n"], result["seed"]) == (1, [0])
   assert result["cell"] == {"optim.base_rate": 0.1}
-  assert result["workdir"] == [str(sweeps.workdir / "cells" / BEST)]
+  assert result["workdir"] == [f"cells/{BEST}"]
   chosen = sweeps.read("sweep.json")["chosen"]["all"]
   assert chosen["label"] == BEST
   assert chosen["validation"] == pytest.approx(
@@ -224,9 +225,7 @@ def test_results_are_averaged_over_seeds(sweeps):
   assert result["value"] == pytest.approx((0.75 + 0.76 + 0.79) / 3)
   assert result["interval"] == pytest.approx(0.02)
   assert (result["n"], result["seed"]) == (3, [0, 1, 2])
-  assert result["workdir"] == [
-    str(sweeps.workdir / name) for name in (f"cells/{BEST}", "final/all/seed_1", "final/all/seed_2")
-  ]
+  assert result["workdir"] == [f"cells/{BEST}", "final/all/seed_1", "final/all/seed_2"]
   final = sweeps.config_of("final/all/seed_2")
   assert (final.seed, final.optim.base_rate, final.eval.test) == (2, 0.1, True)
   assert final.data.validation == "last_10009"
@@ -489,6 +488,19 @@ def run_lines(sweeps, lines):
       "data.validation='none': expected validation images",
     ),
     ([RATES, "--config.optim.base_rat=1"], "unknown field optim.base_rat"),
+    (
+      [RATES, "--config.optim.rates=(0.1,)"],
+      "optim.base_rate has no meaning beside optim.rates=(0.1,)",
+    ),
+    ([RATES, "--config.task=pretrain"], "task=pretrain: a run with validation images is measured"),
+    (
+      [RATES, "--config.task=pretrain", "--retrain"],
+      "--select=top1: a pretraining run has records of several probes",
+    ),
+    (
+      [RATES, "--config.data.labels=0.1", "--retrain"],
+      "as many labels are trained on with validation images as without",
+    ),
     (["--grid=init.workdir=a/b,a-b"], "two cells are called workdir-a-b"),
     (["--grid=init.workdir=" + "a" * 300], "expected a name of at most 200 letters"),
   ],

@@ -23,7 +23,7 @@ examples:
   byolx sweep --config=FILE --grid=figure4 --jobs=2 --workdir=runs/figure4
   byolx sweep --config=FILE --grid=model.width=1,2 --grid=rate_decay --per=model.width --workdir=runs/w
 
-named grids: table9, seeds, table15_rate, table15_decay, rate_decay, table16, table14_depth,
+named grids: table9, seeds (of the launchers alone), table15_rate, table15_decay, rate_decay, table16, table14_depth,
   table14_size, linear_rates, semi_supervised, figure4, table7; what they hold is in byolx/grids.py
 
 In the workdir: sweep.json (cells, what was chosen and by which values), results.json (the tests),

@@ -8,7 +8,8 @@ from byolx.cli import options
 
 _TRAIN = """\
 Pretrain an encoder without labels by BYOL, then tell what it learned: k-NN and linear probe at
-several shares of the labels, beside the same network untrained and raw pixels.
+several shares of the labels, beside the same network untrained and raw pixels. Or, by the config's
+task, train classifiers: on a frozen encoder, with the encoder it starts from, or from scratch.
 
 Start the same command again and the run goes on where it stopped.
 """
@@ -17,17 +18,23 @@ examples:
   byolx train --config=configs/quickstart.py
   byolx train --config=configs/quickstart.py --seeds=0,1,2
   byolx train --config=configs/image_folder.py --config.data.folder=photos --workdir=runs/photos
+  byolx train --config=configs/linear.py --config.init.workdir=runs/photos --workdir=runs/linear
   byolx train --config=configs/pretrain_imagenet.py:arch=resnet200,width=2 --config.optim.base_rate=0.3
 
 Every field is listed by `byolx fields`. In the workdir: config.json, metrics.jsonl, tensorboard/,
-checkpoints/, results.json, parameters.txt, curves.png, views.png, embedding.png.
+checkpoints/, results.json, parameters.txt, curves.png, views.png; of pretraining embedding.png; of
+an encoder that came from another run lineage.json.
 """
 
 
 def add(command) -> None:
   """Adds the command; see `byolx.cli.main`."""
   sub = command(
-    "train", _run, "pretrain an encoder and evaluate it", description=_TRAIN, epilog=_TRAIN_MORE
+    "train",
+    _run,
+    "pretrain an encoder or train classifiers",
+    description=_TRAIN,
+    epilog=_TRAIN_MORE,
   )
   sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=options.CONFIG_HELP)
   sub.add_argument("--workdir", type=Path, help="default: runs/NAME_OF_CONFIG")

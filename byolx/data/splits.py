@@ -81,11 +81,16 @@ def labelled_share(
 
 
 def listed(names: Sequence[str], wanted: Sequence[str]) -> Int64[np.ndarray, "k"]:
-  """Indices, sorted, of the names that a list has; what stands before a last slash is ignored.
+  """Indices, sorted, of the names that a list has.
+
+  Names are compared whole, or where some are not there like that, by what follows their last slash.
 
   Raises:
     ValueError: a name of the list is not there, or fits several.
   """
+  whole = {name: number for number, name in enumerate(names)}
+  if all(name in whole for name in wanted):
+    return np.unique([whole[name] for name in wanted]).astype(np.int64)
   index: dict[str, int] = {}
   for number, name in enumerate(names):
     base = name.rpartition("/")[2]
@@ -101,6 +106,16 @@ def listed(names: Sequence[str], wanted: Sequence[str]) -> Int64[np.ndarray, "k"
   if twice:
     raise ValueError(f"{len(twice)} listed names fit several images, such as {twice[0]}")
   return np.unique([index[base] for base in bases]).astype(np.int64)
+
+
+def read_list(path: str | os.PathLike[str]) -> list[str]:
+  """The names in a file, one a line.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    return [line.strip() for line in file if line.strip()]
 
 
 def stratified_holdout(

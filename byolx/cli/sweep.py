@@ -19,12 +19,13 @@ Start the same command again and it runs what is missing; with more cells or see
 _SWEEP_MORE = """\
 examples:
   byolx sweep --config=FILE --grid=optim.base_rate=0.1,0.2,0.4 --workdir=runs/rates
-  byolx sweep --config=FILE --grid=semi_supervised --seeds=0,1,2 --retrain --workdir=runs/semi
-  byolx sweep --config=FILE --grid=figure4 --jobs=2 --workdir=runs/figure4
+  byolx sweep --config=configs/semi_supervised_imagenet.py:labels=0.1 --grid=semi_supervised ...
+  byolx sweep --config=configs/finetune.py --config.init.workdir=runs/photos --grid=figure4 --jobs=2 ...
   byolx sweep --config=FILE --grid=model.width=1,2 --grid=rate_decay --per=model.width --workdir=runs/w
 
-named grids: table9, seeds (of the launchers alone), table15_rate, table15_decay, rate_decay, table16, table14_depth,
-  table14_size, linear_rates, semi_supervised, figure4, table7; what they hold is in byolx/grids.py
+named grids: table9, seeds, table15_rate, table15_decay, rate_decay, table16, table14_depth,
+  table14_size, linear_rates, semi_supervised, figure4, table7; what they hold is in byolx/grids.py.
+  `seeds` is for the launchers; here, --seeds does it.
 
 In the workdir: sweep.json (cells, what was chosen and by which values), results.json (the tests),
 cells/*/ and final/*/seed_*/ (workdirs of `byolx train`, each with its output in log.txt).

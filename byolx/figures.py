@@ -15,7 +15,7 @@ from byolx.comparison import Result
 
 _METRICS = {"top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)"}
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_FEW = 6  # lines that colours alone tell apart
+_FEW = len(report.COLOURS)  # lines that colours alone tell apart
 _SHORT = 34  # letters of a bar's name on one line
 
 Name = tuple[str, str]

@@ -76,7 +76,10 @@ def evaluate_run(workdir: Path, test: bool = False) -> list[dict]:
     workdir: of a run.
     test: measure the test images of a classifier's run that has not looked at them.
   """
-  cfg = config.of_run(workdir)
+  try:
+    cfg = config.of_run(workdir)
+  except ConfigError as error:
+    raise ConfigError(f"--from={error}") from None
   cfg.eval.test = cfg.eval.test or test
   compilations.keep_in(cfg.compile.cache, workdir)
   exp = experiment.build(cfg)

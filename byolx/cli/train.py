@@ -18,7 +18,7 @@ examples:
   byolx train --config=configs/quickstart.py
   byolx train --config=configs/quickstart.py --seeds=0,1,2
   byolx train --config=configs/image_folder.py --config.data.folder=photos --workdir=runs/photos
-  byolx train --config=configs/linear.py --config.init.workdir=runs/photos --workdir=runs/linear
+  byolx train --config=configs/linear_imagenet.py --config.init.workdir=runs/pretrain_imagenet ...
   byolx train --config=configs/pretrain_imagenet.py:arch=resnet200,width=2 --config.optim.base_rate=0.3
 
 Every field is listed by `byolx fields`. In the workdir: config.json, metrics.jsonl, tensorboard/,

@@ -26,7 +26,7 @@ from byolx.models.byol import BYOLSpec
 from byolx.models.classifier import ClassifierSpec
 from byolx.models.layers import INITIALIZERS
 from byolx.models.resnet import ARCHITECTURES, STEMS, ResNetSpec, widen
-from byolx.tasks.base import Batch, Task
+from byolx.tasks.base import Batch
 from byolx.tasks.classify import Classify
 from byolx.tasks.pretrain import Pretrain
 
@@ -51,7 +51,7 @@ class Recipe:
 
   config: ConfigDict
   layout: sharding.Layout
-  task: Task
+  task: Pretrain | Classify
   rate: schedules.Schedule
   tx: optax.GradientTransformation
   abstract_untrained: train.TrainState
@@ -244,7 +244,9 @@ def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpe
   return widen(spec, model.width)
 
 
-def build_task(config: ConfigDict, classes: int, steps: int, products: bool | None = None) -> Task:
+def build_task(
+  config: ConfigDict, classes: int, steps: int, products: bool | None = None
+) -> Pretrain | Classify:
   """What a config trains; for `products` see `layers.Conv`.
 
   Raises:

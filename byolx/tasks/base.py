@@ -10,8 +10,6 @@ from clu import metrics
 from flax import nnx
 from jaxtyping import Array, Int
 
-from byolx.models.resnet import ResNetSpec
-
 Batch = dict[str, Any]
 """Arrays of one batch: `view1`, ... (with `draws1`, ...) or `image` and `mask`, `label` int32 (-1: none),
 `index`."""
@@ -24,14 +22,6 @@ class Task(Protocol):
   @property
   def trainable(self) -> nnx.filterlib.Filter:
     """Which variables the optimiser sees."""
-
-  @property
-  def encoder(self) -> ResNetSpec:
-    """The encoder's shape."""
-
-  @property
-  def augment_on_device(self) -> bool:
-    """Whether batches hold crops and draws, whose colour work is part of the step."""
 
   def init(self, rngs: nnx.Rngs) -> nnx.Module:
     """A new model."""

@@ -15,7 +15,6 @@ What jax does not say in public about a compiled program is read and rebuilt her
 
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -223,7 +222,7 @@ def facts(config: ConfigDict, devices: Sequence[Any], images: int, classes: int)
     "processor": _processor() if first.platform == "cpu" else "",
     "versions": {name: _version(name) for name in _PACKAGES}
     | {"python": platform.python_version()},
-    "source": source_digest(),
+    "source": SOURCE,
     "flags": {name: os.environ.get(name, "") for name in _FLAGS},
     "jax": {
       name: repr(value)
@@ -233,9 +232,8 @@ def facts(config: ConfigDict, devices: Sequence[Any], images: int, classes: int)
   }
 
 
-@functools.cache
-def source_digest(folder: Path = Path(__file__).parent) -> str:
-  """Of every Python file below a folder, names and contents; as they were at the first call."""
+def source_digest(folder: Path) -> str:
+  """Of every Python file below a folder, names and contents."""
   digest = hashlib.sha256()
   for path in sorted(folder.rglob("*.py")):
     digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
@@ -364,4 +362,5 @@ def _avals(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
   return [core.shaped_abstractify(x) for x in shapes]
 
 
-source_digest()  # now, when the code that will run is being read: it may be edited before it is asked for
+SOURCE = source_digest(Path(__file__).parent)
+"""Of this package, as it was when the code that will run was read: it may be edited before that is asked."""

@@ -138,7 +138,7 @@ def test_every_field_shapes_the_programs_unless_it_is_named():
   "change",
   [
     lambda patch: patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"),
-    lambda patch: patch.setattr(programs, "source_digest", lambda: "another"),
+    lambda patch: patch.setattr(programs, "SOURCE", "another"),
     lambda patch: patch.setattr(programs, "_version", lambda package: "0"),
     lambda patch: patch.setattr(programs, "_processor", lambda: "another"),
   ],

@@ -241,6 +241,10 @@ def source_digest(folder: Path) -> str:
   return digest.hexdigest()
 
 
+SOURCE = source_digest(Path(__file__).parent)
+"""Of this package, taken as its code is read: what runs is not what was edited since."""
+
+
 def _topology(devices: Sequence[Any]) -> int:
   """jax's number for the kind of devices and how they are connected."""
   return xla_client.get_topology_for_devices(list(devices)).fingerprint()
@@ -360,7 +364,3 @@ def _rebuild(
 
 def _avals(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
   return [core.shaped_abstractify(x) for x in shapes]
-
-
-SOURCE = source_digest(Path(__file__).parent)
-"""Of this package, as it was when the code that will run was read: it may be edited before that is asked."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tiny import config_text
 
-from byolx import checkpoint, config, experiment, fit, graft, run, sharding, train
+from byolx import checkpoint, config, experiment, fit, graft, origin, run, sharding, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -268,10 +268,10 @@ def test_a_run_may_start_from_the_encoder_of_another(path, whole, tmp_path):
     np.testing.assert_allclose(ours.arrays[name], theirs.arrays[name], atol=1e-6)
   assert ours.lineage["from"]["path"] == str(whole[0] / "checkpoints" / str(STEPS))
   # Started again without a checkpoint, it takes the very same one, though there may be newer ones.
-  lineage = json.loads((tmp_path / "grafted" / fit.LINEAGE).read_text())
+  lineage = json.loads((tmp_path / "grafted" / origin.LINEAGE).read_text())
   (tmp_path / "again").mkdir()
   older = lineage | {"path": str(whole[0] / "checkpoints" / "14")}
-  (tmp_path / "again" / fit.LINEAGE).write_text(json.dumps(older))
+  (tmp_path / "again" / origin.LINEAGE).write_text(json.dumps(older))
   said, others = trained(path, tmp_path / "again", *given)
   assert f"starting from the target encoder of {whole[0]}/checkpoints/14" in said
   assert any((one != other).any() for one, other in zip(arrays, others, strict=True))

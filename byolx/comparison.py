@@ -66,7 +66,7 @@ def results(measurements: Iterable[Measurement], every: bool = False) -> list[Re
       groups.setdefault(_identity(one), []).append(one)
   made = [_mean(part) for group in groups.values() for part in _repeats(group)]
   places = {name: i for i, name in enumerate(dict.fromkeys(_encoder(one) for one in made))}
-  return sorted(made, key=lambda one: (*_order(one), places[_encoder(one)], _share(one)))
+  return sorted(made, key=lambda one: (*_order(one), places[_encoder(one)], labels(one)))
 
 
 def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -277,5 +277,6 @@ def _encoder(one: Result) -> str:
   return str(one.record.get("encoder"))
 
 
-def _share(one: Result) -> float:
+def labels(one: Result) -> float:
+  """The share of the labels that was used; 0 if unknown."""
   return float(one.record.get("labels") or 0)

@@ -128,23 +128,19 @@ def _looks(names: Sequence[Name]) -> dict[Name, tuple[str, Any, str]]:
 
 
 def _line(ax: Axes, found: Sequence[Result], colour: str, dash: Any, shape: str) -> None:
-  points = sorted((one for one in found if one.record.get("labels")), key=_share)
-  x = [100 * _share(one) for one in points]
+  points = sorted((one for one in found if one.record.get("labels")), key=comparison.labels)
+  x = [100 * comparison.labels(one) for one in points]
   y = [100 * one.value for one in points]
   ax.plot(x, y, color=colour, linestyle=dash, marker=shape, markersize=4.5, linewidth=1.4)
   for one in points:
     if one.n > 1 and one.interval:
-      at = (100 * _share(one), 100 * one.value, 100 * one.interval)
+      at = (100 * comparison.labels(one), 100 * one.value, 100 * one.interval)
       ax.errorbar(*at, color=colour, capsize=2.5, linewidth=1, fmt="none")
-
-
-def _share(one: Result) -> float:
-  return float(one.record["labels"])
 
 
 def _scale_shares(ax: Axes, found: Sequence[Result]) -> None:
   """A log axis whose ticks are the shares themselves."""
-  shares = sorted({100 * _share(one) for one in found if one.record.get("labels")})
+  shares = sorted({100 * comparison.labels(one) for one in found if one.record.get("labels")})
   ax.set_xscale("log")
   ax.xaxis.set_minor_formatter(NullFormatter())
   ax.set_xticks(shares, [f"{share:g}%" for share in shares])
@@ -158,7 +154,7 @@ def _scale_shares(ax: Axes, found: Sequence[Result]) -> None:
 
 def _paper_points(ax: Axes, found: Sequence[Result], colour: str) -> bool:
   """Marks the paper's numbers; whether there was one."""
-  points = [(100 * _share(one), value) for one in found for value in _paper(one)]
+  points = [(100 * comparison.labels(one), value) for one in found for value in _paper(one)]
   for x, y in points:
     ax.plot(x, y, "D", markersize=7, markerfacecolor="none", color=colour, zorder=4)
   return bool(points)

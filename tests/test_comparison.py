@@ -5,11 +5,11 @@ import logging
 from pathlib import Path
 
 import pytest
+from made_runs import LINEAR, fields, record, run, sweep
 
 from byolx import comparison, measurements
 from byolx.config import ConfigError
 from byolx.paper import TABLES
-from tests.made_runs import LINEAR, fields, record, run, sweep
 
 DOCS = Path(__file__).parent.parent / "docs"
 ABLATION = {

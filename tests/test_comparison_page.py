@@ -5,10 +5,10 @@ import io
 import json
 
 import pytest
+from made_runs import LINEAR, record, run
 
 from byolx import comparison, comparison_page, measurements
 from byolx.paper import TABLES
-from tests.made_runs import LINEAR, record, run
 
 
 def results(path):

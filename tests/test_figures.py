@@ -3,10 +3,10 @@
 import matplotlib
 import numpy as np
 import pytest
+from made_runs import LINEAR, fields, record
 from PIL import Image
 
 from byolx import comparison, figures, measurements, report
-from tests.made_runs import LINEAR, fields, record
 
 
 def results(*records, changes=LINEAR):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from tiny import config_text
 
 from byolx import config, experiment, programs, recipe, sharding, train
-from tests.tiny import config_text
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ import csv
 import json
 
 import pytest
+from made_runs import LINEAR, record, run
 
 from byolx import cli
 from byolx.paper import TABLES
-from tests.made_runs import LINEAR, record, run
 
 
 @pytest.fixture

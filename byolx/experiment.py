@@ -3,14 +3,13 @@ a name in a config becomes an object."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from byolx import compilations, distributed, programs, recipe, sharding, train
+from byolx import compilations, programs, recipe, train
 from byolx.config import ConfigError
 from byolx.data import (
   augment,
@@ -49,22 +48,27 @@ class Experiment(Recipe):
   @functools.cached_property
   def _initialiser(self) -> jax.stages.Compiled:
     arguments, state = (self.abstract_key,), self.abstract_state
-    if found := self.kept.find("initialise", arguments, state):
+    if found := self.kept.find("initialise", arguments, state, self._counts):
       return found
     made = train.initialiser(self.task, self.tx, self.layout, state).lower(*arguments)
-    return self.kept.compile("initialise", made, arguments, state)
+    return self.kept.compile("initialise", made, arguments, state, self._counts)
 
   def compile_step(self) -> jax.stages.Compiled:
     """The train step, from where it is kept, or compiled now."""
     arguments, state = self.step_arguments(), self.abstract_state
-    if found := self.kept.find("step", arguments, state):
+    if found := self.kept.find("step", arguments, state, self._counts):
       print("the step was compiled in an earlier start, and is loaded", flush=True)
       return found
     return compilations.compile_aloud(
       self.lower(),
       self.mesh.devices.flat[0].platform,
-      lambda lowered: self.kept.compile("step", lowered, arguments, state),
+      lambda lowered: self.kept.compile("step", lowered, arguments, state, self._counts),
     )
+
+  @property
+  def _counts(self) -> dict[str, int]:
+    """What programs depend on besides the config: how many images and classes there are."""
+    return {"images": len(self.train_source), "classes": len(self.train_source.classes)}
 
   @property
   def train_source(self) -> sources.Source:
@@ -111,27 +115,22 @@ class Experiment(Recipe):
     )
 
 
-def build(config: ConfigDict, soon: Sequence[str] = ()) -> Experiment:
+def build(config: ConfigDict, kept: programs.Kept | None = None) -> Experiment:
   """Builds and checks everything that a config says.
 
   Args:
     config: all fields.
-    soon: programs that will be needed; where they are kept, they begin to load.
+    kept: its programs, where they were looked for before, see `compilations.begin`.
 
   Raises:
     ConfigError: fields that do not go together, or images that are not there.
   """
   _check_origin(config)
   images = build_sources(config)
-  of_pass = config.train.micro_batch or config.train.batch_size
-  sharding.split_cpu(of_pass // distributed.count(), config.mesh.cpu_devices)
-  of_source = len(images.train), len(images.train.classes)
-  devices = recipe.build_layout(config, jax.devices()).mesh.devices.ravel().tolist()
-  kept = programs.of(config, devices, *of_source)
-  for name in soon:
-    kept.begin(name)
-  made = recipe.build(config, jax.devices(), *of_source)
+  devices = compilations.find_devices(config)
+  made = recipe.build(config, devices, len(images.train), len(images.train.classes))
   _check_evaluation(config)
+  kept = kept or programs.of(config, made.mesh.devices.ravel().tolist())
   return Experiment(**vars(made), sources=images, views=build_views(config), kept=kept)
 
 

@@ -1,9 +1,10 @@
 """Programs of a run that a later start takes from disk without tracing or lowering them again.
 
 jax keeps compiled programs by what they compute, which is known only after seconds of tracing. Beside
-each of its entries a note is kept here, found by what a program is made from: config, images,
-devices, versions, flags and this package's source as it is on disk. So a start that changes none of
-these begins to load while it still imports and counts; any other goes on as if there were no notes.
+each of its entries a note is kept here, found by what a program is made from and what is known at once:
+config, devices, versions, flags and this package's source as it is on disk. So a start that changes
+none of these begins to load while it still imports and counts images, and sees at last whether these
+are as many as they were; any other goes on as if there were no notes.
 
 A note is JSON, and jax's entries are the compiler's own bytes: nothing is unpickled. A note holds the
 digest of itself and of the entry, and the facts that both were made from: one that is damaged, or
@@ -40,7 +41,10 @@ from byolx import logs
 
 _log = logging.getLogger("byolx")
 
-NOT_IN_PROGRAMS = ("data.", "checkpoint.", "compile.", "eval.", "init.", "log.", "seed")
+NOT_IN_PROGRAMS = (
+  *("data.workers", "data.threads", "data.prefetch"),
+  *("checkpoint.", "compile.", "eval.", "init.", "log.", "seed"),
+)
 """Fields, or groups of them, that no program depends on; every other field is part of the facts."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "libtpu")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -58,8 +62,10 @@ class Kept:
 
   Args:
     folder: of jax's entries, and of the notes beside them; None keeps nothing.
-    facts: all that the programs are made from, as JSON takes it.
+    facts: what the programs are made from, as JSON takes it.
     devices: of the mesh, in its order.
+
+  What `find` and `compile` get as `late` are facts as well, of those that are known only by then.
   """
 
   def __init__(self, folder: Path | None, facts: Mapping[str, Any], devices: Sequence[Any]):
@@ -74,7 +80,7 @@ class Kept:
     return self._folder / f"byolx_{name}-{self._key}.json" if self._folder else None
 
   def begin(self, name: str) -> None:
-    """Begins to load a program in another thread, if it is there."""
+    """Begins to load a program in another thread, if it is there and was not begun before."""
     path = self.path(name)
     if name in self._loading or path is None or not path.is_file():
       return
@@ -89,13 +95,16 @@ class Kept:
 
     threading.Thread(target=load, name=f"load {name}").start()
 
-  def find(self, name: str, arguments: tuple, result: Any) -> jax.stages.Compiled | None:
+  def find(
+    self, name: str, arguments: tuple, result: Any, late: Mapping[str, Any]
+  ) -> jax.stages.Compiled | None:
     """A program that was kept, or None.
 
     Args:
       name: of the program.
       arguments: what it takes, as shapes with shardings.
       result: what it returns, or the first part of that: scalars by their names may follow.
+      late: see the class.
     """
     self.begin(name)
     future = self._loading.pop(name, None)
@@ -103,6 +112,7 @@ class Kept:
       return None
     try:
       note, executable = future.result()
+      _same("images", note["late"], dict(late))
       _same("arguments and results", note["shapes"], _shapes(arguments, result))
       return _rebuild(note, executable, self._devices, arguments, result)
     except Exception as error:
@@ -111,7 +121,12 @@ class Kept:
       return None
 
   def compile(
-    self, name: str, lowered: jax.stages.Lowered, arguments: tuple, result: Any
+    self,
+    name: str,
+    lowered: jax.stages.Lowered,
+    arguments: tuple,
+    result: Any,
+    late: Mapping[str, Any],
   ) -> jax.stages.Compiled:
     """Compiles a program and, in another thread, makes a note on it; `arguments` as for `find`."""
     with _entries() as entries:
@@ -124,7 +139,7 @@ class Kept:
         note = _describe(compiled, self._devices, arguments, result)
         content = self._entry(entries[-1]).read_bytes()
         note |= {"entry": entries[-1], "sha256": hashlib.sha256(content).hexdigest()}
-        note |= {"facts": self._facts, "shapes": _shapes(arguments, result)}
+        note |= {"facts": self._facts, "late": dict(late), "shapes": _shapes(arguments, result)}
         logs.write_atomically(path, json.dumps(note | {"digest": _digest(note)}) + "\n")
       except Exception as error:  # the run goes on without; the next one traces again
         _log.info("no note on %s: %s: %s", name, type(error).__name__, error)
@@ -182,7 +197,7 @@ def none() -> Kept:
   return Kept(None, {}, ())
 
 
-def of(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) -> Kept:
+def of(config: ConfigDict, devices: Sequence[Any]) -> Kept:
   """The programs of an experiment, in the folder that jax has; arguments as for `facts`.
 
   Several processes keep none: each of them would have to find the same, or none.
@@ -191,19 +206,18 @@ def of(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) ->
   if not folder or "://" in folder or jax.process_count() > 1:
     return none()
   try:
-    return Kept(Path(folder), facts(config, devices, images, classes), devices)
+    return Kept(Path(folder), facts(config, devices), devices)
   except Exception as error:  # a backend may not say what it is: then programs are traced, as ever
     _log.info("no programs are kept: %s: %s", type(error).__name__, error)
     return none()
 
 
-def facts(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) -> dict[str, Any]:
-  """All that an experiment's programs are made from.
+def facts(config: ConfigDict, devices: Sequence[Any]) -> dict[str, Any]:
+  """What an experiment's programs are made from, but for the number of its images and classes.
 
   Args:
     config: all fields.
     devices: of the mesh, in its order.
-    images, classes: of the training images.
   """
   fields = configs.flatten(config)
   first = devices[0]
@@ -215,8 +229,6 @@ def facts(config: ConfigDict, devices: Sequence[Any], images: int, classes: int)
         name == one or (one[-1] == "." and name.startswith(one)) for one in NOT_IN_PROGRAMS
       )
     },
-    "images": images,
-    "classes": classes,
     "devices": [[device.id, device.process_index, device.device_kind] for device in devices],
     "platform": [first.platform, first.client.platform_version, str(_topology(devices))],
     "processor": _processor() if first.platform == "cpu" else "",

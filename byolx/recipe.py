@@ -180,17 +180,8 @@ def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
   Raises:
     ConfigError: the devices cannot be cut as the config says.
   """
-  wanted = config.mesh
-  if wanted.state == "replicated" and wanted.fsdp > 1:
-    raise ConfigError(
-      f"mesh.fsdp={wanted.fsdp} with mesh.state=replicated: there is nothing to keep in pieces; "
-      "expected mesh.state=zero or full"
-    )
-  fsdp = wanted.fsdp or (
-    1 if wanted.state == "replicated" else sharding.default_fsdp(wanted.data or len(devices))
-  )
   try:
-    return sharding.Layout(sharding.make_mesh(wanted.data, fsdp, devices), wanted.state)
+    return sharding.lay_out(config.mesh, devices)
   except ValueError as error:
     raise ConfigError(str(error)) from None
 

@@ -20,6 +20,7 @@ from byolx import (
   fit,
   logs,
   overview,
+  programs,
   results,
   train,
 )
@@ -32,8 +33,13 @@ SHARED_SECONDS = 60
 """Until a file that one process wrote is seen by the others: network storage remembers for a while."""
 
 
-def train_run(cfg: ConfigDict, workdir: Path) -> list[dict]:
+def train_run(cfg: ConfigDict, workdir: Path, kept: programs.Kept | None = None) -> list[dict]:
   """Trains (or goes on where the workdir stopped), evaluates, writes results and pictures.
+
+  Args:
+    cfg: all fields.
+    workdir: of the run.
+    kept: its programs, where they have begun to load, see `compilations.begin`.
 
   Returns:
     The records of `results.json`.
@@ -42,9 +48,7 @@ def train_run(cfg: ConfigDict, workdir: Path) -> list[dict]:
     ConfigError: the workdir holds a run of another config, or fields do not go together.
     train.DivergedError: a loss that is not finite; the last good checkpoint stays.
   """
-  compilations.keep_in(cfg.compile.cache, workdir)
-  begun = (workdir / "checkpoints").exists()
-  exp = experiment.build(cfg, soon=("step",) if begun else ("step", "initialise"))
+  exp = experiment.build(cfg, kept or compilations.begin(cfg, workdir))
   claim(workdir, cfg)
   print(overview.describe(exp, workdir), flush=True)
   if distributed.is_writer():

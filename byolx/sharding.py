@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from byolx.machine import usable_cores
 
@@ -161,6 +162,23 @@ class Layout:
   def _of(self, tree: Any, pieces: bool) -> Any:
     whole = replicated(self.mesh)
     return jax.tree.map(lambda x: in_pieces(self.mesh, x.shape) if pieces else whole, tree)
+
+
+def lay_out(wanted: ConfigDict, devices: Sequence[Any]) -> Layout:
+  """The mesh that the fields of `mesh` describe, and where the state lives on it.
+
+  Raises:
+    ValueError: the devices cannot be cut so.
+  """
+  if wanted.state == "replicated" and wanted.fsdp > 1:
+    raise ValueError(
+      f"mesh.fsdp={wanted.fsdp} with mesh.state=replicated: there is nothing to keep in pieces; "
+      "expected mesh.state=zero or full"
+    )
+  fsdp = wanted.fsdp or (
+    1 if wanted.state == "replicated" else default_fsdp(wanted.data or len(devices))
+  )
+  return Layout(make_mesh(wanted.data, fsdp, devices), wanted.state)
 
 
 def held_bytes(tree: Any) -> int:

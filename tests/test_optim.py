@@ -169,6 +169,25 @@ def test_a_zero_norm_means_a_factor_of_one(zero):
   assert_same(got, numpy_lars(start, gradients, [0.1, 0.1], 0.0), atol=1e-8)
 
 
+def test_the_trust_ratio_is_optaxs_with_half_of_its_norms():
+  rng = np.random.default_rng(3)
+  g, w = (
+    {"a": scale * rng.normal(size=(3, 3, 8, 16)), "zero": np.zeros(4), "c": rng.normal(size=5)}
+    for scale in (1e-4, 2.0)
+  )
+  g, w = jax.tree.map(jnp.float32, (g, w))
+
+  def apply(transformation):
+    return jax.jit(lambda g, w: transformation.update(g, transformation.init(w), w)[0])
+
+  ours = apply(optim.scale_by_trust_ratio(TRUST))
+  theirs = apply(optax.scale_by_trust_ratio(trust_coefficient=TRUST))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=3e-7), ours(g, w), theirs(g, w))
+  compiled = [one.lower(g, w).compile().as_text() for one in (ours, theirs)]
+  norms = 2 * len(w)
+  assert [text.count(" reduce(") for text in compiled] == [norms, 2 * norms]
+
+
 def test_sgd_is_nesterovs_against_numpy(made_up):
   start, gradients = made_up
   rates = np.linspace(0.1, 0.0, STEPS)

@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import config_text
 
-from byolx import config, experiment, programs, recipe, sharding, train
+from byolx import compilations, config, experiment, programs, recipe, sharding, train
+
+IMAGES = {"images": 8}
+NO_RUN = Path("no_run")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +52,7 @@ def settle(kept):
 
 def start(cfg):
   """What a run has after its first step: the state's arrays, and the scalars."""
-  exp = experiment.build(cfg, soon=("step", "initialise"))
+  exp = experiment.build(cfg, compilations.begin(cfg, NO_RUN))
   batches = exp.train_batches(0)
   batch = next(sharding.prefetch(batches, exp.mesh))
   batches.close()
@@ -130,7 +134,7 @@ def test_another_config_has_other_programs(load, change, same):
 def test_every_field_shapes_the_programs_unless_it_is_named():
   known = programs.NOT_IN_PROGRAMS
   assert all(any(field.startswith(name) for field in config.FIELDS) for name in known)
-  made = programs.facts(config.defaults(), jax.devices(), 100, 10)
+  made = programs.facts(config.defaults(), jax.devices())
   assert {"train.remat", "mesh.state", "model.arch", "views.size"} <= set(made["fields"])
 
 
@@ -144,7 +148,7 @@ def test_every_field_shapes_the_programs_unless_it_is_named():
   ],
 )
 def test_other_code_flags_and_machines_have_other_programs(monkeypatch, change):
-  arguments = config.defaults(), jax.devices(), 100, 10
+  arguments = config.defaults(), jax.devices()
   before = programs.of(*arguments).path("step")
   assert programs.of(*arguments).path("step") == before
   with jax.default_matmul_precision("highest"):
@@ -153,10 +157,12 @@ def test_other_code_flags_and_machines_have_other_programs(monkeypatch, change):
   assert programs.of(*arguments).path("step") != before
 
 
-def test_images_and_devices_are_part_of_the_facts():
+def test_data_and_devices_are_part_of_the_facts():
   cfg, devices = config.defaults(), jax.devices()
-  every = [(devices, 100, 10), (devices, 101, 10), (devices, 100, 11), (devices[:4], 100, 10)]
-  assert len({programs.of(cfg, *arguments).path("step") for arguments in every}) == 4
+  other = config.defaults()
+  other.data.folder = "photos"
+  every = [(cfg, devices), (other, devices), (cfg, devices[:4])]
+  assert len({programs.of(*arguments).path("step") for arguments in every}) == 3
 
 
 def test_the_source_digest_sees_every_change(tmp_path):
@@ -187,7 +193,7 @@ def foreign(path):
   """A whole note, of a program that other facts made."""
   found = json.loads(path.read_text())
   found.pop("digest")
-  found["facts"]["images"] += 1
+  found["facts"]["config"] += 1
   path.write_text(json.dumps(found | {"digest": programs._digest(found)}))
 
 
@@ -209,17 +215,17 @@ def test_what_is_damaged_or_foreign_is_made_anew(folder, caplog, what, harm, sai
   path = kept_in(folder).path("step")
   if what == "entry":
     path = folder / f"{json.loads(path.read_text())['entry']}-cache"
-  assert kept_in(folder).find("step", *shapes) is not None
+  assert kept_in(folder).find("step", *shapes, IMAGES) is not None
   harm(path)
   caplog.set_level(logging.WARNING)
-  assert kept_in(folder).find("step", *shapes) is None
+  assert kept_in(folder).find("step", *shapes, IMAGES) is None
   assert said in caplog.text
   assert "the program is made anew" in caplog.text
   path.unlink(missing_ok=True)
   compilation_cache.reset_cache()
   jax.clear_caches()
   small(kept_in(folder))
-  again = kept_in(folder).find("step", *shapes)
+  again = kept_in(folder).find("step", *shapes, IMAGES)
   one, other = (jax.tree.leaves(x) for x in (again(*values(shapes)), expected))
   assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -227,12 +233,19 @@ def test_what_is_damaged_or_foreign_is_made_anew(folder, caplog, what, harm, sai
 def test_a_program_for_other_shapes_is_not_taken(folder, caplog):
   (arguments, state), _ = small(kept_in(folder))
   other = jax.ShapeDtypeStruct((5,), jnp.float32, sharding=state.sharding)
-  assert kept_in(folder).find("step", (other, arguments[1]), other) is None
+  assert kept_in(folder).find("step", (other, arguments[1]), other, IMAGES) is None
   assert "arguments and results" in caplog.text
 
 
+def test_a_program_for_more_images_is_not_taken(folder, caplog):
+  """They are counted only after it has begun to load."""
+  shapes, _ = small(kept_in(folder))
+  assert kept_in(folder).find("step", *shapes, {"images": 9}) is None
+  assert "its images would not be the same again" in caplog.text
+
+
 def kept_in(folder):
-  return programs.Kept(folder, {"images": 1}, jax.devices()[:1])
+  return programs.Kept(folder, {"config": 1}, jax.devices()[:1])
 
 
 def small(kept):
@@ -244,7 +257,7 @@ def small(kept):
     return state * 2 + jnp.sum(jnp.sin(x)), {"loss": jnp.sum(x)}
 
   jitted = jax.jit(step, in_shardings=place, out_shardings=place)
-  compiled = kept.compile("step", jitted.lower(state, x), (state, x), state)
+  compiled = kept.compile("step", jitted.lower(state, x), (state, x), state, IMAGES)
   settle(kept)
   return ((state, x), state), compiled
 
@@ -256,7 +269,8 @@ def values(shapes):
 def test_without_a_folder_nothing_is_kept(load, folder):
   jax.config.update("jax_compilation_cache_dir", None)
   compilation_cache.reset_cache()
-  exp = experiment.build(load(), soon=("step", "initialise"))
+  cfg = load("compile.cache=")
+  exp = experiment.build(cfg, compilations.begin(cfg, NO_RUN))
   assert note(exp) is None
   exp.initialise()
   settle(exp.kept)

@@ -32,25 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
   _parse_absl_flags()
   # Imported here: `byolx --help` answers without waiting for jax.
   from byolx import distributed, tpu
-  from byolx.checkpoint import CheckpointError
   from byolx.config import ConfigError
-  from byolx.data.failures import TooManyFailuresError
-  from byolx.distributed import DistributedError
   from byolx.stopping import StoppedError
-  from byolx.train import DivergedError
 
   tpu.quieten()
   try:
     code = arguments.run(arguments, overrides)
   except ConfigError as error:
     return _fail(error, USAGE)
-  except (CheckpointError, DivergedError, DistributedError, TooManyFailuresError, OSError) as error:
-    return _fail(error, FAILED)
   except StoppedError as error:
     return _stop(str(error), INTERRUPTED if error.by_keyboard else STOPPED)
   except KeyboardInterrupt:
     return _stop("stopped by Ctrl-C", INTERRUPTED)
   except Exception as error:
+    if isinstance(error, _foreseen()):
+      return _fail(error, FAILED)
     if distributed.count() > 1:
       distributed.await_reason()
       traceback.print_exc()
@@ -58,6 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise
   distributed.finish()
   return code
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+  """Errors whose message says all; imported when there is one, as these modules take a second."""
+  from byolx.checkpoint import CheckpointError
+  from byolx.data.failures import TooManyFailuresError
+  from byolx.distributed import DistributedError
+  from byolx.train import DivergedError
+
+  return CheckpointError, DivergedError, DistributedError, TooManyFailuresError, OSError
 
 
 class _Parser(argparse.ArgumentParser):

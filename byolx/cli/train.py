@@ -43,15 +43,19 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx import config, run
+  from byolx import compilations, config
 
   options.join(arguments)
   cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
+  kept = None if arguments.seeds else compilations.begin(cfg, workdir)
+  # Imported only now: programs load meanwhile.
+  from byolx import run
+
   if arguments.seeds:
     run.train_seeds(cfg, workdir, arguments.seeds)
   else:
-    run.train_run(cfg, workdir)
+    run.train_run(cfg, workdir, kept)
   return 0
 
 

@@ -212,6 +212,7 @@ def test_from_scratch_with_randaugment_over_two_seeds(folder):
     "--config.optim.base_rate=0.4",
     "--config.classify.views=randaugment",
     "--config.classify.label_smoothing=0.1",
+    "--config.train.epochs=2",
     "--seeds=0,1",
     f"--workdir={workdir}",
   )

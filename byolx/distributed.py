@@ -113,9 +113,10 @@ def _connect(
       coordinator,
       processes,
       process,
-      # At its own limits jax aborts with a stack trace: ours come first.
+      # At its own limits jax aborts with a stack trace: ours come first. A process says that it lives
+      # every half of the time that jax waits, and may be lost at the end of such a half.
       initialization_timeout=math.ceil(start_timeout) + 60,
-      heartbeat_timeout_seconds=math.ceil(peer_timeout) + 20,
+      heartbeat_timeout_seconds=2 * (math.ceil(peer_timeout) + 20),
     )
   except ValueError:
     raise ValueError("no cluster is found; give coordinator, processes and process") from None

@@ -329,8 +329,8 @@ def growth(source, workers, warm_up, batches, batch_size=BATCH, size=SIZE):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_batch_is_left_behind(source, workers):
-  grown, before, size = growth(source, workers, 30, 60, batch_size=36, size=64)
-  assert 60 * size > 0.05 * before  # a batch per step would be seen
+  grown, before, size = growth(source, workers, 30, 150, batch_size=36, size=64)
+  assert 150 * size > 0.05 * before  # a batch per step would be seen
   assert grown < 0.02
 
 

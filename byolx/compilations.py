@@ -8,7 +8,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from byolx import distributed, logs, programs, sharding
+from byolx import logs, programs, sharding
 
 SECONDS_PER_MEGABYTE = {"cpu": 8.0, "gpu": 15.0, "tpu": 40.0}
 """Compile time of a train step over the size of its lowered text, on one core: measured for ResNets on
@@ -25,19 +25,12 @@ def begin(config: ConfigDict, workdir: Path) -> programs.Kept:
   """
   keep_in(config.compile.cache, workdir)
   try:
-    mesh = sharding.lay_out(config.mesh, find_devices(config)).mesh
+    mesh = sharding.lay_out(config.mesh, sharding.find_devices(config)).mesh
   except ValueError:
     return programs.none()
   kept = programs.of(config, mesh.devices.ravel().tolist())
   kept.begin("step")
   return kept
-
-
-def find_devices(config: ConfigDict) -> list[jax.Device]:
-  """All devices; a CPU is as many as the config says or its batches are worth."""
-  of_pass = config.train.micro_batch or config.train.batch_size
-  sharding.split_cpu(of_pass // distributed.count(), config.mesh.cpu_devices)
-  return jax.devices()
 
 
 def keep_in(folder: str, workdir: Path) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from byolx import compilations, programs, recipe, train
+from byolx import compilations, programs, recipe, sharding, train
 from byolx.config import ConfigError
 from byolx.data import (
   augment,
@@ -127,7 +127,7 @@ def build(config: ConfigDict, kept: programs.Kept | None = None) -> Experiment:
   """
   _check_origin(config)
   images = build_sources(config)
-  devices = compilations.find_devices(config)
+  devices = sharding.find_devices(config)
   made = recipe.build(config, devices, len(images.train), len(images.train.classes))
   _check_evaluation(config)
   kept = kept or programs.of(config, made.mesh.devices.ravel().tolist())

@@ -112,7 +112,7 @@ class Kept:
       return None
     try:
       note, executable = future.result()
-      _same("images", note["late"], dict(late))
+      _same("images and classes", note["late"], dict(late))
       _same("arguments and results", note["shapes"], _shapes(arguments, result))
       return _rebuild(note, executable, self._devices, arguments, result)
     except Exception as error:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from byolx import distributed
 from byolx.machine import usable_cores
 
 DATA, FSDP = "data", "fsdp"
@@ -31,6 +32,13 @@ MOST_PIECES = 64
 kernels smaller than a tile of a TPU's memory, 8 x 128."""
 
 LEAST_IMAGES_PER_CORE = 16
+
+
+def find_devices(config: ConfigDict) -> list[jax.Device]:
+  """All devices; a CPU is as many as the config says or its batches are worth."""
+  of_pass = config.train.micro_batch or config.train.batch_size
+  split_cpu(of_pass // distributed.count(), config.mesh.cpu_devices)
+  return jax.devices()
 
 
 def split_cpu(images: int, wanted: int = 0) -> None:

@@ -241,7 +241,7 @@ def test_a_program_for_more_images_is_not_taken(folder, caplog):
   """They are counted only after it has begun to load."""
   shapes, _ = small(kept_in(folder))
   assert kept_in(folder).find("step", *shapes, {"images": 9}) is None
-  assert "its images would not be the same again" in caplog.text
+  assert "its images and classes would not be the same again" in caplog.text
 
 
 def kept_in(folder):

@@ -127,9 +127,9 @@ def test_the_tasks_loss_is_appendix_d1s():
 
 
 def test_stacked_rates_equal_separate_runs_after_200_steps():
-  together, _, scalars = trained(build(**{"optim.rates": RATES}), 200)
+  together, _, scalars = trained(build(devices=4, **{"optim.rates": RATES}), 200)
   for head, rate in enumerate(RATES):
-    alone, _, own = trained(build(**{"optim.base_rate": rate}), 200)
+    alone, _, own = trained(build(devices=4, **{"optim.base_rate": rate}), 200)
     for name in ("kernel", "bias"):
       found = np.asarray(together.params["heads"][name][...][head])
       expected = np.asarray(alone.params["heads"][name][...][0])
@@ -239,7 +239,7 @@ def test_numbers_do_not_depend_on_batch_or_devices(finished, size, devices):
   [
     (
       {"optim.rates": RATES, "task": "finetune"},
-      "rates go side by side on a frozen encoder",
+      "with task=finetune: rates go side by side on a frozen encoder",
     ),
     ({"optim.rates": RATES, "optim.name": "lars"}, "expected optim.name=sgd"),
     ({"optim.rates": RATES, "data.validation": "none"}, "expected validation images to choose by"),

@@ -15,8 +15,7 @@ from typing import Any
 
 import jax
 
-from byolx import hlo, hlo_costs, logs, tpu
-from byolx.compilations import SECONDS_PER_MEGABYTE
+from byolx import compilations, hlo, hlo_costs, logs, tpu
 from byolx.config import ConfigError
 
 FORMAT = 1
@@ -103,14 +102,15 @@ def compile_aloud(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stag
     name: of what it is compiled for.
     size: of its text, characters.
   """
-  minutes = round(size / 1e6 * SECONDS_PER_MEGABYTE["tpu"] / 60)
+  minutes = round(size / 1e6 * compilations.SECONDS_PER_MEGABYTE["tpu"] / 60)
   usual = f"usually about {minutes + 1} minutes" if minutes else "usually less than a minute"
   said = f"compiling for {name}, {usual}"
   result: dict[str, Any] = {}
 
   def work() -> None:
     try:
-      result["compiled"] = lowered.compile()
+      with compilations.set_aside():
+        result["compiled"] = lowered.compile()
     except BaseException as error:
       result["error"] = error
 

@@ -1,7 +1,8 @@
 """Compiled programs on disk, so that what was compiled once is not compiled again."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -54,6 +55,19 @@ def keep_in(folder: str, workdir: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   jax.config.update("jax_compilation_cache_dir", path)
   compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+  """Inside, jax keeps no compiled program: those for devices that are not there it could not load."""
+  folder = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
 
 
 def compile_aloud(

@@ -202,6 +202,20 @@ def test_a_table_of_configs_goes_on_where_it_stopped(byolx, write, monkeypatch, 
   assert [line.split()[0] for line in page.splitlines()[1:3]] == [str(path) for path in paths]
 
 
+@pytest.mark.usefixtures("compiled")
+def test_jaxs_own_cache_is_set_aside(byolx, write, tmp_path):
+  """It would keep a program that it cannot load without the devices, and warn of it the next time."""
+  jax.jit(lambda x: x * 2).lower(1.0).compile()  # from here on jax takes its cache to be in use
+  folder = jax.config.jax_compilation_cache_dir
+  for name in ("once", "again"):
+    code, _, err = byolx(
+      f"--config={write('a.py')}", "--topology=v3:2x2", f"--cache={tmp_path / name}"
+    )
+    assert code == 0
+    assert "compiling for v3:2x2" in err
+  assert jax.config.jax_compilation_cache_dir == folder
+
+
 # What does not fit
 
 

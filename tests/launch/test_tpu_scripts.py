@@ -29,8 +29,10 @@ def host(tmp_path):
 
   def run(script: str, byolx: str = "") -> subprocess.CompletedProcess:
     if byolx:
-      (bin_folder / "byolx").write_text(f"#!/bin/bash\n{byolx}\n")
-      (bin_folder / "byolx").chmod(0o755)
+      written = bin_folder / "byolx.new"  # an earlier byolx may be running, and stays as it is
+      written.write_text(f"#!/bin/bash\n{byolx}\n")
+      written.chmod(0o755)
+      written.replace(bin_folder / "byolx")
     env = {**os.environ, "HOME": str(home)}
     return subprocess.run(
       ["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60, check=False

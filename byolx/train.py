@@ -122,8 +122,21 @@ def train_step(
   model = nnx.merge(state.graphdef, params, rest, copy=True)
   moved = task.after_update(model, state.step)
   graphdef, params, rest = nnx.split(model, task.trainable, ...)
-  norms = {"norm_gradient": optax.tree.norm(grads), "norm_update": optax.tree.norm(updates)}
+  norms = {"norm_gradient": _norm(grads), "norm_update": _norm(updates)}
   return TrainState(state.step + 1, params, rest, opt_state, graphdef), scalars | moved | norms
+
+
+def _norm(tree: Any) -> Array:
+  """The l2 norm of all arrays together; the many short ones, in one piece, are one sum.
+
+  `optax.tree.norm` sums each by itself, as a kernel of its own, and two in three are vectors.
+  """
+  leaves = jax.tree.leaves(tree)
+  short = [x for x in leaves if x.ndim < 2]
+  pieces = [x for x in leaves if x.ndim >= 2]
+  if short:
+    pieces.append(jnp.concatenate([x.ravel() for x in short]))
+  return jnp.sqrt(sum(jnp.sum(x * x) for x in pieces))
 
 
 def _constrain(tree: Any, shardings: Callable[[Any], Any]) -> Any:

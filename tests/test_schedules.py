@@ -76,3 +76,21 @@ def test_a_constant_rate_after_its_warm_up():
   rate = jax.jit(schedules.warmup_constant(0.4, 4))
   np.testing.assert_allclose([rate(k) for k in range(7)], [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
   assert float(schedules.warmup_constant(0.4, 0)(0)) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+  "schedule",
+  [
+    schedules.warmup_cosine(PEAK, 10, 1000),
+    schedules.warmup_cosine(PEAK, 0, 1000),
+    lambda step: schedules.tau(step, 1000, 0.996),
+  ],
+)
+def test_a_program_computes_a_schedule_once_however_often_it_is_used(schedule):
+  def step(arrays, k):
+    return [schedule(k) * x for x in arrays]
+
+  arrays = [jnp.ones((100 + n, 7)) for n in range(20)]
+  compiled = jax.jit(step).lower(arrays, jnp.int32(3)).compile()
+  assert compiled.as_text().count(" cosine(") == 1
+  np.testing.assert_array_equal(compiled(arrays, jnp.int32(3))[19], schedule(3) * arrays[19])

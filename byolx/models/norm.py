@@ -120,12 +120,46 @@ def _by_batch(
   # Each row is summed by itself first: only small arrays are cut into groups and views.
   moments = jnp.stack([jnp.mean(wide, space), jnp.mean(wide * wide, space)], axis=1)
   moments = jnp.mean(moments.reshape(-1, group, views, 2, channels), axis=1)
-  moments = checkpoint_name(moments, MOMENTS)
-  mean, square = moments[:, :, 0], moments[:, :, 1]
-  both = jnp.stack([mean, jnp.maximum(square - mean * mean, 0.0)], axis=2)
-  per_row = jnp.broadcast_to(both[:, None], (rows // (group * views), group, *both.shape[1:]))
-  per_row = per_row.reshape(rows, 2, *(1,) * len(space), channels)
-  return _affine(x, per_row[:, 0], per_row[:, 1], scale, offset, eps, dtype), both
+  mean, square = jnp.split(checkpoint_name(moments, MOMENTS), 2, axis=2)
+  var = jnp.maximum(square - mean * mean, 0.0)
+
+  def of_rows(x: Array) -> Array:
+    x = jnp.broadcast_to(x[:, None], (rows // (group * views), group, *x.shape[1:]))
+    return x.reshape(rows, *(1,) * len(space), channels)
+
+  inverse = jax.lax.rsqrt(of_rows(var) + eps) * scale
+  y = _normalise(x, of_rows(mean), inverse, offset).astype(dtype)
+  return y, jnp.concatenate([mean, var], axis=2)
+
+
+@jax.custom_vjp
+def _normalise(
+  x: Float[Array, "b *s c"],
+  mean: Float[Array, "b *ones c"],
+  inverse: Float[Array, "b *ones c"],
+  offset: Float[Array, "c"],
+) -> Float[Array, "b *s c"]:
+  """(x - mean) * inverse + offset in float32, with a gradient that sums two large arrays.
+
+  Left to itself, jax sums three: for offset it sums what it sums for mean, but for a factor.
+  """
+  return (x.astype(jnp.float32) - mean) * inverse + offset
+
+
+def _normalise_forward(x: Array, mean: Array, inverse: Array, offset: Array) -> tuple:
+  return _normalise(x, mean, inverse, offset), (x, mean, inverse)
+
+
+def _normalise_backward(known: tuple, of_y: Array) -> tuple[Array, Array, Array, Array]:
+  x, mean, inverse = known
+  space = tuple(range(1, x.ndim - 1))
+  total = jnp.sum(of_y, space, keepdims=True)
+  of_inverse = jnp.sum(of_y * (x.astype(jnp.float32) - mean), space, keepdims=True)
+  of_offset = jnp.sum(total, tuple(range(x.ndim - 1)))
+  return (of_y * inverse).astype(x.dtype), -inverse * total, of_inverse, of_offset
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 def _affine(

@@ -53,21 +53,23 @@ def keep_in(folder: str, workdir: Path) -> None:
     _ours.add(path)
     # The step is one program of many: without the small ones a second start is not much faster.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-  jax.config.update("jax_compilation_cache_dir", path)
-  compilation_cache.reset_cache()
+  _use(path)
 
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
   """Inside, jax keeps no compiled program: those for devices that are not there it could not load."""
   folder = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", None)
-  compilation_cache.reset_cache()
+  _use(None)
   try:
     yield
   finally:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()
+    _use(folder)
+
+
+def _use(folder: str | None) -> None:
+  jax.config.update("jax_compilation_cache_dir", folder)
+  compilation_cache.reset_cache()
 
 
 def compile_aloud(

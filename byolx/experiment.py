@@ -127,8 +127,6 @@ def build(config: ConfigDict, kept: programs.Kept | None = None) -> Experiment:
   """
   _check_origin(config)
   images = build_sources(config)
-  if kept:
-    kept.begin("initialise")
   devices = sharding.find_devices(config)
   made = recipe.build(config, devices, len(images.train), len(images.train.classes))
   _check_evaluation(config)

@@ -48,7 +48,10 @@ def train_run(cfg: ConfigDict, workdir: Path, kept: programs.Kept | None = None)
     ConfigError: the workdir holds a run of another config, or fields do not go together.
     train.DivergedError: a loss that is not finite; the last good checkpoint stays.
   """
-  exp = experiment.build(cfg, kept or compilations.begin(cfg, workdir))
+  kept = kept or compilations.begin(cfg, workdir)
+  if not (workdir / "checkpoints").exists():  # a run that goes on draws no state
+    kept.begin("initialise")
+  exp = experiment.build(cfg, kept)
   claim(workdir, cfg)
   print(overview.describe(exp, workdir), flush=True)
   if distributed.is_writer():

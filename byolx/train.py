@@ -127,16 +127,11 @@ def train_step(
 
 
 def _norm(tree: Any) -> Array:
-  """The l2 norm of all arrays together; the many short ones, in one piece, are one sum.
-
-  `optax.tree.norm` sums each by itself, as a kernel of its own, and two in three are vectors.
-  """
+  """The l2 norm of all arrays together; the vectors, two in three of them, are joined to be one sum."""
   leaves = jax.tree.leaves(tree)
-  short = [x for x in leaves if x.ndim < 2]
-  pieces = [x for x in leaves if x.ndim >= 2]
-  if short:
-    pieces.append(jnp.concatenate([x.ravel() for x in short]))
-  return jnp.sqrt(sum(jnp.sum(x * x) for x in pieces))
+  short = [x.ravel() for x in leaves if x.ndim < 2]
+  others = [x for x in leaves if x.ndim >= 2]
+  return optax.tree.norm([*others, jnp.concatenate(short)] if short else others)
 
 
 def _constrain(tree: Any, shardings: Callable[[Any], Any]) -> Any:

@@ -71,7 +71,8 @@ class BatchNorm(nnx.Module):
     """
     if not train:
       mean, var = self.averages()
-      return _affine(x, mean, var, self.scale[...], self.offset[...], self.eps, self.dtype)
+      inverse = jax.lax.rsqrt(var + self.eps) * self.scale[...]
+      return _affine(x, mean, inverse, self.offset[...]).astype(self.dtype)
     rows = x.shape[0]
     group = self.group or rows // views
     if group == 0 or rows % (group * views):
@@ -132,6 +133,10 @@ def _by_batch(
   return y, jnp.concatenate([mean, var], axis=2)
 
 
+def _affine(x: Array, mean: Array, inverse: Array, offset: Array) -> Array:
+  return (x.astype(jnp.float32) - mean) * inverse + offset
+
+
 @jax.custom_vjp
 def _normalise(
   x: Float[Array, "b *s c"],
@@ -143,11 +148,11 @@ def _normalise(
 
   Left to itself, jax sums three: for offset it sums what it sums for mean, but for a factor.
   """
-  return (x.astype(jnp.float32) - mean) * inverse + offset
+  return _affine(x, mean, inverse, offset)
 
 
 def _normalise_forward(x: Array, mean: Array, inverse: Array, offset: Array) -> tuple:
-  return _normalise(x, mean, inverse, offset), (x, mean, inverse)
+  return _affine(x, mean, inverse, offset), (x, mean, inverse)
 
 
 def _normalise_backward(known: tuple, of_y: Array) -> tuple[Array, Array, Array, Array]:
@@ -160,10 +165,3 @@ def _normalise_backward(known: tuple, of_y: Array) -> tuple[Array, Array, Array,
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
-
-
-def _affine(
-  x: Array, mean: Array, var: Array, scale: Array, offset: Array, eps: float, dtype: DTypeLike
-) -> Array:
-  inverse = jax.lax.rsqrt(var + eps) * scale
-  return ((x.astype(jnp.float32) - mean) * inverse + offset).astype(dtype)

@@ -4,7 +4,7 @@
   python docs/augment_cost.py --topology=v3:2x2
 
 The TPU's compiler builds two programs ahead of time: uint8 crops of both views to the output of
-ResNet's first convolution in bfloat16, with `augment_device.apply_device` and without. "Scheduled" is
+ResNet's first convolution in bfloat16, with `on_device.apply_device` and without. "Scheduled" is
 the sum of the compiler's estimated cycles for the program's instructions, "roofline" its optimistic
 bound; neither has run on a chip. The difference between the programs is the colour work of both views.
 """
@@ -25,8 +25,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from byolx.data.augment import Draws, ViewSpec, draw
-from byolx.data.augment_device import apply_device, normalise
+from byolx.data.augment.distribution import Draws, ViewSpec, draw
+from byolx.data.augment.on_device import apply_device, normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEGAHERTZ = {"v2": 700, "v3": 940}

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import cv2
 
-from byolx.data import sources, splits
+from byolx.data import splits
+from byolx.data.sources import small
 
 
 def write(folder: Path, split: str, count: int, side: int) -> None:
   """A balanced part of a split, each image made larger and saved as a JPEG."""
-  source = sources.fashion_mnist(None, split)
+  source = small.fashion_mnist(None, split)
   for index in splits.balanced_subset(source.labels, count, seed=0).tolist():
     image, label, _ = source[index]
     path = folder / split / source.classes[label].replace("/", "_") / f"{index}.jpg"

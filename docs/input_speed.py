@@ -6,7 +6,7 @@
 Writes 640 JPEGs of 500 x 375 into a temporary folder (512 of them to train on), which then lies in
 the page cache: this is about the work after the disk. What is compared takes turns image by image,
 because a shared machine is not equally fast all the time; the pipeline takes turns with the bare
-functions, see byolx/bench.py. Leave the machine alone meanwhile.
+functions, see byolx/planning/input_speed.py. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -28,10 +28,13 @@ import numpy as np
 import threadpoolctl
 from PIL import Image
 
-from byolx import bench, config, experiment, prepare
-from byolx.data.augment import crop_and_resize
+from byolx.core import config
+from byolx.data.augment.resizing import crop_and_resize
 from byolx.data.decode import decode
-from byolx.data.records import prepared
+from byolx.data.prepare import write
+from byolx.data.sources.prepared import prepared
+from byolx.planning import input_speed
+from byolx.runs import images
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -70,28 +73,28 @@ def take_turns(ways: dict[str, Callable], items: Iterable, rounds: int = 5) -> d
 def device(photos: Path) -> None:
   """`byolx bench input`, where the step works the colours."""
   cfg = settings(photos, "--config.views.placement=device")
-  print(bench.measure_input(cfg, [0, 1, 2], seconds=3).text())
+  print(input_speed.measure_input(cfg, [0, 1, 2], seconds=3).text())
 
 
 def host(photos: Path) -> None:
   """`byolx bench input`, where the input does everything."""
   cfg = settings(photos, "--config.views.placement=host")
-  print(bench.measure_input(cfg, [0, 1, 2], seconds=3).text())
+  print(input_speed.measure_input(cfg, [0, 1, 2], seconds=3).text())
 
 
 def threads(photos: Path) -> None:
   """Threads in one process hold the interpreter's lock between decoding and resizing."""
   for count in (1, 2, 3):
     cfg = settings(photos, "--config.views.placement=device", f"--config.data.threads={count}")
-    (rate,) = bench.measure_input(cfg, [0], seconds=2).rates
+    (rate,) = input_speed.measure_input(cfg, [0], seconds=2).rates
     print(f"threads={count}, no workers: {rate.images_per_second:6.0f} images/s")
 
 
 def pillow(photos: Path) -> None:
   """One decode and two views, uint8, without colours: ours and the same work with Pillow."""
   cfg = settings(photos)
-  work = bench.Work.of(cfg, experiment.build_sources(cfg).train)
-  bench.making.one_thread_per_image()
+  work = input_speed.Work.of(cfg, images.build_sources(cfg).train)
+  input_speed.making.one_thread_per_image()
 
   def ours(antialias: bool):
     def way(i):
@@ -162,10 +165,10 @@ def scaled(photos: Path) -> None:
 
 def reading(photos: Path) -> None:
   """Bytes of one image, at random: from a folder, and from what `byolx prepare` made of it."""
-  folder = experiment.build_sources(settings(photos)).train
+  folder = images.build_sources(settings(photos)).train
   with tempfile.TemporaryDirectory() as other:
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-      prepare.prepare(photos, Path(other) / "set", prepare.Options(shards=4))
+      write.prepare(photos, Path(other) / "set", write.Options(shards=4))
     records = prepared(Path(other) / "set", "train")
     ways = {
       "a folder of files": lambda i: folder.encoded(i),

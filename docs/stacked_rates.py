@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from byolx import config, recipe, sharding
+from byolx.core import config, sharding
+from byolx.runs import trainer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "linear_imagenet.py"
 
@@ -28,7 +29,7 @@ def step_of(rates: str, batch: int):
     "init.workdir": "not read here",
   }
   cfg = config.load(str(CONFIG), [f"--config.{name}={value}" for name, value in overrides.items()])
-  made = recipe.build(cfg, jax.devices()[:1], images=1_271_158, classes=1000)
+  made = trainer.build(cfg, jax.devices()[:1], images=1_271_158, classes=1000)
   compiled, state = made.lower().compile(), made.initialise()
   rng = np.random.default_rng(0)
   rows = {

@@ -34,7 +34,10 @@ sys.path += [str(ROOT / "docs"), str(ROOT / "tests")]
 import plain_byol  # noqa: E402
 from photographs import pieces  # noqa: E402
 
-from byolx import config, recipe, sharding, train  # noqa: E402
+from byolx.core import config, sharding  # noqa: E402
+from byolx.runs import trainer  # noqa: E402
+from byolx.training.state import TrainState  # noqa: E402
+from byolx.training.step import compile_step  # noqa: E402
 
 CLASSES, STEPS = 1000, 1000
 AGREE_STEPS = 3
@@ -106,7 +109,7 @@ def compile_timed(make_step: Callable, *arguments) -> tuple[Callable, dict[str, 
   return compiled, dict(zip(("trace", "lower", "compile"), spent, strict=True))
 
 
-def plain_trees(state: train.TrainState) -> dict[str, Any]:
+def plain_trees(state: TrainState) -> dict[str, Any]:
   """Parameters, target and averages of byolx's state, as `plain_byol` has them, on the host."""
   averages, target = nnx.split_state(state.rest, nnx.BatchStat, ...)
   trees = (nnx.to_pure_dict(jax.device_get(part)) for part in (state.params, target, averages))
@@ -125,15 +128,13 @@ def build(
     batch: one, for its shapes.
   """
   c = config.load(f"{ROOT / 'configs' / 'pretrain_imagenet.py'}", [*OVERRIDES, *overrides])
-  ours = recipe.build(c, devices, STEPS * c.train.batch_size, CLASSES)
+  ours = trainer.build(c, devices, STEPS * c.train.batch_size, CLASSES)
   whole, spread = sharding.replicated(ours.mesh), sharding.by_example(ours.mesh)
   placed, key = sharding.put_batch(batch, ours.mesh), jax.device_put(ours.step_key, whole)
   state = ours.initialise()
   begin = jax.device_put(plain_byol.new_state(**plain_trees(state)), whole)
   program, seconds = compile_timed(
-    lambda: train.compile_step(
-      ours.task, ours.tx, ours.layout, passes=ours.passes, remat=c.train.remat
-    ),
+    lambda: compile_step(ours.task, ours.tx, ours.layout, passes=ours.passes, remat=c.train.remat),
     state,
     placed,
     key,
@@ -150,7 +151,7 @@ def build(
   return library, plain, ours.mesh
 
 
-def settings_of(ours: recipe.Recipe) -> plain_byol.Settings:
+def settings_of(ours: trainer.Recipe) -> plain_byol.Settings:
   """The plain step's numbers, from the recipe's config."""
   c = ours.config
   return plain_byol.Settings(

@@ -15,7 +15,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from byolx import config, recipe, tpu
+from byolx.core import config
+from byolx.planning import tpu
+from byolx.runs import trainer
 
 IMAGES, CLASSES = 1_281_167, 1000
 
@@ -29,7 +31,7 @@ def main():
   devices = tpu.devices(tpu.topology(arguments.topology))
   clock = time.perf_counter
   began = clock()
-  built = recipe.build(cfg, devices, IMAGES, CLASSES)
+  built = trainer.build(cfg, devices, IMAGES, CLASSES)
   state = built.abstract_state
   shaped = clock()
   lowered = built.lower()

@@ -4,7 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from byolx.config import ConfigError
+from byolx.core.config import ConfigError
 
 
 def git(root: Path, *arguments: str) -> str | None:

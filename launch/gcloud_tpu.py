@@ -18,8 +18,9 @@ from jobs import INTERRUPTED, Job
 from tpu_plan import Plan
 from tpu_run import Launcher, LaunchError
 
-from byolx import numbers, tpu
-from byolx.config import ConfigError
+from byolx.cli import numbers
+from byolx.core.config import ConfigError
+from byolx.planning import tpu
 
 PROGRAM = "launch/gcloud_tpu.py"
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from byolx import config, grids
-from byolx.config import ConfigError
+from byolx.core.config import ConfigError, flatten, load
+from byolx.sweeps import grids
 
 FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 """Exit codes of `byolx`, which are the launchers' as well; 75: the same command again."""
@@ -37,7 +37,7 @@ class Job:
 
   def text_fields(self) -> dict[str, str]:
     """The config's fields that hold text."""
-    flat = config.flatten(config.load(self.config, self.overrides))
+    flat = flatten(load(self.config, self.overrides))
     return {name: value for name, value in flat.items() if isinstance(value, str)}
 
   def moved(self, folder: Callable[[str, str], str]) -> "Job":
@@ -90,7 +90,7 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
   made.add_argument(
     "--workdir", required=True, help="of the run; of a grid: of its runs, one folder each"
   )
-  made.add_argument("--grid", metavar="NAME", help="several runs: see byolx/grids.py")
+  made.add_argument("--grid", metavar="NAME", help="several runs: see byolx/sweeps/grids.py")
   made.add_argument("--dry_run", action="store_true", help="print what would be done, do nothing")
   return made
 
@@ -120,7 +120,7 @@ def jobs(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Job]:
     name = grids.label(cell)
     workdir = f"{arguments.workdir.rstrip('/')}/{name}" if name else arguments.workdir
     job = Job(name, arguments.config, (*overrides, *grids.overrides(cell)), workdir)
-    config.load(job.config, job.overrides)
+    load(job.config, job.overrides)
     made.append(job)
   return made
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import jobs
 from jobs import FAILED, INTERRUPTED, Job, xmanager
 
-from byolx import machine, numbers
-from byolx.config import ConfigError
+from byolx.cli import numbers
+from byolx.core import machine
+from byolx.core.config import ConfigError
 
 PROGRAM = "launch/xm_local.py"
 

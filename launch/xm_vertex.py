@@ -10,7 +10,7 @@ from pathlib import Path
 import jobs
 from jobs import FAILED, Job, xmanager
 
-from byolx.config import ConfigError
+from byolx.core.config import ConfigError
 
 PROGRAM = "launch/xm_vertex.py"
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from byolx import config
+from byolx.core import config
 
 
 def validation(cfg) -> float:
@@ -105,11 +105,12 @@ def main() -> int:
   if command != "sweep":
     run(Path(folder), command, words, overrides)
     return 0
-  from byolx import children, selection, study, sweep
-  from byolx.stopping import StoppedError
+  from byolx.core.signals import StoppedError
+  from byolx.sweeps import jobs, selection, sweep
+  from byolx.sweeps import run as sweep_run
 
-  children.BYOLX = (sys.executable, __file__, folder)
-  wanted = study.build(
+  jobs.BYOLX = (sys.executable, __file__, folder)
+  wanted = sweep.build(
     words["--config"],
     overrides,
     [value for name, _, value in pairs if name == "--grid"],
@@ -117,7 +118,7 @@ def main() -> int:
     by=selection.parse("top1"),
   )
   try:
-    return 1 if sweep.run(wanted, int(words.get("--jobs", 1))) else 0
+    return 1 if sweep_run.run(wanted, int(words.get("--jobs", 1))) else 0
   except StoppedError as error:
     print(f"stopped: {error}", flush=True)
     return 130 if error.by_keyboard else 75

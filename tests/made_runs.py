@@ -2,7 +2,7 @@
 
 import json
 
-from byolx import config
+from byolx.core import config
 
 LINEAR = {
   "task": "linear",

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from sklearn.datasets import load_digits, load_sample_image
 
-from byolx.data.randaugment import OPERATIONS, Operations, apply
+from byolx.data.augment.randaugment import OPERATIONS, Operations, apply
 
 BINS = 31
 GEOMETRIC = ("shear_x", "shear_y", "rotate")

@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   logging.getLogger("byolx").setLevel(logging.INFO)
   _parse_absl_flags()
   # Imported here: `byolx --help` answers without waiting for jax.
-  from byolx import distributed, tpu
-  from byolx.config import ConfigError
-  from byolx.stopping import StoppedError
+  from byolx.core import distributed
+  from byolx.core.config import ConfigError
+  from byolx.core.signals import StoppedError
+  from byolx.planning import tpu
 
   tpu.quieten()
   try:
@@ -58,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _foreseen() -> tuple[type[Exception], ...]:
   """Errors whose message says all; imported when there is one, as these modules take a second."""
-  from byolx.checkpoint import CheckpointError
-  from byolx.data.failures import TooManyFailuresError
-  from byolx.distributed import DistributedError
-  from byolx.train import DivergedError
+  from byolx.checkpoints.manager import CheckpointError
+  from byolx.core.distributed import DistributedError
+  from byolx.data.unreadable import TooManyFailuresError
+  from byolx.training.loop import DivergedError
 
   return CheckpointError, DivergedError, DistributedError, TooManyFailuresError, OSError
 
@@ -115,7 +116,7 @@ def _parse_absl_flags() -> None:
 
 def _fail(error: Exception, code: int) -> int:
   """Says what is wrong and returns the exit code; with several processes it ends all of them."""
-  from byolx import distributed
+  from byolx.core import distributed
 
   print(f"byolx: error: {distributed.prefix()}{error}", file=sys.stderr)
   distributed.leave(code, f"failed: {str(error) or type(error).__name__}")
@@ -123,7 +124,7 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _stop(reason: str, code: int) -> int:
-  from byolx import distributed
+  from byolx.core import distributed
 
   more = "the same command goes on from there"
   print(f"\nbyolx: {distributed.prefix()}{reason}; {more}", file=sys.stderr)

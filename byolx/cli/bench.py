@@ -5,8 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from byolx import numbers
-from byolx.cli import options
+from byolx.cli import numbers, options
 
 _BENCH = """\
 Measure the input of a config, on its own images: each stage in one thread; the limit, which is
@@ -42,14 +41,15 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx import bench, config, logs
-  from byolx.machine import usable_cores
+  from byolx.core import config, files
+  from byolx.core.machine import usable_cores
+  from byolx.planning import input_speed
 
   cfg = config.load(arguments.config, overrides)
   workers = arguments.workers or sorted({0, 1, usable_cores()})
-  report = bench.measure_input(cfg, workers, arguments.seconds)
+  report = input_speed.measure_input(cfg, workers, arguments.seconds)
   print(report.text())
   if arguments.json:
     text = json.dumps(dataclasses.asdict(report), indent=1)
-    logs.write_atomically(arguments.json, text + "\n")
+    files.write_atomically(arguments.json, text + "\n")
   return 0

@@ -17,7 +17,7 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx import run
+  from byolx.runs import run
 
   options.join(arguments)
   run.evaluate_run(arguments.workdir, arguments.test)

@@ -9,7 +9,7 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.fields import FIELDS
+  from byolx.core.fields import FIELDS
 
   for name, field in FIELDS.items():
     print(f"{name:<34} {field.default!s:<26} {field.meaning}")

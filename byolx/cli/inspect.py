@@ -15,10 +15,11 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx import inspection, logs
+  from byolx.checkpoints import inspection
+  from byolx.core import files
 
   page = inspection.inspect(arguments.path, arguments.verify)
   print(page.text())
   if arguments.json:
-    logs.write_atomically(arguments.json, page.json())
+    files.write_atomically(arguments.json, page.json())
   return options.FAILED if page.damaged else 0

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 
-from byolx import numbers
+from byolx.cli import numbers
 
 USAGE = 2
 FAILED = 1
@@ -37,8 +37,8 @@ def add_distributed(sub: argparse.ArgumentParser) -> None:
 
 def join(arguments: argparse.Namespace) -> None:
   """Joins the other processes, if there are any; then only the writer prints to stdout."""
-  from byolx import distributed
-  from byolx.config import ConfigError
+  from byolx.core import distributed
+  from byolx.core.config import ConfigError
 
   where = (arguments.coordinator, arguments.processes, arguments.process)
   if not arguments.distributed:

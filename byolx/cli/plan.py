@@ -6,8 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from byolx import numbers
-from byolx.cli import options
+from byolx.cli import numbers, options
 
 _PLAN = """\
 Say whether a config's train step fits a TPU slice, how fast it is, how long the whole schedule takes
@@ -81,7 +80,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
   # Nothing runs: an attached TPU or GPU is left to others.
   jax.config.update("jax_platforms", "cpu")
-  from byolx import config, logs, plan, plan_page, tpu
+  from byolx.core import config, files
+  from byolx.planning import page, plan, tpu
 
   terms = plan.Terms(
     efficiency=arguments.efficiency,
@@ -104,11 +104,11 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
       print(f"{number} of {len(wanted)}: {name} on {topology.name}", file=sys.stderr, flush=True)
     plans.append(plan.make(built, name, topology, terms))
   several = len(plans) > 1
-  print(plan_page.table(plans) if several else plan_page.page(plans[0], arguments.costs))
+  print(page.table(plans) if several else page.page(plans[0], arguments.costs))
   if arguments.json:
     found = [one.json(arguments.costs) for one in plans]
     text = json.dumps(found if several else found[0], indent=1)
-    logs.write_atomically(arguments.json, text + "\n")
+    files.write_atomically(arguments.json, text + "\n")
   return 0 if all(one.figures.fits for one in plans) else options.FAILED
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from byolx import numbers
+from byolx.cli import numbers
 
 _PREPARE = """\
 Put the images of a data set into a few large files that are read at random much faster than
@@ -80,14 +80,15 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx import config, prepare
-  from byolx.data.shards import Encode
-  from byolx.machine import usable_cores
+  from byolx.core import config
+  from byolx.core.machine import usable_cores
+  from byolx.data.prepare import write
+  from byolx.data.prepare.shards import Encode
 
   workers = arguments.workers or usable_cores()
   if arguments.source is not None:
     short_side = arguments.short_side
-    options = prepare.Options(
+    options = write.Options(
       name=arguments.name,
       shards=arguments.shards,
       shard_mb=arguments.shard_mb,
@@ -95,11 +96,11 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
       workers=workers,
       max_failed_share=arguments.max_failed_share,
     )
-    prepare.prepare(arguments.source, arguments.to, options, arguments.test, arguments.test_labels)
+    write.prepare(arguments.source, arguments.to, options, arguments.test, arguments.test_labels)
   elif not arguments.verify:
     raise config.ConfigError(
       "neither --from nor --verify was given; expected what to prepare, or verify"
     )
   if arguments.verify:
-    prepare.verify(arguments.to, workers, arguments.verify == "images")
+    write.verify(arguments.to, workers, arguments.verify == "images")
   return 0

@@ -57,8 +57,9 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx import comparison, comparison_page, figures, logs, measurements, paper
-  from byolx.config import ConfigError
+  from byolx.core import files
+  from byolx.core.config import ConfigError
+  from byolx.reports import compare, figures, measurements, paper, tables
 
   style, figure = _outputs(arguments)
   if not arguments.workdirs and (figure or not arguments.table):
@@ -70,7 +71,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     choices = ", ".join(paper.TABLES)
     raise ConfigError(f"--table={arguments.table}: expected one of {choices}; or list")
   measured = measurements.read(arguments.workdirs, arguments.all)
-  found = comparison.results(measured, arguments.all)
+  found = compare.results(measured, arguments.all)
   if arguments.workdirs and not found:
     raise ConfigError(
       f"{', '.join(map(str, arguments.workdirs))}: no result on test images; --all also shows those "
@@ -82,13 +83,13 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   if style is None:
     return 0
   if listed:
-    page = comparison_page.tables_page()
+    page = tables.tables_page()
   elif arguments.table:
-    page = comparison_page.table_page(paper.TABLES[arguments.table], found, style)
+    page = tables.table_page(paper.TABLES[arguments.table], found, style)
   else:
-    page = comparison_page.results_page(found, style)
+    page = tables.results_page(found, style)
   if arguments.output:
-    logs.write_atomically(arguments.output, page)
+    files.write_atomically(arguments.output, page)
     print(f"wrote {arguments.output}")
   else:
     print(page, end="")
@@ -97,7 +98,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _outputs(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
   """The format of what is printed or written, None if only a figure is; and the figure's path."""
-  from byolx.config import ConfigError
+  from byolx.core.config import ConfigError
 
   suffix = arguments.output.suffix.lower() if arguments.output else ".txt"
   style = _SUFFIXES.get(suffix)

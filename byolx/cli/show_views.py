@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from byolx import numbers
-from byolx.cli import options
+from byolx.cli import numbers, options
 
 
 def add(command) -> None:
@@ -19,10 +18,11 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx import config, experiment, run
+  from byolx.core import config
+  from byolx.runs import images, run
 
   cfg = config.load(arguments.config, overrides)
-  source = experiment.build_sources(cfg).train
+  source = images.build_sources(cfg).train
   run.write_views(cfg, source, arguments.output, arguments.images, arguments.pairs)
   print(f"wrote {arguments.output}")
   return 0

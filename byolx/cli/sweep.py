@@ -4,8 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from byolx import numbers
-from byolx.cli import options
+from byolx.cli import numbers, options
 
 _SWEEP = """\
 Choose hyperparameters on validation images, then look once at the test images, with what was chosen.
@@ -24,7 +23,7 @@ examples:
   byolx sweep --config=FILE --grid=model.width=1,2 --grid=rate_decay --per=model.width --workdir=runs/w
 
 named grids: table9, seeds, table15_rate, table15_decay, rate_decay, table16, table14_depth,
-  table14_size, linear_rates, semi_supervised, figure4, table7; what they hold is in byolx/grids.py.
+  table14_size, linear_rates, semi_supervised, figure4, table7; see byolx/sweeps/grids.py.
   `seeds` is for the launchers; here, --seeds does it.
 
 In the workdir: sweep.json (cells, what was chosen and by which values), results.json (the tests),
@@ -87,9 +86,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
   # Nothing is computed here: an attached TPU or GPU is left to the runs.
   jax.config.update("jax_platforms", "cpu")
-  from byolx import selection, study, sweep
+  from byolx.sweeps import run as sweep_run
+  from byolx.sweeps import selection, sweep
 
-  wanted = study.build(
+  wanted = sweep.build(
     arguments.config,
     overrides,
     arguments.grid,
@@ -100,9 +100,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     retrain=arguments.retrain,
   )
   if arguments.dry_run:
-    print("".join(f"{line}\n" for line in sweep.missing(wanted)), end="")
+    print("".join(f"{line}\n" for line in sweep_run.missing(wanted)), end="")
     return 0
-  failed = sweep.run(wanted, arguments.jobs)
+  failed = sweep_run.run(wanted, arguments.jobs)
   if failed:
     names = ", ".join(run.name for run in failed)
     print(

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from byolx import numbers
-from byolx.cli import options
+from byolx.cli import numbers, options
 
 _TRAIN = """\
 Pretrain an encoder without labels by BYOL, then tell what it learned: k-NN and linear probe at
@@ -43,14 +42,15 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx import compilations, config
+  from byolx.core import config
+  from byolx.training import compile_cache
 
   options.join(arguments)
   cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
-  kept = None if arguments.seeds else compilations.begin(cfg, workdir)
+  kept = None if arguments.seeds else compile_cache.begin(cfg, workdir)
   # Imported only now: programs load meanwhile.
-  from byolx import run
+  from byolx.runs import run
 
   if arguments.seeds:
     run.train_seeds(cfg, workdir, arguments.seeds)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from byolx.models.heads import MLP
 from byolx.models.layers import Linear
-from byolx.models.names import OUTPUTS
+from byolx.models.remat import OUTPUTS
 from byolx.models.resnet import ResNet, ResNetSpec
 
 

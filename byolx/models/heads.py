@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from byolx import sharding
+from byolx.core import sharding
 from byolx.models.layers import Initializer, Linear
 from byolx.models.resnet import ResNetSpec
-from byolx.roles import Role
+from byolx.models.roles import Role
 
 
 class MLP(nnx.Module):

@@ -10,9 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from byolx.models import contractions
-from byolx.models.names import CONVOLUTION
-from byolx.roles import Role
+from byolx.models import ops
+from byolx.models.remat import CONVOLUTION
+from byolx.models.roles import Role
 
 Initializer = Callable[..., Array]
 
@@ -50,7 +50,7 @@ class Linear(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
-    y = checkpoint_name(contractions.matmul(x, self.kernel[...], self.dtype), CONVOLUTION)
+    y = checkpoint_name(ops.matmul(x, self.kernel[...], self.dtype), CONVOLUTION)
     # In float32, so that the bias's gradient is summed in it.
     return y if self.bias is None else (y.astype(jnp.float32) + self.bias[...]).astype(self.dtype)
 
@@ -98,13 +98,13 @@ class Conv(nnx.Module):
       # The pixels that a strided 1x1 kernel leaves out are cut away first: so its gradient is dense.
       x, stride = x[:, ::stride, ::stride], 1
       if self.products or (self.products is None and jax.default_backend() == "cpu"):
-        y = contractions.matmul(x, kernel[0, 0], self.dtype)
+        y = ops.matmul(x, kernel[0, 0], self.dtype)
         return checkpoint_name(y, CONVOLUTION)
     pads = tuple(
       window_padding(kernel.shape[0], stride, self.dilation, self.padding, size)
       for size in x.shape[1:3]
     )
-    y = contractions.convolve(x, kernel, stride, pads, self.dilation, self.dtype)
+    y = ops.convolve(x, kernel, stride, pads, self.dilation, self.dtype)
     return checkpoint_name(y, CONVOLUTION)
 
 

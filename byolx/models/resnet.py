@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from byolx.models.batch_norm import BatchNorm
 from byolx.models.layers import Conv, Initializer, uncorrected, window_padding
-from byolx.models.names import BLOCK, STAGE
-from byolx.models.norm import BatchNorm
+from byolx.models.remat import BLOCK, STAGE
 
 
 class Stem(NamedTuple):

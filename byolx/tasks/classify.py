@@ -9,11 +9,12 @@ from clu import metrics as clu_metrics
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from byolx import losses, metrics
-from byolx.data import augment_device
+from byolx.data.augment import on_device
+from byolx.evaluation import metrics
 from byolx.models.classifier import Classifier, ClassifierSpec
 from byolx.models.resnet import ResNetSpec
-from byolx.tasks.base import Batch
+from byolx.training import losses
+from byolx.training.task import Batch
 
 
 @struct.dataclass
@@ -61,7 +62,7 @@ class Classify:
     beta: of the logit penalty.
     smoothing: of labels.
     augment_on_device: batches hold crops and draws; the colour work happens inside the step.
-    brightness_rule: see `augment.ViewSpec`, for the device's colour work.
+    brightness_rule: see `distribution.ViewSpec`, for the device's colour work.
   """
 
   spec: ClassifierSpec
@@ -94,9 +95,9 @@ class Classify:
 
     Of each: mean of cross_entropy(tclip(x), y) + beta * average(tclip(x)^2) over labelled images.
     """
-    del key  # every random number of a view is data, see byolx.data.augment
+    del key  # every random number of a view is data, see byolx.data.augment.distribution
     draws = batch["draws1"] if self.augment_on_device else None
-    x = augment_device.network_input(
+    x = on_device.network_input(
       batch["view1"], self.mean, self.std, self.encoder.dtype, draws, self.brightness_rule
     )
     logits = losses.tclip(model(x, train=True, frozen=self.frozen), self.alpha)
@@ -137,7 +138,7 @@ class Classify:
       classes: int32 [b, n, k], the most probable ones, at most five, best first.
       probabilities: float32 [b, n, k].
     """
-    x = augment_device.network_input(batch["image"], self.mean, self.std, self.encoder.dtype)
+    x = on_device.network_input(batch["image"], self.mean, self.std, self.encoder.dtype)
     logits = losses.tclip(model(x, train=False), self.alpha)
     labels = jnp.broadcast_to(batch["label"][:, None], logits.shape[:2])
     most, classes = jax.lax.top_k(jax.nn.softmax(logits), min(5, self.spec.classes))

@@ -10,12 +10,13 @@ from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from byolx import losses, metrics, schedules
-from byolx.data import augment_device
+from byolx.data.augment import on_device
+from byolx.evaluation import metrics
 from byolx.models.byol import BYOL, BYOLSpec, Outputs
-from byolx.models.names import VIEWS
+from byolx.models.remat import VIEWS
 from byolx.models.resnet import ResNetSpec
-from byolx.tasks.base import Batch
+from byolx.training import losses, schedules
+from byolx.training.task import Batch
 
 
 @struct.dataclass
@@ -40,7 +41,7 @@ class Pretrain:
     norm_guard: see `losses.regression_loss`.
     probe_weight: of the online probe's cross-entropy, whose gradient stops at the representation.
     augment_on_device: batches hold crops and draws; the colour work happens inside the step.
-    brightness_rule: see `augment.ViewSpec`, for the device's colour work.
+    brightness_rule: see `distribution.ViewSpec`, for the device's colour work.
   """
 
   spec: BYOLSpec
@@ -72,7 +73,7 @@ class Pretrain:
     self, model: BYOL, batch: Batch, key: Array
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Loss of both directions, plus the probe's; and the collapse monitors of Figure 7."""
-    del key  # every random number of a view is data, see byolx.data.augment
+    del key  # every random number of a view is data, see byolx.data.augment.distribution
     x = self._views(batch)
     online = model.online(x, train=True, views=2)
     prediction = _by_view(model.predict(online.projection, train=True, views=2))
@@ -103,7 +104,7 @@ class Pretrain:
 
   def evaluate(self, model: BYOL, batch: Batch) -> ProbeMetrics:
     """Top-1 and cross-entropy of the online probe; labelled, unmasked images only."""
-    x = augment_device.network_input(batch["image"], self.mean, self.std)
+    x = on_device.network_input(batch["image"], self.mean, self.std)
     logits = model.probe(model.online.encoder(x, train=False).astype(jnp.float32))
     counted = batch["mask"] & (batch["label"] >= 0)
     correct = (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)
@@ -114,7 +115,7 @@ class Pretrain:
     """Both views, normalised and interleaved: row 2 * b + v is view v of image b."""
     # Each view in the compute type before they are interleaved: half the bytes to move.
     views = [
-      augment_device.network_input(
+      on_device.network_input(
         batch[f"view{number}"],
         self.mean,
         self.std,

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from byolx.data.names import Names
+from byolx.data.sources.names import Names
 from byolx.data.splits import (
   balanced_subset,
   imagenet_validation,

@@ -14,7 +14,7 @@ import xm_local
 import xm_vertex
 from tiny import config_text
 
-from byolx.config import ConfigError
+from byolx.core.config import ConfigError
 
 
 class UnitError(RuntimeError):

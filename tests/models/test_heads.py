@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from byolx.models.batch_norm import BatchNorm
 from byolx.models.heads import MLP, Heads
 from byolx.models.layers import uncorrected
-from byolx.models.norm import BatchNorm
 from byolx.models.resnet import ResNetSpec
 
 

@@ -9,7 +9,7 @@ import scipy.stats
 from flax import nnx
 
 from byolx.models import layers
-from byolx.roles import Role
+from byolx.models.roles import Role
 
 
 def numpy_init(key, shape, dtype=jnp.float32):

@@ -11,7 +11,7 @@ import pytest
 import scipy.signal
 from flax import nnx
 
-from byolx.models.norm import BatchNorm
+from byolx.models.batch_norm import BatchNorm
 from byolx.models.resnet import ARCHITECTURES, STEMS, Block, ResNet, ResNetSpec, widen
 
 SMALL = STEMS["small"]

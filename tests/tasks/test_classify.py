@@ -10,9 +10,14 @@ import scipy.special
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from byolx import config, evaluate, losses, recipe, sharding, train
-from byolx.config import ConfigError
-from byolx.tasks.base import Task
+from byolx.core import config, sharding
+from byolx.core.config import ConfigError
+from byolx.evaluation import inference
+from byolx.runs import trainer
+from byolx.training import losses
+from byolx.training.state import TrainState, state_shardings
+from byolx.training.step import compile_step
+from byolx.training.task import Task
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RATES = (0.4, 0.3, 0.2, 0.1, 0.05)
@@ -51,7 +56,7 @@ def settings(**fields):
 
 
 def build(devices=1, images=640, classes=10, **fields):
-  return recipe.build(settings(**fields), jax.devices()[:devices], images, classes)
+  return trainer.build(settings(**fields), jax.devices()[:devices], images, classes)
 
 
 def batches(steps, size=64):
@@ -67,10 +72,10 @@ def trained(made, steps, warm=True):
     model = state.model()
     model.encoder(made.normalise(jnp.asarray(digits(256)[0])), train=True)
     graphdef, params, rest = nnx.split(model, made.task.trainable, ...)
-    state = train.TrainState(state.step, params, rest, state.opt_state, graphdef)
-    state = jax.device_put(state, train.state_shardings(made.abstract_state))
+    state = TrainState(state.step, params, rest, state.opt_state, graphdef)
+    state = jax.device_put(state, state_shardings(made.abstract_state))
   before = jax.tree.map(np.asarray, state)
-  step = train.compile_step(made.task, made.tx, made.layout)
+  step = compile_step(made.task, made.tx, made.layout)
   for batch in batches(steps):
     state, scalars = step(state, sharding.put_batch(batch, made.mesh), made.step_key)
   return state, before, scalars
@@ -198,7 +203,7 @@ def measured(made, model, size, devices):
   cut = [
     {name: x[i : i + size] for name, x in whole.items()} for i in range(0, len(whole["mask"]), size)
   ]
-  return evaluate.measure(made.task, model, iter(cut), mesh), evaluate.predictions(
+  return inference.measure(made.task, model, iter(cut), mesh), inference.predictions(
     made.task, model, iter(cut), mesh
   )
 

@@ -9,12 +9,13 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from byolx.data import pipeline, sources
-from byolx.data.augment import ViewSpec
+from byolx.data import loader
+from byolx.data.augment.distribution import ViewSpec
+from byolx.data.sources import small
 from byolx.models.byol import BYOL, BYOLSpec
 from byolx.models.resnet import STEMS, ResNetSpec
-from byolx.tasks.base import Task
 from byolx.tasks.pretrain import Pretrain
+from byolx.training.task import Task
 
 MEAN, STD = (0.2, 0.3, 0.4), (0.3, 0.35, 0.4)
 IMAGES = 12
@@ -35,8 +36,8 @@ VIEWS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
 
 def digits_batch(placement="host", size=8):
   """A real batch; two of its twelve labels are taken away."""
-  source = sources.digits("train", test_share=0.2)
-  with pipeline.train_batches(
+  source = small.digits("train", test_share=0.2)
+  with loader.train_batches(
     source, VIEWS, size, IMAGES, seed=1, placement=placement, prefetch=0
   ) as stream:
     batch = next(stream)

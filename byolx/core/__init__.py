@@ -1,0 +1,1 @@
+"""Configs, processes, meshes, signals, files: what every wing stands on."""

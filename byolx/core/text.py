@@ -1,0 +1,21 @@
+"""Text for people: durations, short lists, errors in one line."""
+
+
+def first_few(differences: list[str], most: int = 3) -> str:
+  """The first differences, and how many more there are."""
+  more = len(differences) - most
+  return "; ".join(differences[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
+def one_line(error: BaseException) -> str:
+  """An error in one line that is not too long: what was tried stands first, what happened last."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 300 else f"{text[:120]} ... {text[-180:]}"
+
+
+def duration(seconds: float) -> str:
+  """`2 h 05 min`, `3 min 20 s`, `12 s`."""
+  seconds = round(seconds)
+  if seconds >= 3600:
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+  return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"

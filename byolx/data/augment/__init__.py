@@ -1,0 +1,1 @@
+"""Augmentation: random numbers as data, and two bodies that apply them."""

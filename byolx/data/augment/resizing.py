@@ -1,0 +1,175 @@
+"""Crops and resizes: bicubic, with or without antialiasing, and the views of evaluation."""
+
+import functools
+import math
+import threading
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from byolx.data.augment.distribution import _check_choice
+
+EVALUATION_RULES = ("paper", "reference")
+_BLOCK = 8
+"""Rows of a resize per matrix product: fewer are many small calls, more are many zeros."""
+
+
+def crop_and_resize(
+  image: UInt8[np.ndarray, "h w 3"],
+  crop: Int32[np.ndarray, "4"],
+  size: int,
+  antialias: bool,
+  out: UInt8[np.ndarray, "size size 3"] | None = None,
+) -> UInt8[np.ndarray, "size size 3"]:
+  """Cuts `crop` (top, left, height, width) out of `image` and resizes it, bicubic, to `size`.
+
+  Keys' kernel with a = -0.5 and half-pixel centres; weights that reach outside the patch are
+  dropped and the rest normalised. Without antialiasing, as the reference, this is
+  `jax.image.resize(patch, method='cubic', antialias=False)`, clipped and rounded. With it, the
+  kernel widens where the patch shrinks and this is Pillow's BICUBIC, which also clips and rounds
+  between the horizontal and the vertical pass. The result is written to `out`, if that is given.
+
+  Raises:
+    ValueError: if the crop is empty or reaches outside the image, or `size` is not positive.
+  """
+  top, left, height, width = crop.tolist()
+  inside = 0 <= top < top + height <= image.shape[0] and 0 <= left < left + width <= image.shape[1]
+  if not inside or size < 1:
+    raise ValueError(
+      f"crop (top, left, height, width) = {(top, left, height, width)} to size {size}; expected a"
+      f" part of the {image.shape[0]}x{image.shape[1]} image, and a positive size"
+    )
+  rows = _resize_weights(height, size, 0, size, antialias)
+  columns = _resize_weights(width, size, 0, size, antialias)
+  return _resize(image[top : top + height, left : left + width], rows, columns, antialias, out)
+
+
+def evaluation_view(
+  image: UInt8[np.ndarray, "h w 3"], size: int, resize: int, rule: str
+) -> UInt8[np.ndarray, "size size 3"]:
+  """The one view of an image that evaluation uses (appendix C).
+
+  Args:
+    image: any size.
+    size: the view's side, 224 in the paper.
+    resize: 256 in the paper, at least `size`.
+    rule: 'paper' resizes the shorter side to `resize`, bicubic and antialiased, then takes the
+      central `size` x `size`. 'reference' takes the central square of size / resize of the shorter
+      side, then resizes it to `size`, bicubic without antialiasing.
+
+  Raises:
+    ValueError: if `resize` is less than `size`, or the rule is unknown.
+  """
+  _check_choice("rule", rule, EVALUATION_RULES)
+  if not 1 <= size <= resize:
+    raise ValueError(f"size is {size}, resize is {resize}; expected 1 <= size <= resize")
+  height, width = image.shape[:2]
+  short = min(height, width)
+  if rule == "reference":
+    side = max(1, int(size / resize * short))
+    crop = ((height - side + 1) // 2, (width - side + 1) // 2, side, side)
+    return crop_and_resize(image, np.array(crop, np.int32), size, antialias=False)
+  full = resize * height // short, resize * width // short
+  top, left = (round((side - size) / 2) for side in full)
+  rows = _resize_weights(height, full[0], top, size, antialias=True)
+  columns = _resize_weights(width, full[1], left, size, antialias=True)
+  return _resize(image, rows, columns, antialias=True)
+
+
+def _resize(image, rows, columns, antialias, out=None):
+  """Applies two sets of weights from `_resize_weights` to a uint8 image, into `out` if given."""
+  if antialias:  # Pillow's order, which keeps 8 bits between the passes
+    first, second, image = columns, rows, cv2.transpose(image)
+  else:
+    first, second = rows, columns
+  across, along = image.shape[:2]
+  x = _scratch.floats(0, across, 3 * along)
+  np.copyto(x.reshape(image.shape), image)
+  x = _multiply(first, x, slot=1)
+  if antialias:
+    np.copyto(x, _to_uint8(x))
+  turned = _scratch.floats(0, along, len(x), 3)
+  cv2.transpose(x.reshape(len(x), along, 3), turned)
+  x = _multiply(second, turned.reshape(along, -1), slot=1)
+  if antialias:
+    return _to_uint8(x, None if out is None else out.reshape(x.shape)).reshape(len(x), -1, 3)
+  return cv2.transpose(_to_uint8(x).reshape(len(x), -1, 3), out)
+
+
+def _to_uint8(x, out=None):
+  """Clips to [0, 255] and rounds; ties go up, as in Pillow. Overwrites x."""
+  cv2.threshold(x, 0, 0, cv2.THRESH_TOZERO, x)
+  return cv2.convertScaleAbs(x, out, beta=1e-4)
+
+
+def _multiply(blocks, x, slot):
+  """The banded matrix times x [n, m]: blocks of rows, each with the columns that it reaches."""
+  out = _scratch.floats(slot, blocks[-1].stop, x.shape[1])
+  for block in blocks:
+    np.matmul(block.weights, x[block.low : block.high], out=out[block.start : block.stop])
+  return out
+
+
+class _Scratch(threading.local):
+  """Memory of this thread that is used again: fresh pages cost as much as the arithmetic."""
+
+  _MOST = 2**23  # floats; a larger image gets memory of its own, which is given back
+
+  def __init__(self):
+    self._slots = [np.empty(0, np.float32), np.empty(0, np.float32)]
+
+  def floats(self, slot: int, *shape: int) -> np.ndarray:
+    """An array with any content, valid until the slot is asked for again."""
+    count = math.prod(shape)
+    if count > self._MOST:
+      return np.empty(shape, np.float32)
+    if count > len(self._slots[slot]):
+      self._slots[slot] = np.empty(count, np.float32)
+    return self._slots[slot][:count].reshape(shape)
+
+
+_scratch = _Scratch()
+
+
+class _Block(NamedTuple):
+  """Rows start:stop of a banded matrix, of which only the columns low:high are not zero."""
+
+  start: int
+  stop: int
+  low: int
+  high: int
+  weights: Float32[np.ndarray, "rows columns"]
+
+
+@functools.lru_cache(maxsize=2048)
+def _resize_weights(
+  source: int, target: int, first: int, count: int, antialias: bool
+) -> tuple[_Block, ...]:
+  """The matrix that resizes a line of `source` pixels to `target`, outputs first:first+count."""
+  scale = source / target
+  stretch = max(scale, 1.0) if antialias else 1.0
+  centre = (np.arange(first, first + count) + 0.5) * scale - 0.5
+  taps = np.arange(math.ceil(4 * stretch) + 1)
+  pixel = np.ceil(centre - 2 * stretch).astype(np.int64)[:, None] + taps
+  weights = _keys(np.abs(centre[:, None] - pixel) / stretch)
+  inside = (pixel >= 0) & (pixel < source)
+  weights /= weights.sum(axis=1, keepdims=True, where=inside)
+  lows = np.maximum(pixel[::_BLOCK, 0], 0)
+  column = pixel - np.repeat(lows, _BLOCK)[:count, None]
+  row = np.broadcast_to(np.arange(count)[:, None], pixel.shape)
+  banded = np.zeros((count, int(column.max()) + 1), np.float32)
+  banded[row[inside], column[inside]] = weights[inside]
+  blocks = []
+  for start, low in zip(range(0, count, _BLOCK), lows.tolist()):
+    rows = banded[start : start + _BLOCK, : source - low]
+    blocks.append(_Block(start, start + len(rows), low, low + rows.shape[1], rows))
+  return tuple(blocks)
+
+
+def _keys(x):
+  """Keys' cubic convolution kernel with a = -0.5 (Catmull-Rom), for distances x >= 0."""
+  near = (1.5 * x - 2.5) * x * x + 1
+  far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+  return np.where(x < 1, near, np.where(x < 2, far, 0.0))

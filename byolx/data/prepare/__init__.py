@@ -1,0 +1,1 @@
+"""Large sets written once as a few checksummed files."""

@@ -1,0 +1,352 @@
+"""Image trees on disk: a folder of one's own, ImageNet and Places365, as they lie after unpacking.
+
+  image_folder   one subfolder per class, or images without labels
+  imagenet       train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
+  places365      the lists places365_train_standard.txt and places365_val.txt, and the images
+
+Nothing is opened here: a folder is listed once, several classes at a time, and a file that cannot
+be decoded raises DecodeError when it is asked for.
+"""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from byolx.data.decode import EXTENSIONS, is_image_name
+from byolx.data.sources.base import SPLIT_SEED, SPLITS, FileSource, check_split
+from byolx.data.sources.names import Names
+from byolx.data.splits import stratified_holdout
+
+logger = logging.getLogger("byolx")
+
+_LISTING_THREADS = 8
+"""They hide the latency of network disks; a local disk neither gains nor loses by them."""
+
+_EXPECTED = (
+  "a folder with one subfolder of images per class, or with images, or with train/ and test/ (or"
+  f" val/) of these; extensions {', '.join(sorted(EXTENSIONS))}"
+)
+_IMAGENET = "a folder with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, wnids such as n01440764"
+_PLACES365 = (
+  "the folder of places365_train_standard.txt, places365_val.txt and the images they list"
+)
+
+
+def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> FileSource:
+  """Images in a folder, found by extension (see decode.EXTENSIONS), hidden files left out.
+
+  Layouts, the first that fits:
+    - subfolders `train` and `test` (or `val`), each laid out as below: those are the splits. If
+      both are there, `test` is the test split unless it alone has no class folders.
+    - subfolders with images in them, at any depth: one class each, in order of name. Images beside
+      them are ignored.
+    - images only: unlabelled.
+  Without a folder for the test split, `test_share` of every class is held out, chosen by the
+  files' names (of what is in `train`, if that is the only subfolder).
+
+  Args:
+    folder: the field data.folder.
+    split: 'train' or 'test'.
+    test_share: 0 <= share < 1.
+
+  Raises:
+    ValueError: unknown split; no such folder; no image in it or in the split; a class of the test
+      split that is not in the training split.
+  """
+  check_split(split)
+  root = _existing(folder, _EXPECTED)
+  test = _test_folder(root)
+  if test is None:
+    root = _only_train(root)
+    listing = _list_tree(root)
+    files = listing.files
+    chosen = stratified_holdout(listing.labels, test_share, SPLIT_SEED, files)
+    part = chosen[SPLITS.index(split)]
+    listing = listing._replace(files=files.take(part), labels=listing.labels[part])
+    found = len(files)
+  else:
+    listing = _list_tree(root / "train")
+    if split == "test":
+      listing = _relabelled(_list_tree(test), listing.classes, test)
+    root = root / "train" if split == "train" else test
+    found = len(listing.files)
+  if not len(listing.files):
+    raise ValueError(
+      f"data.folder is {str(folder)!r}, whose {split} split has no image"
+      f" ({found} found, data.test_share {test_share}); expected {_EXPECTED}"
+    )
+  return _source("image_folder", root, split, listing)
+
+
+def imagenet(folder: str | Path, split: str) -> FileSource:
+  """ImageNet (ILSVRC 2012), or some of its classes: 1,281,167 images and 50,000, 1000 classes.
+
+  Classes are the folders of `train`, named by WordNet ids, in order of name: that is the usual
+  numbering 0 to 999.
+
+  Args:
+    folder: the field data.folder, with `train` and `val` in it.
+    split: 'train', or 'test', which is `val`.
+
+  Raises:
+    ValueError: unknown split; no such folder; `train` or `val` missing or not laid out by wnids; a
+      class of `val` that `train` does not have; no image.
+  """
+  check_split(split)
+  root = _existing(folder, _IMAGENET)
+  classes = _wnids(root, "train")
+  root = root / ("train" if split == "train" else "val")
+  chosen = classes if split == "train" else _wnids(root.parent, "val")
+  listing = _relabelled(_list_classes(root, chosen), classes, root)
+  if not len(listing.files):
+    raise ValueError(
+      f"data.folder is {str(folder)!r}, whose {root.name}/ has {len(chosen)} class folders without"
+      f" an image; expected {_IMAGENET}"
+    )
+  return _source("imagenet", root, split, listing)
+
+
+def places365(folder: str | Path, split: str) -> FileSource:
+  """Places365-Standard: 1,803,460 images for training, 36,500 of `val` for test, 365 classes.
+
+  The files and their classes are those of the lists. The images may lie in `data_256_standard`,
+  `data_large_standard`, `data_256`, `data_large` or `train`, or in the folder itself, and those of
+  the test split in `val_256`, `val_large` or `val`; the first that is there is taken, and logged.
+  Classes are called as in `categories_places365.txt`; without it, as the folders of the training
+  list.
+
+  Args:
+    folder: the field data.folder, with the lists in it.
+    split: 'train', or 'test', which is `val`.
+
+  Raises:
+    ValueError: unknown split; no such folder, list or folder of images; a line that is not a file
+      and a class.
+  """
+  check_split(split)
+  root = _existing(folder, _PLACES365)
+  files, labels = _read_list(root / _PLACES365_LISTS[split])
+  classes = _places(root, files, labels, split)
+  if max(labels) >= len(classes):
+    raise ValueError(
+      f"{root / _PLACES365_LISTS[split]} has the class {max(labels)}; expected 0 to"
+      f" {len(classes) - 1}"
+    )
+  trees = _PLACES365_TREES[split]
+  tree = next((root / t for t in trees if any((root / t / f).is_file() for f in files[:100])), None)
+  if tree is None:
+    raise ValueError(
+      f"data.folder is {str(folder)!r}, where {_PLACES365_LISTS[split]} begins with {files[0]!r},"
+      f" which is not in {', '.join(t + '/' for t in trees if t)} or the folder itself; expected it"
+      " in one of these"
+    )
+  listing = _Listing(Names.of(files), np.array(labels, np.int32), classes, Counter())
+  return _source("places365", tree, split, listing)
+
+
+_PLACES365_LISTS = {"train": "places365_train_standard.txt", "test": "places365_val.txt"}
+_PLACES365_TREES = {
+  "train": ("data_256_standard", "data_large_standard", "data_256", "data_large", "train", ""),
+  "test": ("val_256", "val_large", "val", ""),
+}
+
+
+# 1. Listing.
+
+
+class _Listing(NamedTuple):
+  """Image files below a folder: relative names, classes, and a count of what else was there."""
+
+  files: Names
+  labels: np.ndarray
+  classes: tuple[str, ...]
+  ignored: Counter
+
+
+def _list_tree(folder: Path) -> _Listing:
+  """Lists a folder of class folders, or a flat folder of images, in order of name."""
+  ignored = Counter()
+  flat, subfolders = [], []
+  for entry in _entries(folder):
+    if entry.is_dir():
+      subfolders.append(entry.name)
+    elif is_image_name(entry.name):
+      flat.append(entry.name)
+    else:
+      ignored[_kind(entry.name)] += 1
+  listing = _list_classes(folder, sorted(subfolders))
+  ignored += listing.ignored
+  if not len(listing.files):
+    return _Listing(Names.of(sorted(flat)), np.full(len(flat), -1, np.int32), (), ignored)
+  if flat:
+    ignored["images beside the class folders"] += len(flat)
+  return listing._replace(ignored=ignored)
+
+
+def _list_classes(folder: Path, classes: Sequence[str]) -> _Listing:
+  """All images below `folder / class`, for every class; their labels number these classes."""
+  with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+    parts = list(pool.map(lambda name: _images_below(folder, name), classes))
+  files = Names.joined([files for files, _ in parts])
+  labels = np.repeat(np.arange(len(parts), dtype=np.int32), [len(files) for files, _ in parts])
+  ignored = sum((ignored for _, ignored in parts), Counter())
+  return _Listing(files, labels, tuple(classes), ignored)
+
+
+def _images_below(folder: Path, name: str) -> tuple[Names, Counter]:
+  """Images below `folder / name`, relative to `folder`, sorted; links are followed, but once."""
+  files, ignored, seen, waiting = [], Counter(), set(), [name]
+  while waiting:
+    relative = waiting.pop()
+    path = folder / relative
+    status = os.stat(path)
+    if (status.st_dev, status.st_ino) in seen:  # a link to a folder above it
+      continue
+    seen.add((status.st_dev, status.st_ino))
+    subfolders = []
+    for entry in _entries(path):
+      if entry.is_dir():
+        subfolders.append(f"{relative}/{entry.name}")
+      elif is_image_name(entry.name):
+        files.append(f"{relative}/{entry.name}")
+      else:
+        ignored[_kind(entry.name)] += 1
+    waiting.extend(sorted(subfolders, reverse=True))
+  return Names.of(sorted(files)), ignored
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+  """What is in a folder, hidden files left out, in the order of the disk."""
+  try:
+    with os.scandir(folder) as entries:
+      return [entry for entry in entries if not entry.name.startswith(".")]
+  except OSError as error:
+    raise ValueError(f"{folder} cannot be listed: {error.strerror}; expected a folder") from error
+
+
+def _subfolders(folder: Path) -> list[str]:
+  return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+def _kind(name: str) -> str:
+  return os.path.splitext(name)[1].lower() or "without extension"
+
+
+def _existing(folder: str | Path, expected: str) -> Path:
+  """The field data.folder as a folder that is there."""
+  if not str(folder) or not os.path.isdir(folder):
+    what = "is not a folder" if str(folder) and os.path.exists(folder) else "does not exist"
+    raise ValueError(f"data.folder is {str(folder)!r}, which {what}; expected {expected}")
+  return Path(folder)
+
+
+def _relabelled(listing: _Listing, classes: Sequence[str], folder: Path) -> _Listing:
+  """The listing of the test split with the numbers that the training split gives to the classes."""
+  classes = tuple(classes)
+  if not listing.classes:
+    return listing._replace(classes=classes)
+  number_of = {name: number for number, name in enumerate(classes)}
+  used = [listing.classes[label] for label in np.unique(listing.labels)]
+  if unknown := sorted(set(used) - set(classes)):
+    raise ValueError(
+      f"{folder} has the class {unknown[0]!r}, which train/ does not have;"
+      f" expected some of its {len(classes)} classes"
+    )
+  number = np.array([number_of.get(name, -1) for name in listing.classes], np.int32)
+  return listing._replace(labels=number[listing.labels], classes=classes)
+
+
+def _source(name: str, root: Path, split: str, listing: _Listing) -> FileSource:
+  kinds = ", ".join(f"{count} {kind}" for kind, count in listing.ignored.most_common(5))
+  logger.info(
+    "%s: %d images, %d classes in the %s split; %d other files ignored%s",
+    root, len(listing.files), len(listing.classes), split, sum(listing.ignored.values()),
+    f" ({kinds})" if kinds else "",
+  )  # fmt: skip
+  return FileSource(name, str(root), listing.files, listing.labels, listing.classes)
+
+
+# 2. Layouts.
+
+
+def _test_folder(root: Path) -> Path | None:
+  """The folder of the test split, if `root` has folders of splits."""
+  if not (root / "train").is_dir():
+    return None
+  found = [root / name for name in ("test", "val") if (root / name).is_dir()]
+  return ([folder for folder in found if _subfolders(folder)] or found or [None])[0]
+
+
+def _only_train(root: Path) -> Path:
+  """`root / "train"` where that is all there is: otherwise it would pass for the only class."""
+  return root / "train" if _subfolders(root) == ["train"] else root
+
+
+def _wnids(root: Path, split: str) -> list[str]:
+  """The class folders of ImageNet's `train` or `val`, sorted, which must be all that is there."""
+  folder = root / split
+  if not folder.is_dir():
+    found = ", ".join(_subfolders(root)[:3]) or "no subfolder"
+    raise ValueError(
+      f"data.folder is {str(root)!r}, which has no {split}/ (found: {found}); expected {_IMAGENET}"
+    )
+  names = _subfolders(folder)
+  if not names:
+    files = sorted(entry.name for entry in _entries(folder))
+    found = f", but {len(files)} files such as {files[0]}" if files else ""
+    raise ValueError(
+      f"{folder} has no class folders{found}; expected the images sorted into {split}/<wnid>/, such"
+      f" as {split}/n01440764/"
+    )
+  if other := [name for name in names if not re.fullmatch(r"n\d{8}", name)]:
+    raise ValueError(
+      f"{folder} has the folder {other[0]!r} ({len(other)} of {len(names)} are not wnids); expected"
+      " only wnids such as n01440764; for other classes set data.source=image_folder"
+    )
+  return names
+
+
+def _read_list(path: Path) -> tuple[list[str], list[int]]:
+  """The lines `file class` of a list of Places365; files without the slash at their start."""
+  try:
+    lines = path.read_bytes().decode().splitlines()
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read: {error.strerror}; expected {_PLACES365}") from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: {error}; expected a file and a class in every line") from error
+  files, labels = [], []
+  for number, line in enumerate(lines, 1):
+    file, _, label = line.rpartition(" ")
+    if not file or not label.isdecimal():
+      raise ValueError(
+        f"{path}, line {number} is {line!r}; expected a file and a class, such as"
+        " '/a/airfield/00000001.jpg 0'"
+      )
+    files.append(file.removeprefix("/"))
+    labels.append(int(label))
+  if not files:
+    raise ValueError(f"{path} is empty; expected a file and a class in every line")
+  return files, labels
+
+
+def _places(root: Path, files: list[str], labels: list[int], split: str) -> tuple[str, ...]:
+  """Names of the classes, such as `airfield`, by number."""
+  path = root / "categories_places365.txt"
+  if path.is_file():
+    folder_of = dict(zip(*reversed(_read_list(path))))
+  else:
+    path = root / _PLACES365_LISTS["train"]
+    if split == "test":
+      files, labels = _read_list(path)
+    folder_of = {label: os.path.dirname(file) for label, file in dict(zip(labels, files)).items()}
+  if missing := set(range(max(folder_of))) - set(folder_of):
+    raise ValueError(f"{path} has no class {min(missing)}; expected all from 0 to {max(folder_of)}")
+  # Folders such as a/airfield are sorted by their first letter.
+  return tuple(re.sub("^[a-z]/", "", folder_of[number]) for number in range(len(folder_of)))

@@ -1,0 +1,240 @@
+"""Prepared sets: the images of a data set in a few large files, which are read at random.
+
+Millions of small files are slow to list and slow to open; `byolx prepare` puts them into a folder
+
+  dataset.json                         what is in it: written last, a set without it is unfinished
+  train-00000-of-00016.array_record    a shard in the format ArrayRecord; a record is the bytes of
+                                       one image file, and nothing else
+  train.index.npz                      of every record: label, checksum, name
+  unreadable.txt                       every input that was left out, and why
+
+and `prepared` opens it for training. Nothing in it is trusted to have stayed as it was. The index
+is compared with its digest when a set is opened, shards are compared with their sizes, and every
+record with its checksum when it is read. ArrayRecord has checksums of its own, but a shard that is
+cut short while it is open gives empty records without an error. `verify` reads everything.
+"""
+
+import bisect
+import itertools
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Int32, UInt32
+
+from byolx.data.decode import DecodeError, decode
+from byolx.data.sources.array_record import Readers, open_shard, read_record
+from byolx.data.sources.base import SPLIT_SEED, EncodedSource, Example, check_split, subset
+from byolx.data.sources.names import Names
+from byolx.data.sources.prepared_format import (
+  MANIFEST,
+  Index,
+  Manifest,
+  Shard,
+  check_size,
+  read_index,
+  read_manifest,
+  sha256_of,
+)
+from byolx.data.sources.retry import patiently
+from byolx.data.splits import stratified_holdout
+
+# 1. Reading records.
+
+
+@dataclass(frozen=True, eq=False)
+class RecordSource:
+  """The records of a prepared split. Shards are opened when they are first read from."""
+
+  name: str
+  folder: str
+  shards: tuple[Shard, ...]
+  labels: Int32[np.ndarray, "n"]
+  classes: tuple[str, ...]
+  names: Names
+  crc32: UInt32[np.ndarray, "n"]
+  _readers: Readers = field(default_factory=Readers, init=False, repr=False)
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def encoded(self, index: int) -> tuple[bytes, str]:
+    """The bytes of one image file and its name.
+
+    Raises:
+      DecodeError: they are not the bytes that were prepared.
+    FolderLostError: see `patience`.
+    """
+    index = range(len(self))[index]
+    number = bisect.bisect_right(self._ends, index)
+    shard, key = self.shards[number], self.names[index]
+    position = index - (self._ends[number] - shard.records)
+    path = os.path.join(self.folder, shard.file)
+
+    def read() -> bytes:
+      return _checked(self._readers.get(path, shard.records), position, int(self.crc32[index]))
+
+    try:
+      return patiently(read, self.folder), key
+    except DecodeError as error:
+      raise DecodeError(f"{key}: record {position} of {path}: {error}") from None
+
+  def __getitem__(self, index: int) -> Example:
+    data, key = self.encoded(index)
+    return Example(decode(data, key), int(self.labels[index]), key)
+
+  @cached_property
+  def _ends(self) -> list[int]:
+    return list(itertools.accumulate(shard.records for shard in self.shards))
+
+
+def _checked(reader: ArrayRecordReader, position: int, crc32: int) -> bytes:
+  data = read_record(reader, position)
+  if zlib.crc32(data) != crc32:
+    raise DecodeError("the shard is damaged: these are not the bytes that were prepared (crc32)")
+  return data
+
+
+def prepared(folder: str | Path, split: str, test_share: float = 0.2) -> EncodedSource:
+  """A set that `byolx prepare` wrote.
+
+  Where only a training split was prepared, `test_share` of every class of it is held out by the
+  records' names: the split that the folder had before it was prepared.
+
+  Args:
+    folder: the field data.folder.
+    split: 'train' or 'test'.
+    test_share: 0 <= share < 1.
+
+  Raises:
+    ValueError: unknown split; no prepared set, an unfinished one or one of a newer format; an index
+      or a shard that is missing or not of the right size; no record in the split.
+  """
+  check_split(split)
+  manifest = read_manifest(folder)
+  if len(manifest.splits) > 1:
+    source = _open_split(folder, manifest, split)
+  else:
+    (only,) = manifest.splits
+    source = _open_split(folder, manifest, only)
+    rest, held = stratified_holdout(source.labels, test_share, SPLIT_SEED, source.names)
+    source = subset(source, rest if split == "train" else held)
+  if not len(source):
+    raise ValueError(
+      f"{folder} has no record in the {split} split (data.test_share {test_share}); expected some"
+    )
+  return source
+
+
+def _open_split(folder: str | Path, manifest: Manifest, split: str) -> RecordSource:
+  stored = manifest.splits[split]
+  for shard in stored.shards:
+    check_size(Path(folder) / shard.file, shard.bytes)
+  index = read_index(folder, stored, len(manifest.classes))
+  return RecordSource(
+    manifest.name,
+    str(folder),
+    stored.shards,
+    index.labels,
+    manifest.classes,
+    index.names,
+    index.crc32,
+  )
+
+
+# 2. Verifying.
+
+
+def verify(
+  folder: str | Path,
+  report: Callable[[int, int], None] = lambda records, size: None,
+  *,
+  images: bool = False,
+  threads: int = 1,
+) -> list[str]:
+  """Reads everything: digests of all files, the checksum of every record.
+
+  Args:
+    folder: of a prepared set.
+    report: told after every shard how many records and bytes were read.
+    images: whether every record is decoded, too.
+    threads: how many shards are read at once.
+
+  Returns:
+    What is wrong, a line for each, in the order of splits, shards and records.
+
+  Raises:
+    ValueError: see `read_manifest`.
+  """
+  manifest = read_manifest(folder)
+  problems = []
+  for stored in manifest.splits.values():
+    try:
+      index = read_index(folder, stored, len(manifest.classes))
+    except ValueError as error:
+      problems.append(str(error))
+      index = None
+    starts = itertools.accumulate((shard.records for shard in stored.shards), initial=0)
+    parts = [slice(start, start + shard.records) for start, shard in zip(starts, stored.shards)]
+
+    def check(shard: Shard, part: slice, index=index) -> list[str]:
+      found = _verify_shard(Path(folder) / shard.file, shard, index, part, images)
+      report(shard.records, shard.bytes)
+      return found
+
+    with ThreadPoolExecutor(threads) as pool:
+      for found in pool.map(check, stored.shards, parts):
+        problems += found
+  return problems
+
+
+def _verify_shard(
+  path: Path, shard: Shard, index: Index | None, part: slice, images: bool
+) -> list[str]:
+  """What is wrong with a shard, whose records are `part` of the index (None if that is lost)."""
+  try:
+    check_size(path, shard.bytes)
+    digest = sha256_of(path)
+  except (ValueError, OSError) as error:
+    return [str(error)]
+  problems = []
+  if digest != shard.sha256:
+    problems.append(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
+  elif index is None:
+    return []
+  try:
+    reader = open_shard(str(path), shard.records)
+  except DecodeError as error:
+    return [*problems, f"{path}: {error}"]
+  if index is not None:
+    checksums, names = index.crc32[part].tolist(), index.names[part]
+    problems += _verify_records(path, reader, checksums, names, images)
+  return problems
+
+
+def _verify_records(
+  path: Path,
+  reader: ArrayRecordReader,
+  checksums: Sequence[int],
+  names: Sequence[str],
+  images: bool,
+) -> list[str]:
+  problems = []
+  for position, (crc32, key) in enumerate(zip(checksums, names)):
+    try:
+      data = _checked(reader, position, crc32)
+    except DecodeError as error:
+      problems.append(f"{key}: record {position} of {path}: {error}")
+      continue
+    try:
+      if images:
+        decode(data, key)
+    except DecodeError as error:
+      problems.append(f"{error} (record {position} of {path})")
+  return problems

@@ -1,0 +1,91 @@
+"""Small sets that come with packages: scikit-learn's digits, Debian's Fashion-MNIST."""
+
+import gzip
+import importlib.util
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from byolx.data.sources.base import SPLIT_SEED, SPLITS, ArraySource, check_split
+from byolx.data.splits import stratified_holdout
+
+FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
+FASHION_MNIST_CLASSES = (
+  "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+  "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+def digits(split: str, test_share: float = 0.2) -> ArraySource:
+  """scikit-learn's handwritten digits: 8 x 8, ten classes, 1437 for training and 360 for test.
+
+  Args:
+    split: 'train' or 'test'.
+    test_share: which share is held out, the same proportion of every class.
+
+  Raises:
+    ValueError: unknown split, or a share outside [0, 1).
+  """
+  check_split(split)
+  table = _digits_table()
+  labels = table[:, -1].astype(np.int32)
+  chosen = stratified_holdout(labels, test_share, SPLIT_SEED)[SPLITS.index(split)]
+  images = np.rint(table[chosen, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+  return ArraySource("digits", images, labels[chosen], tuple(str(i) for i in range(10)))
+
+
+def _digits_table() -> np.ndarray:
+  """The file that `sklearn.datasets.load_digits` reads; to import scikit-learn would take seconds."""
+  package = importlib.util.find_spec("sklearn").submodule_search_locations[0]
+  with gzip.open(Path(package) / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+    return np.loadtxt(file, delimiter=",")
+
+
+def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
+  """Fashion-MNIST: 28 x 28, ten classes, 60,000 for training and 10,000 for test.
+
+  Args:
+    folder: where the four `.gz` files lie; None or '' is where Debian's package puts them.
+    split: 'train' or 'test'.
+
+  Raises:
+    ValueError: unknown split, or a file that is missing or not what it should be.
+  """
+  check_split(split)
+  folder = Path(folder or FASHION_MNIST_FOLDER)
+  prefix = "train" if split == "train" else "t10k"
+  images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", (28, 28))
+  labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", ())
+  if len(images) != len(labels):
+    raise ValueError(
+      f"{folder} holds {len(images)} {split} images and {len(labels)} labels; expected as many"
+    )
+  if len(labels) and labels.max() >= 10:
+    raise ValueError(f"{folder}: a {split} label is {labels.max()}; expected classes 0 to 9")
+  return ArraySource("fashion_mnist", images, labels.astype(np.int32), FASHION_MNIST_CLASSES)
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+  """Reads a compressed IDX file of uint8 items of the given shape; the header must fit exactly."""
+  try:
+    data = gzip.decompress(path.read_bytes())
+  except FileNotFoundError:
+    raise ValueError(
+      f"{path} does not exist; install the package dataset-fashion-mnist (apt-get install"
+      " dataset-fashion-mnist), or set data.folder to the folder of its four .gz files"
+    ) from None
+  except (OSError, EOFError, zlib.error) as error:
+    raise ValueError(f"{path}: {error}; expected a whole gzip file in IDX format") from error
+  start = 8 + 4 * len(shape)
+  magic = bytes((0, 0, 8, 1 + len(shape)))
+  if data[:4] != magic:
+    raise ValueError(f"{path} starts with {data[:4].hex()}; expected the IDX magic {magic.hex()}")
+  dims = tuple(np.frombuffer(data[4:start].ljust(start - 4, b"\0"), ">u4").tolist())
+  if dims[1:] != shape:
+    raise ValueError(f"{path} holds items of shape {dims[1:]}; expected {shape}")
+  expected = start + math.prod(dims)
+  if len(data) != expected:
+    raise ValueError(f"{path} unpacks to {len(data)} bytes; expected {expected} for shape {dims}")
+  return np.frombuffer(data, np.uint8, offset=start).reshape(dims)

@@ -1,0 +1,286 @@
+"""Sets that TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow or that library.
+
+Such a folder holds `dataset_info.json` (splits, and how many records each file has), `features.json`
+(what a record holds), `NAME-SPLIT.array_record-00000-of-00008` and so on, and class names in
+`label.labels.txt`. A record is a serialised tf.Example, of which only the wanted parts are parsed.
+
+  tensorflow_datasets.builder("imagenet2012", file_format="array_record").download_and_prepare()
+
+makes one.
+"""
+
+import functools
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Int32, Int64
+
+from byolx.data.decode import DecodeError, decode
+from byolx.data.sources import tf_example
+from byolx.data.sources.array_record import Readers, read_record
+from byolx.data.sources.base import Example, check_split
+from byolx.data.sources.names import Names, Numbered
+
+logger = logging.getLogger("byolx")
+
+_EXPECTED = (
+  "a folder that TensorFlow Datasets prepared with file_format='array_record', with"
+  " dataset_info.json and features.json in it"
+)
+_FILE_NAMES = ("file_name", "filename", "image/filename")
+_READERS, _AT_ONCE = 4, 64  # files, and records of each, that are read at once for their labels
+_PROGRESS_SECONDS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class TFDSSource:
+  """Encoded images in ArrayRecord files of tf.Example messages. Made by `tfds`.
+
+  Args:
+    name: of the data set.
+    files: paths of the ArrayRecord files.
+    ends: how many records there are up to the end of each file.
+    image_key: of the image in a tf.Example.
+    labels, classes, names: as of every `Source`.
+  """
+
+  name: str
+  files: tuple[str, ...]
+  ends: Int64[np.ndarray, "f"]
+  image_key: str
+  labels: Int32[np.ndarray, "n"]
+  classes: tuple[str, ...]
+  names: Sequence[str]
+  _readers: Readers = field(default_factory=Readers, init=False, repr=False)
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def encoded(self, index: int) -> tuple[bytes, str]:
+    """The bytes of an image file and the record's name; raises DecodeError."""
+    index = range(len(self))[index]
+    shard = int(np.searchsorted(self.ends, index, side="right"))
+    start = int(self.ends[shard - 1]) if shard else 0
+    name, path = self.names[index], self.files[shard]
+    try:
+      reader = self._readers.get(path, int(self.ends[shard]) - start)
+      features = tf_example.features(read_record(reader, index - start))
+      return tf_example.first_bytes(features, self.image_key), name
+    except ValueError as error:
+      raise DecodeError(f"{name}: record {index - start} of {path}: {error}") from error
+
+  def __getitem__(self, index: int) -> Example:
+    data, name = self.encoded(index)
+    return Example(decode(data, name), int(self.labels[index]), name)
+
+
+def tfds(folder: str | Path, split: str) -> TFDSSource:
+  """A data set of TensorFlow Datasets, with one image and at most one class per record.
+
+  All records are read once, for their labels, which the log says if it takes long.
+
+  Args:
+    folder: the field data.folder, such as `imagenet2012/5.1.0`.
+    split: 'train'; or 'test', which is the set's `test`, or its `validation` where there is no
+      `test` or it has no labels (as ImageNet's).
+
+  Raises:
+    ValueError: unknown split; a folder that is not such a set or not in ArrayRecord; files that are
+      missing or incomplete; no image, or several, in a record.
+  """
+  check_split(split)
+  root = Path(folder)
+  info, features = _read_json(root, "dataset_info.json"), _read_json(root, "features.json")
+  if not isinstance(info.get("name"), str):
+    raise ValueError(f"{root / 'dataset_info.json'} has no name; expected {_EXPECTED}")
+  keys = _keys(root, info, features)
+  shards = _shards(root, info)
+  wanted = ("train",) if split == "train" else ("test", "validation")
+  found = [name for name in wanted if name in shards]
+  if not found:
+    raise ValueError(
+      f"data.folder is {str(folder)!r}, which has the splits {', '.join(shards) or 'none'}; expected"
+      f" {' or '.join(wanted)} for the {split} split"
+    )
+  chosen = found[0]
+  if len(found) > 1 and keys.label and _labels_and_names(shards[chosen][0], keys, 1)[0][0] < 0:
+    chosen = found[1]
+  return _source(info["name"], chosen, shards[chosen], keys)
+
+
+# 1. What a folder says about itself.
+
+
+class _Keys(NamedTuple):
+  """Keys of a tf.Example: of the image, the label and the file name ('' where there is none)."""
+
+  image: str
+  label: str
+  file_name: str
+  classes: tuple[str, ...]
+
+
+class _Shard(NamedTuple):
+  """One ArrayRecord file."""
+
+  path: Path
+  records: int
+
+
+def _read_json(root: Path, file: str) -> dict:
+  try:
+    content = json.loads((root / file).read_bytes())
+  except OSError:
+    inner = sorted(root.glob("*/dataset_info.json")) + sorted(root.glob("*/*/dataset_info.json"))
+    hint = f"; did you mean {inner[0].parent}?" if inner else ""
+    raise ValueError(
+      f"data.folder is {str(root)!r}, where {file} is not; expected {_EXPECTED}{hint}"
+    ) from None
+  except ValueError as error:
+    raise ValueError(f"{root / file} is damaged ({error}); expected {_EXPECTED}") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{root / file} holds a {type(content).__name__}; expected {_EXPECTED}")
+  return content
+
+
+def _keys(root: Path, info: dict, features: dict) -> _Keys:
+  """Finds the image, the label and the file name among the features of a record."""
+  parts = features.get("featuresDict", {}).get("features", {})
+  kinds = {key: part.get("pythonClassName", "").rpartition(".")[2] for key, part in parts.items()}
+  images = [key for key, kind in kinds.items() if kind == "Image"]
+  labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
+  # Where there are several, those of as_supervised.
+  items = info.get("supervisedKeys", {}).get("tuple", {}).get("items", [])
+  supervised = [item.get("featureKey") for item in items]
+  if len(images) > 1:
+    images = [key for key in images if key in supervised[:1]]
+  if len(labels) > 1:
+    labels = [key for key in labels if key in supervised[1:2]]
+  if len(images) != 1:
+    found = ", ".join(f"{key} ({kind})" for key, kind in kinds.items()) or "nothing"
+    raise ValueError(f"{root / 'features.json'} has {found}; expected one Image in a record")
+  label = labels[0] if labels else ""
+  classes = ()
+  if label:
+    file = root / f"{label}.labels.txt"
+    count = int(parts[label].get("classLabel", {}).get("numClasses", 0))
+    classes = tuple(str(number) for number in range(count))
+    if file.is_file():
+      classes = tuple(file.read_text(encoding="utf-8").splitlines())
+    if not classes or len(classes) != count:
+      raise ValueError(f"{root} has {count} classes and {len(classes)} names; expected as many")
+  file_name = next((key for key in _FILE_NAMES if kinds.get(key) == "Text"), "")
+  return _Keys(images[0], label, file_name, classes)
+
+
+def _shards(root: Path, info: dict) -> dict[str, list[_Shard]]:
+  """The files of every split that has records; that they are there is checked later."""
+  kind = info.get("fileFormat", "tfrecord")
+  if kind != "array_record":
+    raise ValueError(
+      f"data.folder is {str(root)!r}, which is prepared as {kind}; expected {_EXPECTED} (prepare it"
+      ' anew; pip install "byolx[tfds]" installs what that takes)'
+    )
+  shards = {}
+  for split in info.get("splits", []):
+    name, lengths = split["name"], [int(length) for length in split.get("shardLengths", [])]
+    template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    if sum(lengths):
+      fill = functools.partial(_file_name, template, info["name"], name, count=len(lengths))
+      shards[name] = [_Shard(root / fill(i), length) for i, length in enumerate(lengths)]
+  return shards
+
+
+def _file_name(template: str, dataset: str, split: str, shard: int, count: int) -> str:
+  """`imagenet2012-train.array_record-00000-of-01024`, or however the template has it."""
+  known = {
+    "DATASET": dataset,
+    "SPLIT": split,
+    "FILEFORMAT": "array_record",
+    "SHARD_INDEX": f"{shard:05d}",
+    "NUM_SHARDS": f"{count:05d}",
+    "SHARD_X_OF_Y": f"{shard:05d}-of-{count:05d}",
+  }
+  return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), template)
+
+
+# 2. Labels and names: one pass over all records.
+
+
+def _source(dataset: str, split: str, shards: list[_Shard], keys: _Keys) -> TFDSSource:
+  parts, began, said = [], time.monotonic(), 0.0
+  done, records = 0, sum(shard.records for shard in shards)
+  with ThreadPoolExecutor(_READERS) as pool:
+    for shard, part in zip(
+      shards, pool.map(lambda s: _labels_and_names(s, keys, s.records), shards)
+    ):
+      parts.append(part)
+      done += shard.records
+      seconds = time.monotonic() - began
+      if seconds > said + _PROGRESS_SECONDS:
+        said = seconds
+        logger.info("%s: labels of %d of the %d %s records read", dataset, done, records, split)
+  labels = np.concatenate([labels for labels, _ in parts])
+  names: Sequence[str] = Numbered(f"{dataset}/{split}", records)
+  if keys.file_name:
+    names = Names.joined([names for _, names in parts])
+  if len(labels) and labels.max() >= max(len(keys.classes), 1):
+    raise ValueError(
+      f"{dataset}: a {split} label is {labels.max()}; expected classes 0 to {len(keys.classes) - 1}"
+    )
+  logger.info(
+    "%s: %d images, %d classes in %s; labels read in %.0f s",
+    dataset, records, len(keys.classes), split, time.monotonic() - began,
+  )  # fmt: skip
+  files = tuple(str(shard.path) for shard in shards)
+  ends = np.cumsum([shard.records for shard in shards])
+  return TFDSSource(dataset, files, ends, keys.image, labels, keys.classes, names)
+
+
+def _labels_and_names(shard: _Shard, keys: _Keys, count: int) -> tuple[np.ndarray, Names]:
+  """Of the first records of a file: int32 labels, -1 if there is none or it cannot be read."""
+  if not shard.path.is_file():
+    raise ValueError(f"{shard.path} does not exist; expected {shard.records} records in it")
+  reader = ArrayRecordReader(str(shard.path))  # reads ahead, unlike those that training opens
+  if reader.num_records() != shard.records:
+    raise ValueError(
+      f"{shard.path} has {reader.num_records()} records; expected {shard.records}, as"
+      " dataset_info.json says"
+    )
+  labels, names = np.full(count, -1, np.int32), []
+  for number, record in enumerate(_records(reader, count)):
+    name = f"{shard.path.name}/{number}"
+    try:
+      features = tf_example.features(record)
+      if keys.label:
+        labels[number] = tf_example.first_int(features, keys.label)
+      if keys.file_name:
+        name = tf_example.first_bytes(features, keys.file_name).decode("utf-8", "surrogateescape")
+    except (ValueError, OverflowError) as error:
+      logger.debug("%s: %s", name, error)  # it is named when the image is asked for
+    names.append(name)
+  reader.close()
+  return labels, Names.of(names)
+
+
+def _records(reader: ArrayRecordReader, count: int) -> Iterator[bytes]:
+  """The first records of a file, b"" for those that are damaged."""
+  for start in range(0, count, _AT_ONCE):
+    numbers = list(range(start, min(start + _AT_ONCE, count)))
+    try:
+      yield from reader.read(numbers)
+    except RuntimeError:
+      for number in numbers:
+        try:
+          yield from reader.read([number])
+        except RuntimeError:
+          yield b""

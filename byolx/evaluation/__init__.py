@@ -1,0 +1,1 @@
+"""Features, k-NN, logistic regression, probes, metrics."""

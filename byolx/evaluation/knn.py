@@ -1,0 +1,66 @@
+"""k nearest neighbours on frozen features."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Num
+
+from byolx.evaluation.logistic_regression import _check_labels, _padded
+
+_COSINES = 2**25  # between test and training images, held at a time: 128 MiB
+_BLOCK = 256  # test images classified at a time, at most
+
+
+def knn_probe(
+  features: Num[np.ndarray, "n d"],
+  labels: Int[np.ndarray, "n"],
+  test_features: Num[np.ndarray, "m d"],
+  *,
+  classes: int,
+  k: int = 20,
+  temperature: float = 0.07,
+) -> Int[np.ndarray, "m"]:
+  """Classes of the test images, by a vote of their k nearest labelled neighbours.
+
+  Near is a large cosine s, and a neighbour's vote weighs exp(s / temperature) (Wu et al. 2018,
+  section 3.4). Where fewer than k images are labelled, all of them vote.
+
+  Raises:
+    ValueError: no label, or a label that is not below `classes`.
+  """
+  _check_labels(labels, classes)
+  x, y = _padded(features, labels)
+  tests, _ = _padded(test_features, np.zeros(len(test_features), np.int32))
+  # In blocks, so that 60,000 x 10,000 cosines are never held at once. Rows are a multiple of _BLOCK.
+  block = min(_BLOCK, 2 ** max(0, int(math.log2(_COSINES / len(x)))))
+  blocks = tests.reshape(-1, block, tests.shape[1])
+  votes = _vote(x, y, blocks, classes, k, temperature)
+  return np.asarray(votes).reshape(-1)[: len(test_features)]
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "k"))
+def _vote(
+  x: Float32[Array, "n d"],
+  labels: Int[Array, "n"],
+  blocks: Float32[Array, "blocks m d"],
+  classes: int,
+  k: int,
+  temperature: Float[Array, ""],
+) -> Int[Array, "blocks m"]:
+  x = _unit(x)
+
+  def of_block(tests: Float32[Array, "m d"]) -> Int[Array, "m"]:
+    cosines = jnp.matmul(_unit(tests), x.T, precision="highest")
+    nearest, index = jax.lax.top_k(jnp.where(labels >= 0, cosines, -jnp.inf), min(k, len(x)))
+    weights = jnp.exp(nearest / temperature)  # 0 for an unlabelled neighbour
+    voted = jax.nn.one_hot(labels[index], classes) * weights[:, :, None]
+    return jnp.argmax(voted.sum(axis=1), axis=1)
+
+  return jax.lax.map(of_block, blocks)
+
+
+def _unit(x: Float32[Array, "n d"]) -> Float32[Array, "n d"]:
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,362 @@
+"""`byolx bench input`: how fast the images of a config come, where the time goes, what it can feed.
+
+Everything is measured on the config's own images, records of the first epoch, in one run: first
+each stage in a loop in one thread; then the bare functions (decode, crop, resize, and the colour
+work where the host does it) on bytes in memory, which no pipeline can beat; then the pipeline
+itself, in this process and in worker processes. Pipeline and bare functions take turns, because
+machines are not equally fast all the time.
+"""
+
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from byolx.core import sharding
+from byolx.core.machine import usable_cores
+from byolx.data import batching, decode, loader
+from byolx.data.augment import distribution, resizing
+from byolx.data.augment.on_host import apply_host
+from byolx.data.sampler import VIEW, Stream, epoch_order
+from byolx.data.sources.base import EncodedSource, Source
+from byolx.data.unreadable import TooManyFailuresError
+from byolx.models.resnet import ResNet
+from byolx.planning import tpu
+from byolx.runs import experiment, trainer
+from byolx.runs.images import build_sources
+
+SAMPLE = 512
+"""Records that are measured: their bytes are held in memory."""
+
+ROUNDS = 3
+
+V3_CORE_FLOPS = tpu.GENERATIONS["v3"].flops
+"""Peak bfloat16 operations per second of a TPU v3 core."""
+
+UTILISATION = 0.3
+"""Share of the peak that a fast step of a ResNet is expected to reach."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One kind of work, in one thread."""
+
+  name: str
+  ms_per_image: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+  """The pipeline at full speed; `workers` 0 is a thread of this process.
+
+  `of_limit` compares one core of it with the bare functions in one process, `of_shared_limit` all
+  of it with the bare functions in as many processes at once, which share the machine's memory.
+  """
+
+  workers: int
+  images_per_second: float
+  per_core: float
+  of_limit: float
+  of_shared_limit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class InputReport:
+  """What `byolx bench input` found; `dataclasses.asdict` is its JSON."""
+
+  source: str
+  records: int
+  size: int
+  placement: str
+  batch_size: int
+  cores: int
+  stages: tuple[Stage, ...]
+  limit_images_per_second: float
+  rates: tuple[Rate, ...]
+  gflop_per_image: float
+  tpu_v3_cores: float
+
+  @property
+  def best(self) -> Rate:
+    """The fastest way."""
+    return max(self.rates, key=lambda rate: rate.images_per_second)
+
+  def text(self) -> str:
+    """One page."""
+    bare = "decode, crop, resize" + (", colour" if self.placement == "host" else "")
+    lines = [
+      f"{self.source}: {self.records:,} records, views of {self.size} px, colours on the"
+      f" {self.placement}, {self.cores} cores",
+      "",
+      f"{'one image through all its views, one thread':<46}{'ms':>8}{'images/s':>12}",
+      *(
+        f"  {stage.name:<44}{stage.ms_per_image:8.3f}{1e3 / max(stage.ms_per_image, 1e-6):12,.0f}"
+        for stage in self.stages
+      ),
+      f"{'limit: ' + bare + ', bare functions':<46}{1e3 / self.limit_images_per_second:8.3f}"
+      f"{self.limit_images_per_second:12,.0f}",
+      "",
+      f"{'the pipeline':<22}{'images/s':>12}{'per core':>12}{'of the limit':>15}"
+      f"{'of as many bare':>18}",
+      *(
+        f"  {_who(rate.workers):<20}{rate.images_per_second:12,.0f}{rate.per_core:12,.0f}"
+        f"{rate.of_limit:15.1%}{rate.of_shared_limit:18.1%}"
+        for rate in self.rates
+      ),
+      "",
+      f"this host feeds {self.best.images_per_second / self.batch_size:.3g} steps/s of"
+      f" {self.batch_size:,} images, {_who(self.best.workers)}:",
+      f"enough for {self.tpu_v3_cores:.1f} TPU v3 cores at this config ({self.gflop_per_image:.1f}"
+      f" GFLOP an image, cores at {UTILISATION:.0%} of {V3_CORE_FLOPS / 1e12} TFLOP/s)",
+    ]
+    return "\n".join(lines)
+
+
+def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> InputReport:
+  """Measures the input of a config.
+
+  Args:
+    cfg: a whole config.
+    workers: numbers of worker processes to try; 0 is a thread of this process.
+    seconds: of each measurement; there are about ROUNDS * (2 + 2 * len(workers)).
+
+  Raises:
+    ConfigError: the images are not there, or fields do not go together.
+    TooManyFailuresError: no record can be read.
+  """
+  source = build_sources(cfg).train
+  work = Work.of(cfg, source)
+  batching.one_thread_per_image()
+  stages = _stages(cfg, work, seconds)
+  bare = functools.partial(_run_bare, work)
+  limits, found = [], {count: [] for count in workers}
+  shared = {count: [] for count in workers}
+  for _ in range(ROUNDS):
+    limits.append(bare(seconds))
+    for count in workers:
+      found[count].append(_run_pipeline(cfg, source, count, seconds))
+      shared[count].append(_run_side_by_side(work, count, seconds) if count > 1 else limits[-1])
+  limit = statistics.median(limits)
+  rates = [
+    _rate(count, statistics.median(found[count]), limit, statistics.median(shared[count]))
+    for count in workers
+  ]
+  flops = step_flops_per_image(cfg)
+  best = max(rate.images_per_second for rate in rates)
+  return InputReport(
+    source.name,
+    len(source),
+    cfg.views.size,
+    cfg.views.placement,
+    cfg.train.batch_size,
+    usable_cores(),
+    stages,
+    limit,
+    tuple(rates),
+    flops / 1e9,
+    best * flops / (UTILISATION * V3_CORE_FLOPS),
+  )
+
+
+def step_flops_per_image(cfg: ConfigDict) -> float:
+  """Floating-point operations of a training step per image: two views, each four forward passes.
+
+  One is the online network's, two its gradient, one the target's. Counted on the program for one
+  image, before any compilation; the heads and the optimiser are left out.
+  """
+  spec = trainer.build_encoder(cfg)
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: ResNet(spec, rngs=nnx.Rngs(0))))
+  image = jax.ShapeDtypeStruct((1, cfg.views.size, cfg.views.size, 3), jnp.float32)
+
+  def forward(state, x):
+    return nnx.merge(graphdef, state, copy=True)(x, train=False)
+
+  return 8 * jax.jit(forward).lower(state, image).cost_analysis()["flops"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """A sample of records with the random numbers of their views: what the stages are given."""
+
+  source: Source
+  size: int
+  antialias: bool
+  on_host: bool
+  brightness_rule: str
+  records: tuple[int, ...]
+  encoded: tuple[bytes, ...]
+  draws: tuple[tuple[distribution.Draws, ...], ...]
+
+  @classmethod
+  def of(cls, cfg: ConfigDict, source: Source) -> "Work":
+    """The first readable records of the first epoch."""
+    specs, stream = experiment.build_views(cfg), Stream(cfg.seed)
+    records, encoded, draws, unreadable = [], [], [], ""
+    for record in epoch_order(cfg.seed, 0, len(source)).tolist():
+      try:
+        height, width = source[record].image.shape[:2]
+      except decode.DecodeError as error:
+        unreadable = str(error)
+        continue
+      records.append(record)
+      encoded.append(source.encoded(record)[0] if isinstance(source, EncodedSource) else b"")
+      draws.append(
+        tuple(
+          distribution.draw(spec, stream.at(VIEW, record, 0, view), height, width)
+          for view, spec in enumerate(specs)
+        )
+      )
+      if len(records) == SAMPLE:
+        break
+    if not records:
+      raise TooManyFailuresError(
+        f"{source.name}: none of {len(source)} records can be read, the last one being"
+        f" {unreadable}; expected images"
+      )
+    return cls(
+      source,
+      cfg.views.size,
+      cfg.views.antialias,
+      cfg.views.placement == "host",
+      cfg.views.brightness_rule,
+      tuple(records),
+      tuple(encoded),
+      tuple(draws),
+    )
+
+  def image(self, i: int) -> np.ndarray:
+    """Pixels of sample i, decoded from memory."""
+    if self.encoded[i]:
+      return decode.decode(self.encoded[i], "")
+    return self.source[self.records[i]].image
+
+  def crops(self, i: int, image: np.ndarray) -> list[np.ndarray]:
+    """Its views, without their colours."""
+    return [
+      resizing.crop_and_resize(image, drawn.crop, self.size, self.antialias)
+      for drawn in self.draws[i]
+    ]
+
+  def colours(self, i: int, crops: list[np.ndarray]) -> list[np.ndarray]:
+    """The colour work, if the host does it."""
+    if not self.on_host:
+      return crops
+    return [
+      apply_host(crop, drawn, self.brightness_rule)
+      for crop, drawn in zip(crops, self.draws[i], strict=True)
+    ]
+
+
+def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
+  """Each stage in turn, image by image, as in a pipeline without any overlap."""
+  count = len(work.records)
+  batch_size = min(count, loader.PART_ROWS)
+  views = [np.empty((batch_size, work.size, work.size, 3), np.uint8) for _ in work.draws[0]]
+  mesh = sharding.make_mesh(1)
+  spent: dict[str, list[float]] = {}
+  done = 0
+
+  def timed(name: str, function: Callable, *arguments):
+    began = time.perf_counter()
+    result = function(*arguments)
+    spent.setdefault(name, []).append(time.perf_counter() - began)
+    return result
+
+  def write(row: int, images: list[np.ndarray]) -> None:
+    for view, image in zip(views, images, strict=True):
+      view[row] = image
+
+  deadline = time.perf_counter() + seconds
+  for i in itertools.cycle(range(count)):
+    if isinstance(work.source, EncodedSource):
+      timed("read", work.source.encoded, work.records[i])
+    image = timed("decode", work.image, i)
+    crops = timed("crop, resize", work.crops, i, image)
+    if work.on_host:
+      crops = timed("colour", work.colours, i, crops)
+    timed("batch", write, done % batch_size, crops)
+    done += 1
+    if done % batch_size == 0 or (done == count and count < batch_size):
+      timed("transfer", lambda: jax.block_until_ready(sharding.put_batch({"x": views}, mesh)))
+      if time.perf_counter() > deadline:
+        break
+  return tuple(Stage(name, 1e3 * sum(times) / done) for name, times in spent.items())
+
+
+def _run_bare(work: Work, seconds: float) -> float:
+  """Images per second of the bare functions, in a loop."""
+  began = time.perf_counter()
+  for done in itertools.count(1):
+    i = done % len(work.records)
+    work.colours(i, work.crops(i, work.image(i)))
+    if (now := time.perf_counter()) - began > seconds:
+      break
+  return done / (now - began)
+
+
+def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float) -> float:
+  """Images per second of the pipeline, once it runs."""
+  batch_size = min(cfg.train.batch_size, loader.PART_ROWS, len(source))
+  batches = loader.train_batches(
+    source,
+    experiment.build_views(cfg),
+    cfg.views.size,
+    batch_size,
+    cfg.seed,
+    placement=cfg.views.placement,
+    antialias=cfg.views.antialias,
+    workers=workers,
+    threads=cfg.data.threads,
+    max_failed_share=1.0,
+    prefetch=cfg.data.prefetch,
+  )
+  with batches:
+    # What was made while nobody asked is not counted, nor is the workers' start.
+    for _ in range(cfg.data.prefetch + 2 * max(workers, 1)):
+      next(batches)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+      next(batches)
+      done += batch_size
+    return done / (time.perf_counter() - began)
+
+
+def _run_side_by_side(work: Work, processes: int, seconds: float) -> float:
+  """Images per second of the bare functions in several processes at once, taken together."""
+  context = multiprocessing.get_context("spawn")
+  ready = context.Barrier(processes)
+  with context.Pool(processes, _start_bare, (work, ready)) as pool:
+    return sum(pool.map(_bare_in_process, [seconds] * processes, chunksize=1))
+
+
+_bare: tuple = ()
+
+
+def _start_bare(work: Work, ready) -> None:
+  global _bare
+  _bare = (work, ready)
+  batching.start_worker()
+
+
+def _bare_in_process(seconds: float) -> float:
+  work, ready = _bare
+  ready.wait()
+  return _run_bare(work, seconds)
+
+
+def _rate(workers: int, images_per_second: float, limit: float, shared: float) -> Rate:
+  per_core = images_per_second / max(1, min(workers, usable_cores()))
+  return Rate(workers, images_per_second, per_core, per_core / limit, images_per_second / shared)
+
+
+def _who(workers: int) -> str:
+  return f"{workers} worker{'s' if workers > 1 else ''}" if workers else "in this process"

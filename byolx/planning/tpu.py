@@ -1,0 +1,233 @@
+"""TPUs that need not be there: what their makers say of them, and their devices for the compiler.
+
+Numbers are of one device as jax sees it: a core on v2, v3, v5e and v6e; on v4 and v5p a chip, whose
+two cores work as one. Sources: [docs] cloud.google.com/tpu/docs, the page of each generation;
+[J20] Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks";
+[J23] Jouppi et al. 2023, "TPU v4"; [libtpu] the memory that libtpu 0.0.52 names when a program does
+not fit; [units] the peak divided by what the matrix units do in a cycle, two operations for each
+of their cells, as the peaks of v2, v3 and v4 are.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from jax.experimental import topologies
+
+from byolx.core.config import ConfigError
+
+_GIB = 2**30
+_QUIET = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v3-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
+_GOOGLE = "0x1ae0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """A kind of TPU; rates and memory are of one device as jax sees it.
+
+  Args:
+    name: before the colon of a topology.
+    clock_hz: cycles per second of a core.
+    flops: bfloat16 operations per second at most.
+    memory_bytes: that a program may use.
+    bandwidth: bytes per second between memory and core.
+    devices_per_chip: as jax sees them.
+    axes: of a topology.
+    sizes: by the number in names such as `v3-512`, the usual topology.
+    prefix: of these names.
+    counts: what their number counts per chip.
+    options: to libtpu.
+  """
+
+  name: str
+  clock_hz: float
+  flops: float
+  memory_bytes: int
+  bandwidth: float
+  devices_per_chip: int
+  axes: int
+  sizes: dict[int, str]
+  prefix: str
+  counts: int
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_OLD = {8: "2x2", 32: "4x4", 64: "4x8", 128: "8x8", 256: "8x16", 512: "16x16"}
+_CUBE = {
+  8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8",
+  1024: "8x8x8", 2048: "8x8x16", 4096: "8x16x16",
+}  # fmt: skip
+
+GENERATIONS = {
+  generation.name: generation
+  for generation in (
+    # Clock and matrix units (one of 128 x 128 a core): [J20]. 16 GiB and 700 GB/s a chip: [J20].
+    Generation("v2", 700e6, 22.9e12, int(7.48 * _GIB), 350e9, 2, 2, _OLD, "v2", 2),
+    # Clock: [J20]. 123 TFLOP/s, 32 GiB and 900 GB/s a chip: [docs].
+    Generation(
+      "v3", 940e6, 61.5e12, int(15.48 * _GIB), 450e9, 2, 2,
+      _OLD | {1024: "16x32", 2048: "32x32"}, "v3", 2,
+    ),
+    # Clock: [J23]. 275 TFLOP/s, 32 GiB and 1200 GB/s a chip: [docs].
+    Generation(
+      "v4", 1050e6, 275e12, int(30.75 * _GIB), 1200e9, 1, 3, _CUBE, "v4", 2,
+      {"chip_config_name": "megacore"},
+    ),
+    # 197 TFLOP/s, 16 GB and 819 GB/s a chip: [docs]. Clock: [units], four of 128 x 128.
+    Generation("v5e", 1500e6, 197e12, int(15.75 * _GIB), 819e9, 1, 2, _FLAT, "v5litepod", 1),
+    # 459 TFLOP/s, 95 GB and 2765 GB/s a chip: [docs]. Clock: [units], two cores' four of 128 x 128.
+    Generation(
+      "v5p", 1750e6, 459e12, int(95.73 * _GIB), 2765e9, 1, 3,
+      _CUBE | {8192: "16x16x16", 12288: "16x16x24"}, "v5p", 2,
+    ),
+    # 918 TFLOP/s, 32 GB and 1640 GB/s a chip: [docs]. Clock: [units], as four of 256 x 256 (the
+    # docs say two; with two, libtpu would expect a product to take less time than they can).
+    Generation("v6e", 1750e6, 918e12, int(31.24 * _GIB), 1640e9, 1, 2, _FLAT, "v6e", 1),
+  )
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """A slice: which chips, and how they are laid out; `name` is such as `v3:16x16`."""
+
+  name: str
+  generation: Generation
+  shape: tuple[int, ...]
+
+  @property
+  def chips(self) -> int:
+    """How many."""
+    return math.prod(self.shape)
+
+  @property
+  def cores(self) -> int:
+    """Devices as jax sees them."""
+    return self.chips * self.generation.devices_per_chip
+
+  @property
+  def host_shape(self) -> tuple[int, int, int]:
+    """Chips of one host: four, but one or eight where a whole slice is that."""
+    single = self.generation.axes == 2 and self.generation.devices_per_chip == 1
+    if self.chips == 1 or (single and self.chips == 8):
+      return (*self.shape, *(1,) * (3 - len(self.shape)))
+    return (2, 2, 1)
+
+  @property
+  def hosts(self) -> int:
+    """How many machines feed it."""
+    return self.chips // math.prod(self.host_shape)
+
+
+def topology(name: str) -> Topology:
+  """The slice of a name: `v3:16x16`, or `v3-512` as Google Cloud calls it.
+
+  Raises:
+    ConfigError: there is no such TPU, or no such slice of it.
+  """
+  kind, mark, rest = name.partition(":")
+  if not mark:
+    return _by_accelerator_type(name)
+  if kind not in GENERATIONS:
+    raise ConfigError(
+      f"--topology={name}: expected one of {', '.join(GENERATIONS)} before the colon, as in "
+      "v3:16x16, v4:4x4x4, v6e:4x4, or a name such as v3-512"
+    )
+  generation = GENERATIONS[kind]
+  shape = tuple(int(part) for part in rest.split("x") if part.isdecimal())
+  if rest != "x".join(map(str, shape)) or len(shape) != generation.axes or 0 in shape:
+    raise ConfigError(
+      f"--topology={name}: expected {generation.axes} numbers of chips, as in "
+      f"{kind}:{generation.sizes[16 if 16 in generation.sizes else 32]}"
+    )
+  found = Topology(name, generation, shape)
+  bounds = found.host_shape[: generation.axes]
+  if any(size % bound for size, bound in zip(shape, bounds, strict=True)):
+    usual = ", ".join(f"{kind}:{size}" for size in generation.sizes.values())
+    raise ConfigError(
+      f"--topology={name}: expected multiples of a host's {'x'.join(map(str, bounds))} chips; "
+      f"usual are {usual}"
+    )
+  return found
+
+
+def _by_accelerator_type(name: str) -> Topology:
+  found = re.fullmatch(r"(\w+)-(\d+)", name)
+  for generation in GENERATIONS.values():
+    if found and found[1] in (generation.prefix, generation.name):
+      if size := generation.sizes.get(int(found[2])):
+        return topology(f"{generation.name}:{size}")
+      names = ", ".join(f"{generation.prefix}-{size}" for size in generation.sizes)
+      raise ConfigError(
+        f"--topology={name}: expected one of {names}, or chips as in "
+        f"{generation.name}:{generation.sizes[32]}"
+      )
+  names = ", ".join(f"{one.prefix}-32" for one in GENERATIONS.values())
+  raise ConfigError(
+    f"--topology={name}: expected chips as in v3:16x16 or v4:4x4x4, or a name such as {names}"
+  )
+
+
+def devices(wanted: Topology) -> list[Any]:
+  """The slice's devices, to compile for: nothing can run on them.
+
+  Raises:
+    ConfigError: libtpu is not installed, or does not know the slice.
+  """
+  version()
+  # Several processes may compile at the same time: nothing here opens a TPU.
+  for name, value in {**_QUIET, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+    os.environ.setdefault(name, value)
+  try:
+    described = topologies.get_topology_desc(
+      platform="tpu",
+      topology_name=wanted.name,
+      chips_per_host_bounds=wanted.host_shape,
+      **wanted.generation.options,
+    )
+  except Exception as error:  # jax raises its own errors here, and libtpu's as RuntimeError
+    reason = str(error).strip().partition("\n")[0]
+    raise ConfigError(f"--topology={wanted.name}: libtpu {version()} says: {reason}") from None
+  return list(described.devices)
+
+
+def version() -> str:
+  """libtpu's.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
+  try:
+    return importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:
+    raise ConfigError(
+      "the TPU compiler, libtpu, is not installed; install it with: pip install 'byolx[plan]'"
+    ) from None
+
+
+def quieten() -> None:
+  """Keeps an installed libtpu from looking and complaining where there is no TPU.
+
+  Call it before jax first looks for devices. Where there is a TPU it does nothing.
+  """
+  if importlib.util.find_spec("libtpu") and not _attached():
+    for name, value in _QUIET.items():
+      os.environ.setdefault(name, value)
+
+
+def _attached() -> bool:
+  """Whether Google's are on the bus: a TPU, or the network card of a machine that may have one."""
+  vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+  return any(path.read_text().strip() == _GOOGLE for path in vendors)

@@ -1,0 +1,1 @@
+"""One workdir, from config to results."""

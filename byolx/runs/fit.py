@@ -1,0 +1,251 @@
+"""Training one workdir, whatever happens: checkpoints, stops, restarts, rollbacks.
+
+A run goes on from its newest good checkpoint, and what it does then is what it would have done
+without a stop: the state is restored bit for bit, the input is a function of the step, and rows of
+`metrics.jsonl` after the checkpoint are dropped and written again.
+
+SIGTERM and Ctrl-C let the step under way finish, save it, and end the run with `StoppedError`.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from byolx.checkpoints import manager
+from byolx.core import config, distributed, sharding
+from byolx.core.config import ConfigError
+from byolx.core.signals import Stop, StoppedError
+from byolx.evaluation import metrics
+from byolx.runs import initial_state, metrics_log
+from byolx.runs.experiment import Experiment
+from byolx.runs.rollbacks import Rollbacks
+from byolx.runs.workdir import commit
+from byolx.training import loop
+from byolx.training.state import TrainState
+
+
+def fit(exp: Experiment, workdir: Path) -> TrainState:
+  """Trains from the newest good checkpoint, or from the start, to the last step.
+
+  Raises:
+    StoppedError: by a signal; the same call goes on.
+    loop.DivergedError: and train.on_divergence is stop, or it has rolled back often enough.
+    checkpoint.CheckpointError: a save failed, or no checkpoint can be used.
+  """
+  c = exp.config
+  checkpoints = manager.Checkpoints(workdir / "checkpoints", policy(c))
+  rollbacks = Rollbacks(workdir)
+  stopping = distributed.Soon("stop")
+  with contextlib.closing(checkpoints), Stop() as stop:
+    compiled = None
+    # Its step apart: to read it from the state would wait until a new state is drawn, which the
+    # devices do while the step is compiled.
+    state, start = first_state(exp, checkpoints, rollbacks, workdir)
+    while start < exp.steps:
+      try:
+        with contextlib.ExitStack() as stack:
+          log = stack.enter_context(contextlib.closing(_open_log(exp, workdir, start)))
+          batches = stack.enter_context(contextlib.closing(_batches(exp, rollbacks, start)))
+          placed = sharding.prefetch(batches, exp.mesh)
+          first = next(placed)
+          compiled = compiled or _compile(exp)
+          log.begin()
+          state = loop.train(
+            compiled,
+            state,
+            itertools.chain([first], placed),
+            exp.step_key,
+            steps=exp.steps,
+            log_every=c.log.every_steps,
+            save_when=_save_when(exp),
+            stop_when=lambda step: stopping(bool(stop.name)),
+            log=_writer(exp, log),
+            save=_saver(exp, checkpoints, rollbacks, log, initial_state.lineage(workdir)),
+            most_gradient=c.train.max_gradient_norm or math.inf,
+          )
+          checkpoints.wait()
+      except loop.DivergedError as error:
+        state, start = _go_back(exp, checkpoints, rollbacks, workdir, error)
+        continue
+      start = int(state.step)
+      if start < exp.steps:
+        raise _stopped(stop, start, exp.steps)
+    # A signal that came too late for a step to be stopped after it.
+    if distributed.any_process(bool(stop.name)):
+      raise _stopped(stop, exp.steps, exp.steps)
+  return state
+
+
+def _stopped(stop: Stop, step: int, steps: int) -> StoppedError:
+  distributed.barrier("stopped")  # no process ends while another one finishes its save
+  return StoppedError(stop.name, f"after step {step:,} of {steps:,}, which is saved")
+
+
+def policy(c: ConfigDict) -> manager.Policy:
+  """Which checkpoints a config keeps."""
+  return manager.Policy(
+    c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.best, c.checkpoint.best_mode
+  )
+
+
+def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
+  """Where the input stands after a step: a pure function of step, seed, images and rollbacks."""
+  return {
+    "next_example": (step + skipped) * exp.config.train.batch_size,
+    "seed": exp.config.seed,
+    "source": exp.train_source.name,
+    "images": len(exp.train_source),
+    "classes": len(exp.train_source.classes),
+  }
+
+
+def first_state(
+  exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollbacks, workdir: Path
+) -> tuple[TrainState, int]:
+  """The newest checkpoint's state, or a new one; and its step."""
+  if checkpoints.latest() is None:
+    return initial_state.new_state(exp, workdir), 0
+  state = restore(exp, checkpoints, rollbacks)
+  step = int(state.step)
+  checkpoints.discard_after(step)  # the damaged ones, if there were any
+  print(f"going on from step {step:,} of {exp.steps:,}", flush=True)
+  return state, step
+
+
+def restore(exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollbacks) -> TrainState:
+  """The newest checkpoint, if it was made from the images that there are now.
+
+  Raises:
+    ConfigError: it was made from others.
+  """
+  abstract = exp.abstract_state
+
+  def accept(step: int, found: dict[str, Any]) -> None:
+    expected = data_position(exp, step, rollbacks.skipped_before(step))
+    changed = [
+      f"{name}: {found[name]} -> {expected[name]}"
+      for name in found
+      if found[name] != expected[name]
+    ]
+    if changed:
+      raise ConfigError(
+        f"the checkpoint of step {step} was trained on other images ({'; '.join(changed)}); choose "
+        "another --workdir, or bring the images of data.folder back"
+      )
+
+  return checkpoints.restore(abstract, accept=accept).state
+
+
+def _batches(exp: Experiment, rollbacks: Rollbacks, start: int) -> Iterator[Any]:
+  """The batches of the steps after `start`, without those that were left out."""
+  for first, end in rollbacks.segments(start):
+    with contextlib.closing(exp.train_batches(first + rollbacks.skipped(first))) as batches:
+      yield from itertools.islice(batches, None if end is None else end - first)
+
+
+def _open_log(exp: Experiment, workdir: Path, start: int) -> metrics_log.RunLog:
+  return metrics_log.RunLog(
+    workdir,
+    steps=exp.steps,
+    steps_per_epoch=exp.steps_per_epoch,
+    images_per_step=exp.config.train.batch_size,
+    start=start,
+    every_seconds=exp.config.log.every_seconds,
+    writer=distributed.is_writer(),
+    accuracy="online top-1" if exp.config.task == "pretrain" else "top-1",
+  )
+
+
+def _compile(exp: Experiment) -> Callable:
+  compiled = exp.compile_step()
+  # On CPUs the first exchange between processes fails where one comes 30 s after another.
+  distributed.barrier("compiled")
+  return compiled
+
+
+def _writer(exp: Experiment, log: metrics_log.RunLog) -> Callable[[int, dict[str, float]], None]:
+  """Writes a row, and warns once when the representation collapses."""
+  warned = set()
+
+  def write(step: int, scalars: dict[str, float]) -> None:
+    log.write(step, {**scalars, "rate": exp.rate_at(step - 1)})
+    size = exp.config.byol.projection_size
+    if "std" not in scalars or warned or step <= exp.warmup_steps:
+      return
+    warning = metrics.collapse_warning(scalars["std"], scalars["rank"], size)
+    if warning:
+      warned.add(step)
+      print(f"warning: step {step}: {warning}", flush=True)
+
+  return write
+
+
+def _save_when(exp: Experiment) -> Callable[[int], bool]:
+  """True for the steps after which a checkpoint is due: by epochs, steps or minutes."""
+  c = exp.config.checkpoint
+  by_epoch = max(1, round(c.every_epochs * exp.steps_per_epoch))
+  last, soon = [time.monotonic()], distributed.Soon("save")  # clocks differ: one wish is for all
+
+  def due(step: int) -> bool:
+    now = time.monotonic()
+    by_time = c.every_minutes > 0 and soon(now - last[0] >= 60 * c.every_minutes)
+    by_step = step % by_epoch == 0 or (c.every_steps > 0 and step % c.every_steps == 0)
+    if by_time or by_step:
+      last[0] = now
+    return by_time or by_step
+
+  return due
+
+
+def _saver(
+  exp: Experiment,
+  checkpoints: manager.Checkpoints,
+  rollbacks: Rollbacks,
+  log: metrics_log.RunLog,
+  lineage: dict[str, Any] | None,
+) -> Callable[[int, TrainState, dict[str, float]], None]:
+  def save(step: int, state: TrainState, scalars: dict[str, float]) -> None:
+    position = data_position(exp, step, rollbacks.skipped_before(step))
+    facts = {
+      "commit": commit(),
+      "config": config.flatten(exp.config),
+      "fingerprint": config.fingerprint(exp.config),
+      "lineage": lineage,
+    }
+    blocked = checkpoints.save(step, state, position, facts, scalars)
+    log.event(step, "checkpoint_blocked_seconds", blocked)
+
+  return save
+
+
+def _go_back(
+  exp: Experiment,
+  checkpoints: manager.Checkpoints,
+  rollbacks: Rollbacks,
+  workdir: Path,
+  error: loop.DivergedError,
+) -> tuple[TrainState, int]:
+  """The state to go on from after a divergence, and its step; the batches since will be left out."""
+  most = exp.config.train.max_rollbacks
+  if exp.config.train.on_divergence == "stop":
+    raise error
+  if rollbacks.count >= most:
+    raise loop.DivergedError(
+      f"{error} It went back {rollbacks.count} times before; train.max_rollbacks={most}.",
+      error.step,
+    ) from None
+  checkpoints.wait()
+  state, to = first_state(exp, checkpoints, rollbacks, workdir)
+  rollbacks.add(error.step, to, str(error))
+  print(
+    f"warning: {error} Going back to step {to:,}; the batches since then are left out"
+    f" (rollback {rollbacks.count} of {most})",
+    flush=True,
+  )
+  return state, to

@@ -1,0 +1,134 @@
+"""What will run, said before the first step: devices, images, parameters, where they live, rates."""
+
+import math
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from byolx.core import sharding
+from byolx.runs.experiment import Experiment
+from byolx.runs.images import Sources
+from byolx.runs.trainer import Recipe
+from byolx.training import optimizers
+
+
+def describe(exp: Experiment, workdir: Path) -> str:
+  """What will run, before the first step: devices, parameters, exclusions, steps, rates."""
+  c = exp.config
+  device = jax.devices()[0]
+  encoder, source = exp.task.encoder, exp.train_source
+  passes = f"{exp.passes} passes of {c.train.batch_size // exp.passes}"
+  lines = [
+    parameter_table(exp),
+    "",
+    placement_table(exp),
+    "",
+    f"devices   {exp.mesh.size} x {device.device_kind}, mesh {dict(exp.mesh.shape)}, "
+    f"state {c.mesh.state}, remat {c.train.remat}",
+    f"images    {len(source):,} to train on, {_held_out(exp.sources)} "
+    f"({source.name}, {len(source.classes)} classes)",
+    f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.channels[-1]} features, "
+    f"computed in {c.model.dtype}",
+    f"steps     {exp.steps:,} of {c.train.batch_size} images"
+    + (f" in {passes}" if exp.passes > 1 else "")
+    + f", {c.train.epochs:g} epochs",
+    f"rate      {_rates(exp)}; {c.optim.name}",
+    *(_of_pretraining(exp) if c.task == "pretrain" else _of_classification(exp)),
+    f"workdir   {workdir}",
+    "",
+  ]
+  return "\n".join(lines)
+
+
+def _held_out(images: Sources) -> str:
+  """`5,000 to choose by, 10,000 to test on`; a run that does not choose has one set `held out`."""
+  if images.validation is None or images.test is None:
+    return f"{len(images.held_out[1]):,} held out"
+  return f"{len(images.validation):,} to choose by, {len(images.test):,} to test on"
+
+
+def _rates(exp: Experiment) -> str:
+  o, batch = exp.config.optim, exp.config.train.batch_size
+  peak = exp.rate_at(exp.warmup_steps)
+  scaled = f" ({(o.rates or [o.base_rate])[0]:g} * {batch} / 256)" if o.batch_scaling else ""
+  start = f"0 to {peak:g}{scaled} in {exp.warmup_steps:,} steps, then " if exp.warmup_steps else ""
+  start = start or f"{peak:g}{scaled}, "
+  return start + ("a cosine to 0" if o.schedule == "cosine" else "constant")
+
+
+def _of_pretraining(exp: Experiment) -> list[str]:
+  byol = exp.config.byol
+  return [f"target    {byol.target}, tau from {byol.tau_base:g} ({byol.tau_rule})"]
+
+
+def _of_classification(exp: Experiment) -> list[str]:
+  c, task = exp.config, exp.task
+  heads = f"{task.spec.heads} side by side, base rates {', '.join(f'{r:g}' for r in c.optim.rates)}"
+  origin = f"that of {c.init.workdir}" if c.init.workdir else "from scratch"
+  return [
+    f"training  {'the classifier alone' if task.frozen else 'everything'}; encoder {origin}",
+    *([f"heads     {heads}"] if task.spec.heads > 1 else []),
+    f"loss      cross-entropy, tclip {task.alpha:g}, logit penalty {task.beta:g}, "
+    f"label smoothing {task.smoothing:g}; {c.classify.views} views",
+  ]
+
+
+def parameter_table(exp: Experiment) -> str:
+  """What is trained, part by part, and what of it takes neither decay nor trust ratio."""
+  o = exp.config.optim
+  head = "no decay, no trust ratio" if o.name == "lars" else "no decay"
+  parts: dict[str, list[tuple[int, bool]]] = {}
+  for path, variable in nnx.to_flat_state(exp.abstract_params):
+    adapted = optimizers.role(variable).adapted or not o.exclude
+    parts.setdefault(_part(path), []).append((math.prod(variable.shape), adapted))
+  rows = [("trained part", "arrays", "parameters", head)]
+  ordered = sorted(parts.items(), key=lambda item: item[0] != "encoder stem")
+  whole = [one for found in parts.values() for one in found]
+  for part, found in [*ordered, ("all", whole)]:
+    excluded = [size for size, adapted in found if not adapted]
+    numbers = f"{sum(excluded):,} in {len(excluded)} (biases, BatchNorm)" if excluded else "none"
+    rows.append((part, f"{len(found):,}", f"{sum(size for size, _ in found):,}", numbers))
+  return _aligned(rows)
+
+
+def placement_table(recipe: Recipe) -> str:
+  """Where the state lives: part by part, its bytes and what each device holds of them."""
+  state = recipe.abstract_state
+  target = nnx.filter_state(state.rest, nnx.Param)
+  still = "target network" if recipe.config.task == "pretrain" else "frozen parameters"
+  parts = {
+    "trained parameters": state.params,
+    still: target,
+    "optimiser": state.opt_state,
+    "statistics": nnx.filter_state(state.rest, nnx.Not(nnx.Param)),
+  }
+  parts["all"] = list(parts.values())
+  rows = [("state", "bytes", "per device", "in pieces")]
+  for name, tree in parts.items():
+    leaves = jax.tree.leaves(tree)
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    held = sharding.held_bytes(tree)
+    cut = sum(not x.sharding.is_fully_replicated for x in leaves)
+    pieces = f"{cut:,} of {len(leaves):,} arrays" if cut else "none"
+    rows.append((name, f"{whole:,}", f"{held:,}", pieces))
+  return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, str, str, str]]) -> str:
+  """Four columns, the two in the middle to the right."""
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  return "\n".join(
+    f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}".rstrip()
+    for a, b, c, d in rows
+  )
+
+
+def _part(path: tuple) -> str:
+  """`online encoder stage 2`, `predictor`: the row of the table that a parameter belongs to."""
+  names = [str(name) for name in path]
+  if names[0] == "online":
+    names = names[1:]
+  if names[0] == "encoder":
+    return f"encoder stage {int(names[2]) + 1}" if names[1] == "groups" else "encoder stem"
+  return names[0]

@@ -1,0 +1,1 @@
+"""Grids, selection, and runs as processes."""

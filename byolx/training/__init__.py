@@ -1,0 +1,1 @@
+"""The task contract, the state, the step, the loop, optimisers, schedules, losses."""

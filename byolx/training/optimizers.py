@@ -1,0 +1,108 @@
+"""Optimisers: LARS in the authors' order, SGD and AdamW, with exclusions decided by role."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from byolx.models.roles import Role
+from byolx.training.schedules import Schedule
+
+Mask = nnx.State
+
+
+def adapted(params: nnx.State) -> Mask:
+  """The tree of `params` with True where weight decay and trust ratios apply.
+
+  Raises:
+    ValueError: a parameter that does not say what it is for.
+  """
+  flat = nnx.to_flat_state(params)
+  missing = [
+    ".".join(map(str, path)) for path, variable in flat if not isinstance(role(variable), Role)
+  ]
+  if missing:
+    raise ValueError(f"parameters without a role: {', '.join(missing)}: expected one of {[*Role]}")
+  flags = [role(variable).adapted for _, variable in flat]
+  leaves = jax.tree.leaves(params)
+  if len(leaves) != len(flags):
+    raise ValueError(f"{len(leaves)} arrays in {len(flags)} parameters: expected one array each")
+  return jax.tree.unflatten(jax.tree.structure(params), flags)
+
+
+def role(variable: nnx.Variable) -> Role | None:
+  """What a trainable variable is for, or None where it does not say."""
+  return variable.get_metadata().get("role")
+
+
+def lars(
+  rate: Schedule, weight_decay: float, momentum: float, trust: float, mask: Mask
+) -> optax.GradientTransformation:
+  """LARS as the authors run it: decay, trust ratio, momentum, and only then the rate.
+
+    g <- g + weight_decay * w;   g <- g * trust * ||w|| / ||g||  (factor 1 where a norm is 0);
+    m <- momentum * m + g;       w <- w - rate(k) * m
+
+  `optax.lars` multiplies by the rate before momentum, which is another trajectory as soon as the
+  rate moves. Where `mask` is False the first two lines are left out.
+  """
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=mask),
+    optax.masked(scale_by_trust_ratio(trust), mask),
+    optax.trace(decay=momentum),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def scale_by_trust_ratio(trust: float) -> optax.GradientTransformation:
+  """Scales each update by trust * ||w|| / ||g||, or by 1 where a norm is 0.
+
+  `optax.scale_by_trust_ratio` is the same function, but takes every norm a second time, after a choice
+  that hangs on the first: two more passes over parameters and gradients in each step.
+  """
+
+  def scale(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+    arrays, structure = jax.tree.flatten(updates)
+    if not arrays:
+      return updates
+    of_param, of_update = _norms(jax.tree.leaves(params)), _norms(arrays)
+    none = (of_param == 0) | (of_update == 0)
+    ratios = jnp.where(none, 1.0, trust * of_param / jnp.where(none, 1.0, of_update))
+    return jax.tree.unflatten(
+      structure, [array * ratio for array, ratio in zip(arrays, jnp.unstack(ratios), strict=True)]
+    )
+
+  return optax.stateless(scale)
+
+
+def _norms(arrays: Sequence[jax.Array]) -> jax.Array:
+  """The l2 norm of each, in one vector: what follows is one operation instead of one for each."""
+  return jnp.sqrt(jnp.stack([jnp.sum(x * x) for x in arrays]))
+
+
+def sgd(
+  rate: Schedule, weight_decay: float, momentum: float, mask: Mask
+) -> optax.GradientTransformation:
+  """SGD with Nesterov momentum and coupled decay of the masked parameters."""
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=mask),
+    optax.trace(decay=momentum, nesterov=True),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def scale_each(factors: Sequence[float]) -> optax.GradientTransformation:
+  """Multiplies the updates of classifiers that are stacked along the first axis, each by its factor."""
+
+  def scale(update: jax.Array) -> jax.Array:
+    column = jnp.asarray(factors, update.dtype).reshape(-1, *(1,) * (update.ndim - 1))
+    return update * column
+
+  return optax.stateless(lambda updates, _: jax.tree.map(scale, updates))
+
+
+def adamw(rate: Schedule, weight_decay: float, mask: Mask) -> optax.GradientTransformation:
+  """AdamW with decoupled decay of the masked parameters; ours, for small runs."""
+  return optax.adamw(rate, weight_decay=weight_decay, mask=mask)

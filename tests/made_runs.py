@@ -6,12 +6,39 @@ from byolx.core import config
 
 LINEAR = {
   "task": "linear",
+  "data.validation": "last_10009",
   "classify.views": "spatial",
   "classify.tclip": 0.0,
   "classify.logit_penalty": 0.0,
+  "optim.name": "sgd",
+  "optim.rates": [0.4, 0.3, 0.2, 0.1, 0.05],
+  "optim.weight_decay": 0.0,
+  "optim.warmup_epochs": 0.0,
+  "train.epochs": 80.0,
   "train.batch_size": 1024,
 }
-"""Fields of a linear evaluation of a ResNet-50, beside the defaults."""
+"""Fields of appendix D.1's linear evaluation of a ResNet-50, beside the defaults."""
+
+FINETUNE = LINEAR | {
+  "task": "finetune",
+  "optim.rates": [],
+  "optim.base_rate": 0.05,
+  "train.epochs": 30.0,
+}
+"""Fields of appendix D.1's fine-tuning."""
+
+SUPERVISED = LINEAR | {
+  "task": "supervised",
+  "classify.views": "randaugment",
+  "classify.label_smoothing": 0.1,
+  "optim.rates": [],
+  "optim.base_rate": 0.1,
+  "optim.weight_decay": 1e-4,
+  "optim.warmup_epochs": 5.0,
+  "train.epochs": 200.0,
+  "train.batch_size": 4096,
+}
+"""Fields of appendix D.2's supervised baselines."""
 
 
 def fields(changes):

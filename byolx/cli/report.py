@@ -12,6 +12,10 @@ Give workdirs of runs or sweeps, or folders of them. Of a sweep, its own results
 
 With --table=N: a table of the paper, what was measured beside its columns, and "not run" where no
 given workdir has it. No workdir is needed.
+
+A result stands beside a number of the paper only if its run and the pretraining of its encoder have
+every value of the paper's protocol. Results that differ in the protocol are listed below as off
+protocol, with the fields that differ.
 """
 _REPORT_MORE = """\
 examples:

@@ -1,6 +1,7 @@
 """Measured results beside the paper's: means over seeds, and which result is which number of a table."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from byolx.core import text
 from byolx.core.fields import FIELDS
 from byolx.reports.measurements import Measurement
-from byolx.reports.paper import TABLES, Cell, Column, Condition, Row, Table
+from byolx.reports.paper import LEFT_OPEN, TABLES, Cell, Column, Condition, OneOf, Row, Table
 
 _PROTOCOLS = ("linear", "knn", "online_probe")
 _TASKS = ("linear", "finetune", "supervised", "pretrain")
@@ -53,6 +54,28 @@ class Result:
   seconds: float | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Departure:
+  """A field in which a run is not what the paper's protocol says.
+
+  Args:
+    field: name of the field.
+    value: value of the run.
+    paper: value of the protocol, or a `OneOf`.
+    pretrain: whether it is a field of the pretraining that the encoder comes from.
+  """
+
+  field: str
+  value: Any
+  paper: Any
+  pretrain: bool = False
+
+  def __str__(self) -> str:
+    choices = self.paper.values if isinstance(self.paper, OneOf) else None
+    paper = f"one of {', '.join(map(_show, choices))}" if choices else _show(self.paper)
+    return f"{'pretraining ' * self.pretrain}{self.field}: {_show(self.value)} (paper: {paper})"
+
+
 def results(measurements: Iterable[Measurement], every: bool = False) -> list[Result]:
   """Means over seeds, in the order of tasks, data sets, protocols and shares of labels.
 
@@ -74,10 +97,21 @@ def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str
 
   Fields that the run did not write have their defaults; a run of unknown config matches nothing.
   """
+  return departures(condition, record, config) == []
+
+
+def departures(
+  condition: Condition, record: Mapping[str, Any], config: Mapping[str, Any]
+) -> list[Departure] | None:
+  """The fields in which a record's run differs from a condition; None if it is another measurement.
+
+  The keys of the record must be the condition's: task, data, metric, share of the labels, and what the
+  encoder was pretrained on.
+  """
   if record.get("chosen", True) is False or (condition.config and not config):
-    return False
+    return None
   if record.get("pretrain_finished") is False:  # the paper has no number of half a pretraining
-    return False
+    return None
   for key, wanted in condition.record.items():
     if key == "pretrained_on" and key not in record and not condition.origin_known:
       continue
@@ -85,13 +119,12 @@ def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str
     if key == "data" and known is None:
       known = config.get("data.source")
     if not _equal(known, wanted):
-      return False
+      return None
   pretrain = record.get("pretrain")
   if pretrain is None and condition.pretrain and condition.origin_known:
-    return False
-  return _holds(condition.config, config) and (
-    pretrain is None or _holds(condition.pretrain, pretrain)
-  )
+    return None
+  of_encoder = [] if pretrain is None else _departures(condition.pretrain, pretrain, True)
+  return _departures(condition.config, config, False) + of_encoder
 
 
 def of_cell(table: Table, row: Row, column: Column, found: Sequence[Result]) -> list[Result]:
@@ -106,10 +139,75 @@ def in_paper(result: Result) -> list[tuple[Table, Column, Cell]]:
   """Where the paper has this result; most often in no table, or in one."""
   return [
     (table, column, cell)
+    for table, column, cell, condition in _measurable_cells()
+    if matches(condition, result.record, result.config)
+  ]
+
+
+@functools.cache
+def _measurable_cells() -> tuple[tuple[Table, Column, Cell, Condition], ...]:
+  """Every number of the paper that a run can be."""
+  return tuple(
+    (table, column, cell, condition)
     for table in TABLES.values()
     for row in table.rows
     for column, cell in zip(table.columns, row.cells, strict=True)
-    if cell.value is not None and of_cell(table, row, column, [result])
+    if cell.value is not None and (condition := table.condition(row, column)) is not None
+  )
+
+
+def off_protocol(
+  table: Table, row: Row, column: Column, found: Sequence[Result]
+) -> list[tuple[Result, list[Departure]]]:
+  """The results that would be one number of a table, were it not for fields of its protocol.
+
+  They have the row's network, and every field that tells the rows of this table apart.
+  """
+  condition = table.condition(row, column)
+  if condition is None:
+    return []
+  strays = [(one, _off_protocol(table, condition, one)) for one in found]
+  return [(one, fields) for one, fields in strays if fields]
+
+
+def _off_protocol(table: Table, condition: Condition, one: Result) -> list[Departure]:
+  """Fields of a table's protocol in which a result differs; empty if it is not of the row."""
+  config, pretrain = table.defining
+  fields = departures(condition, one.record, one.config) or []
+  of_row = any(each.field in (pretrain if each.pretrain else config) for each in fields)
+  return [] if of_row else fields
+
+
+def nearest(result: Result) -> tuple[list[tuple[Table, Column, Cell]], list[Departure]]:
+  """Where the paper has a result by another protocol, with the fewest fields that differ.
+
+  Both lists are empty if the result is a number of the paper, or like none of them.
+  """
+  places: list[tuple[Table, Column, Cell]] = []
+  fewest: list[Departure] = []
+  if in_paper(result):
+    return places, fewest
+  for table, column, cell, condition in _measurable_cells():
+    if fields := _off_protocol(table, condition, result):
+      if not places or len(fields) < len(fewest):
+        places, fewest = [], fields
+      if fields == fewest:
+        places.append((table, column, cell))
+  return places, fewest
+
+
+def open_choices(one: Result) -> list[str]:
+  """Fields that the paper leaves open, of which a result's run has other values than the configs."""
+  pretrain = one.record.get("pretrain")
+  fields = (
+    _departures(LEFT_OPEN.get(one.record["task"], {}), one.config, False) if one.config else []
+  )
+  if pretrain is not None:
+    fields += _departures(LEFT_OPEN["pretrain"], pretrain, True)
+  return [
+    f"{'pretraining ' * each.pretrain}{each.field}={_show(each.value)}"
+    for each in fields
+    if each.value is not None
   ]
 
 
@@ -169,13 +267,26 @@ def cost(one: Result) -> str:
   return f"{runs}{text.duration(one.seconds)}" + (f" on {devices}" if devices else "")
 
 
-def _holds(wanted: Mapping[str, Any], flat: Mapping[str, Any]) -> bool:
-  """Whether every field has the wanted value; a field that is not there has its default."""
+def _departures(
+  wanted: Mapping[str, Any], flat: Mapping[str, Any], pretrain: bool
+) -> list[Departure]:
+  """Fields that do not have the wanted value; a field that is not there has its default."""
+  found = []
   for name, value in wanted.items():
     known = flat[name] if name in flat else FIELDS[name].default if name in FIELDS else None
-    if not _equal(known, value):
-      return False
-  return True
+    choices = value.values if isinstance(value, OneOf) else (value,)
+    if not any(_equal(known, choice) for choice in choices):
+      found.append(Departure(name, known, value, pretrain))
+  return found
+
+
+def _show(value: Any) -> str:
+  """A value of a field as `byolx fields` has it, numbers without trailing zeros."""
+  if isinstance(value, list | tuple):
+    return f"({', '.join(map(_show, value))})"
+  if isinstance(value, float):
+    return f"{value:.10g}"
+  return repr(value) if value == "" else str(value)
 
 
 def _equal(known: Any, wanted: Any) -> bool:

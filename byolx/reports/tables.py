@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from byolx.reports import compare
-from byolx.reports.compare import Result, cost, encoder, metric, network, protocol, share
+from byolx.reports.compare import Departure, Result, cost, encoder, metric, network, protocol, share
 from byolx.reports.paper import MEASURABLE, NOT_MEASURABLE, TABLES, Cell, Column, Row, Table
 
 FORMATS = ("text", "markdown", "csv", "json")
 NOT_RUN = "not run"
 SMALLEST_INTERVAL = 0.25
 """Points: the paper leaves out smaller intervals (appendix G), and so do text and Markdown."""
+
+OFF_PROTOCOL = "off protocol"
+LISTED_DEPARTURES = 8
+"""Fields of a run off protocol that text and Markdown list; CSV and JSON have all."""
 
 Grid = list[list[str]]
 """Rows of cells; the first row is the heading."""
@@ -33,6 +37,7 @@ def results_page(found: Sequence[Result], style: str) -> str:
     return _csv(rows) if style == "csv" else _json(rows)
   heading = ["protocol", "data", "encoder", "labels", "metric", "paper", "measured", "n"]
   grid: Grid = [[*heading, "config", "commit", "cost"]]
+  strays: dict[str, int] = {}
   for one in found:
     grid.append(
       [
@@ -41,7 +46,7 @@ def results_page(found: Sequence[Result], style: str) -> str:
         encoder(one),
         share(one),
         metric(one),
-        _paper_text(one),
+        _paper_text(one) or _stray_text(one, strays),
         _percent(one.value, one.interval),
         str(one.n),
         ", ".join(one.configs),
@@ -53,6 +58,7 @@ def results_page(found: Sequence[Result], style: str) -> str:
     "paper, measured: in %; ± half the range over repeats, from "
     f"{SMALLEST_INTERVAL:g} points on; n: repeats; the paper's table in brackets",
     "cost: training alone, of each run",
+    *(f"[{number}] {text}" for text, number in strays.items()),
   ]
   return _grid_text(grid, notes, style, numbers={"labels", "n"})
 
@@ -61,15 +67,17 @@ def table_page(table: Table, found: Sequence[Result], style: str) -> str:
   """A table of the paper, what was measured beside each of its columns.
 
   A column of which no row can be measured has none beside it in text and Markdown, and is named below.
+  Results that differ from a number of the table in its protocol alone are listed below as off protocol.
 
   Args:
     table: of `byolx.reports.paper`.
     found: results; those of other tables are left out.
     style: one of `FORMATS`. In CSV and JSON every number of the table is a row, in its own unit.
   """
+  strays = [one for one in found if not compare.in_paper(one)]
   if style in ("csv", "json"):
     facts = [
-      _cell_facts(table, row, column, cell, found)
+      _cell_facts(table, row, column, cell, found, strays)
       for row in table.rows
       for column, cell in zip(table.columns, row.cells, strict=True)
     ]
@@ -88,7 +96,8 @@ def table_page(table: Table, found: Sequence[Result], style: str) -> str:
       if _measured_in(table, column):
         cells.append(_measured(table, row, column, found, sources))
     grid.append(cells)
-  notes = [*_table_notes(table, grid), *(f"[{n}] {text}" for text, n in sources.items())]
+  notes = [*_table_notes(table, grid), *_off_protocol_notes(table, strays, sources)]
+  notes += [f"[{n}] {text}" for text, n in sources.items()]
   title = f"Table {table.number}" if table.number != "text" else "Stated in the text"
   units = {column.unit for column in table.columns}
   caption = f"{title}. {table.caption}" + ("; in %" if units == {"%"} else "")
@@ -135,6 +144,40 @@ def _measured(
   return ", ".join(texts) or NOT_RUN
 
 
+def _off_protocol_notes(
+  table: Table, strays: Sequence[Result], sources: dict[str, int]
+) -> list[str]:
+  """Below a table: results off its protocol, each with its row and column, and what differs."""
+  notes = []
+  for row in table.rows:
+    for column in table.columns:
+      for one, fields in compare.off_protocol(table, row, column, strays):
+        number = sources.setdefault(_source(one), len(sources) + 1)
+        place = ", ".join(filter(None, [*row.labels, column.title]))
+        value = _number(_in_unit(one.value, column), _interval(one, column), column)
+        notes.append(f"{OFF_PROTOCOL}: {place}: {value} [{number}]; {_departures_text(fields)}")
+  return notes
+
+
+def _stray_text(one: Result, notes: dict[str, int]) -> str:
+  """`off protocol [1]`, with a note of what differs; empty if the paper has nothing like it."""
+  places, fields = compare.nearest(one)
+  if not places:
+    return ""
+  cells: dict[str, list[str]] = {}
+  for table, column, cell in places:
+    cells.setdefault(_number(cell.value, cell.interval, column), []).append(table.number)
+  paper = "; ".join(f"{text} ({', '.join(dict.fromkeys(n))})" for text, n in cells.items())
+  note = f"{OFF_PROTOCOL}, so not the paper's {paper}: {_departures_text(fields)}"
+  return f"{OFF_PROTOCOL} [{notes.setdefault(note, len(notes) + 1)}]"
+
+
+def _departures_text(fields: Sequence[Departure]) -> str:
+  listed = [str(each) for each in fields[:LISTED_DEPARTURES]]
+  more = len(fields) - len(listed)
+  return ", ".join(listed) + (f", and {more} more" if more else "")
+
+
 def _source(one: Result) -> str:
   """Where a number comes from; the same for all metrics of a run."""
   seeds = ", ".join(map(str, one.seeds)) or "unknown"
@@ -146,6 +189,8 @@ def _source(one: Result) -> str:
   ]
   if one.record["task"] != "supervised" and one.record.get("pretrain") is None:
     facts.append("how its encoder was pretrained is unknown")
+  if choices := compare.open_choices(one):
+    facts.append(f"left open by the paper: {', '.join(choices)}")
   places = ", ".join(map(str, one.workdirs))
   return "; ".join(facts) + (f"; {places}" if places else "")
 
@@ -202,6 +247,7 @@ def _paper_text(one: Result) -> str:
 def _result_facts(one: Result) -> dict[str, Any]:
   """A result for programs."""
   paper = compare.in_paper(one)
+  _, departures = compare.nearest(one)
   record = one.record
   return {
     "task": record["task"],
@@ -216,6 +262,7 @@ def _result_facts(one: Result) -> dict[str, Any]:
     "metric": record["metric"],
     "paper": next((_fraction(cell.value, column) for _, column, cell in paper), None),
     "paper_tables": [table.number for table, _, _ in paper],
+    "off_protocol": [str(each) for each in departures],
     "value": one.value,
     "interval": one.interval,
     "n": one.n,
@@ -236,9 +283,18 @@ def _fraction(value: float | None, column: Column) -> float | None:
 
 
 def _cell_facts(
-  table: Table, row: Row, column: Column, cell: Cell, found: Sequence[Result]
+  table: Table,
+  row: Row,
+  column: Column,
+  cell: Cell,
+  found: Sequence[Result],
+  strays: Sequence[Result],
 ) -> dict[str, Any]:
-  """One number of a table for programs; `measured` has every result that is this number."""
+  """One number of a table for programs; `measured` has every result that is this number.
+
+  `off_protocol` has those that differ in the protocol, `off_protocol_fields` their fields.
+  """
+  off = compare.off_protocol(table, row, column, strays)
   here = compare.of_cell(table, row, column, found)
   status = table.status(row, column)
   return {
@@ -257,6 +313,8 @@ def _cell_facts(
     "seconds": [one.seconds for one in here],
     "devices": [one.record.get("devices") for one in here],
     "workdirs": [", ".join(map(str, one.workdirs)) for one in here],
+    "off_protocol": [round(_in_unit(one.value, column), 6) for one, _ in off],
+    "off_protocol_fields": [", ".join(map(str, fields)) for _, fields in off],
   }
 
 

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from made_runs import LINEAR, fields, record, run, sweep
+from made_runs import FINETUNE, LINEAR, SUPERVISED, fields, record, run, sweep
 
 from byolx.core.config import ConfigError
 from byolx.reports import compare, measurements
@@ -273,8 +273,12 @@ def test_chosen_rates_may_differ_between_seeds(tmp_path):
       {"pretrain": {"train.batch_size": 512, "optim.base_rate": 0.4, "byol.tau_base": 0.9995}},
       [("text", 73.7)],
     ),
-    ({}, {"task": "finetune", "protocol": "finetune"}, [("8", 77.7)]),
-    ({}, {"task": "supervised", "protocol": "supervised", "pretrained_on": None}, [("9", 76.4)]),
+    (FINETUNE, {"task": "finetune", "protocol": "finetune"}, [("8", 77.7)]),
+    (
+      SUPERVISED,
+      {"task": "supervised", "protocol": "supervised", "pretrained_on": None, "pretrain": None},
+      [("9", 76.4)],
+    ),
   ],
 )  # fmt: skip
 def test_which_numbers_a_run_is(changes, of_record, wanted):

@@ -143,7 +143,7 @@ def test_table_7_with_three_seeds(seeds):
 
 def test_two_results_of_one_number_are_both_shown(tmp_path):
   run(tmp_path / "a", [record(value=0.741)])
-  run(tmp_path / "b", [record(value=0.733)], LINEAR | {"optim.base_rate": 0.4})
+  run(tmp_path / "b", [record(value=0.733)], LINEAR | {"classify.head_init": "zeros"})
   text = page("9", tmp_path)
   assert "74.1 [1], 73.3 [2]" in text
   assert "[1] seed 0; " in text
@@ -153,6 +153,66 @@ def test_two_results_of_one_number_are_both_shown(tmp_path):
 def test_a_pretraining_that_is_unknown_is_said(tmp_path):
   run(tmp_path / "a", [record(pretrain=None)])
   assert "cost unknown; how its encoder was pretrained is unknown; " in page("9", tmp_path)
+
+
+@pytest.fixture
+def quick(tmp_path):
+  """A linear evaluation of one epoch, of an encoder whose statistics saw 64 images."""
+  of_run = record(value=0.31, pretrain={"train.micro_batch": 64})
+  run(tmp_path / "quick" / "a", [of_run], LINEAR | {"train.epochs": 1.0})
+  return tmp_path / "quick"
+
+
+def test_a_run_off_protocol_is_listed_below_the_table(quick):
+  text = page("9", quick)
+  assert text.count("not run") == 48
+  below = text.split("in Table 7.\n")[1].splitlines()
+  assert below[0] == (
+    "off protocol: ResNet-50, 1×, 24M, BYOL Top-1: 31.0 [1]; train.epochs: 1 (paper: 80), "
+    "pretraining train.micro_batch: 64 (paper: 0)"
+  )
+  assert below[1].startswith("[1] seed 0; ")
+  assert "off protocol: ResNet-50" in page("9", quick, "markdown")
+  assert "off protocol" not in page("8", quick)
+  assert "31.0" not in page("16", quick).split("G.2")[0]
+
+
+def test_a_run_off_protocol_is_no_measured_number_for_programs(quick):
+  first = json.loads(page("9", quick, "json"))["cells"][0]
+  assert (first["measured"], first["status"]) == ([], "not run")
+  assert first["off_protocol"] == pytest.approx([31.0])
+  assert first["off_protocol_fields"] == [
+    "train.epochs: 1 (paper: 80), pretraining train.micro_batch: 64 (paper: 0)"
+  ]
+  first = next(csv.DictReader(io.StringIO(page("9", quick, "csv"))))
+  assert (first["measured"], float(first["off_protocol"])) == ("", pytest.approx(31.0))
+  (one,) = json.loads(tables.results_page(results(quick), "json"))
+  assert (one["paper"], one["paper_tables"]) == (None, [])
+  assert one["off_protocol"][0] == "train.epochs: 1 (paper: 80)"
+
+
+def test_a_run_off_protocol_is_marked_among_results(quick):
+  lines = tables.results_page(results(quick), "text").splitlines()
+  assert " off protocol [1]  " in lines[2]
+  assert lines[-1] == (
+    "[1] off protocol, so not the paper's 74.3 (7, 9, 13): train.epochs: 1 (paper: 80), pretraining "
+    "train.micro_batch: 64 (paper: 0)"
+  )
+
+
+def test_many_fields_off_protocol_are_counted(tmp_path):
+  views = {f"views.view{n}.{name}": 0.3 for n in (1, 2) for name in ("hue", "contrast")}
+  of_run = record(pretrain=views | {f"optim.{n}": 0.5 for n in ("trust", "momentum")})
+  changes = LINEAR | {"train.epochs": 1.0, "train.batch_size": 64, "optim.momentum": 0.0}
+  run(tmp_path / "a", [of_run], changes)
+  assert page("9", tmp_path).splitlines()[-2].endswith(", and 1 more")
+
+
+def test_choices_that_the_paper_leaves_open_are_named_with_the_run(tmp_path):
+  run(tmp_path / "a", [record(pretrain={"model.dtype": "bfloat16"})])
+  text = page("9", tmp_path)
+  assert "; left open by the paper: pretraining model.dtype=bfloat16; " in text
+  assert "off protocol" not in text
 
 
 def test_markdown_prints_the_best_bold_and_other_work_empty():

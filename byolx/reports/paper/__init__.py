@@ -7,6 +7,7 @@ settings, no results; the tables before 6 are not in the appendices.
 from collections.abc import Mapping
 
 from byolx.reports.paper import ablations, evaluation, objective, transfer
+from byolx.reports.paper.settings import LEFT_OPEN
 from byolx.reports.paper.table import (
   MEASURABLE,
   NOT_MEASURABLE,
@@ -14,6 +15,7 @@ from byolx.reports.paper.table import (
   Cell,
   Column,
   Condition,
+  OneOf,
   Row,
   Table,
 )
@@ -43,6 +45,7 @@ TABLES: Mapping[str, Table] = {table.number: table for table in _ALL}
 """Every table, by its number."""
 
 __all__ = [
+  "LEFT_OPEN",
   "MEASURABLE",
   "NOT_MEASURABLE",
   "OTHER_WORK",
@@ -50,6 +53,7 @@ __all__ = [
   "Cell",
   "Column",
   "Condition",
+  "OneOf",
   "Row",
   "Table",
 ]

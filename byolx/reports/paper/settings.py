@@ -1,15 +1,23 @@
-"""The settings that the tables share: how encoders are pretrained, how they are measured."""
+"""The protocols that the tables share: how encoders are pretrained, how they are measured.
+
+A measured run is a number of the paper only if it has every value of its protocol. Each field of a run
+is in one of three places: in a protocol (`MAIN`, `LINEAR`, `SEMI_SUPERVISED`, `SUPERVISED`), in
+`LEFT_OPEN` if the paper does not state it, or in `WITHOUT_EFFECT` if no number depends on it.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from byolx.reports.paper.table import Condition
+from byolx.reports.paper.table import Condition, OneOf
 
-_VIEW = {
+_SPATIAL = {
   "crop_probability": 1.0,
   "crop_area": (0.08, 1.0),
   "crop_aspect": (3 / 4, 4 / 3),
   "flip_probability": 0.5,
+}
+_VIEW = {
+  **_SPATIAL,
   "jitter_probability": 0.8,
   "brightness": 0.4,
   "contrast": 0.4,
@@ -19,15 +27,40 @@ _VIEW = {
   "blur_sigma": (0.1, 2.0),
 }
 
-MAIN: Mapping[str, Any] = {
-  # Table 6.
+# Appendix C: the size of a view, and the normalisation by ImageNet's statistics.
+_INPUT = {
   "views.size": 224,
+  "views.mean": (0.485, 0.456, 0.406),
+  "views.std": (0.229, 0.224, 0.225),
+}
+
+# Appendix A: a ResNet v1; appendix J.1: BatchNorm.
+_RESNET = {
+  "model.stem": "imagenet",
+  "model.stem_channels": 64,
+  "model.dilation": 1,
+  "model.bn_decay": 0.9,
+  "model.bn_eps": 1e-5,
+}
+
+# Statistics over the whole batch. Table 16 has smaller passes.
+_WHOLE_BATCH = {"train.micro_batch": 0, "model.bn_group": 0}
+
+MAIN: Mapping[str, Any] = {
+  # All 1,281,167 training images (appendix J.1).
+  "data.validation": "none",
+  "data.labels": 1.0,
+  "data.label_list": "",
+  # Table 6. Appendix C shifts the brightness by an offset.
+  **_INPUT,
+  "views.brightness_rule": "additive",
   **{f"views.{view}.{name}": value for view in ("view1", "view2") for name, value in _VIEW.items()},
   "views.view1.blur_probability": 1.0,
   "views.view1.solarise_probability": 0.0,
   "views.view2.blur_probability": 0.1,
   "views.view2.solarise_probability": 0.2,
   # Appendix A.
+  **_RESNET,
   "byol.projector_hidden": 4096,
   "byol.projector_depth": 2,
   "byol.predictor_hidden": 4096,
@@ -44,9 +77,12 @@ MAIN: Mapping[str, Any] = {
   "optim.momentum": 0.9,
   "optim.trust": 1e-3,
   "optim.warmup_epochs": 10.0,
+  "optim.schedule": "cosine",
+  "optim.batch_scaling": True,
   "optim.exclude": True,
   "train.epochs": 1000.0,
   "train.batch_size": 4096,
+  **_WHOLE_BATCH,
 }
 """Pretraining of the main results: appendices A and C."""
 
@@ -57,23 +93,163 @@ ABLATIONS: Mapping[str, Any] = {
   "optim.base_rate": 0.3,
   "optim.weight_decay": 1e-6,
   "train.epochs": 300.0,
-  # Table 16: statistics over the whole batch.
-  "train.micro_batch": 0,
-  "model.bn_group": 0,
 }
 """Pretraining of the baseline of appendices G and J."""
 
 RESNET50: Mapping[str, Any] = {"model.arch": "resnet50", "model.width": 1.0}
 
-PLAIN: Mapping[str, Any] = {
+ONLINE: Mapping[str, Any] = {"init.encoder": "online"}
+"""What is evaluated (appendix A): the online network's encoder."""
+
+# Views of the first view's settings: T of Table 6.
+_FIRST_VIEW = {
+  f"views.view1.{name}": MAIN[f"views.view1.{name}"]
+  for name in (*_VIEW, "blur_probability", "solarise_probability")
+}
+
+# What all classifiers of appendix D share. Schedule and scaling of the rate are the authors' code's
+# where the paper does not state them: its rates have a meaning only together with both.
+_CLASSIFICATION = {
+  **_INPUT,
+  **{f"views.view1.{name}": value for name, value in _SPATIAL.items()},
+  **_RESNET,
+  "eval.resize": 256,
+  "eval.crop_rule": "paper",
   "classify.views": "spatial",
   "classify.tclip": 0.0,
   "classify.logit_penalty": 0.0,
+  "classify.label_smoothing": 0.0,
+  "optim.name": "sgd",
+  "optim.momentum": 0.9,
+  "optim.weight_decay": 0.0,
+  "optim.warmup_epochs": 0.0,
+  "optim.schedule": "cosine",
+  "optim.batch_scaling": True,
+  "train.batch_size": 1024,
 }
-"""Appendix D.1: spatial augmentations, no regularisation of logits."""
 
-ONLINE: Mapping[str, Any] = {"init.encoder": "online"}
-"""What is evaluated (appendix A): the online network's encoder."""
+LOCAL_VALIDATION: Mapping[str, Any] = {"data.validation": "last_10009"}
+"""ImageNet's local validation set (appendices D.1 and E.1)."""
+
+_LINEAR_RATES = (0.4, 0.3, 0.2, 0.1, 0.05)
+
+LINEAR: Mapping[str, Any] = {
+  **_CLASSIFICATION,
+  **ONLINE,
+  # Side by side, or one by one in a sweep.
+  "optim.rates": OneOf((_LINEAR_RATES, *((rate,) for rate in _LINEAR_RATES))),
+  "train.epochs": 80.0,
+}
+"""Linear evaluation of appendix D.1, on any data set: the rate is chosen on validation images."""
+
+PRETRAINING_VIEWS: Mapping[str, Any] = {"classify.views": "pretrain", **_FIRST_VIEW}
+"""Training views of appendix D.1's variation: those of Table 6."""
+
+SEMI_SUPERVISED: Mapping[str, Any] = {
+  **_CLASSIFICATION,
+  **ONLINE,
+  **LOCAL_VALIDATION,
+  **_WHOLE_BATCH,
+  "optim.rates": (),
+  "optim.base_rate": OneOf((0.01, 0.02, 0.05, 0.1, 0.005)),
+  "train.epochs": OneOf((30.0, 50.0)),
+}
+"""Fine-tuning of appendix D.1: rate and epochs are chosen on validation images."""
+
+SUPERVISED: Mapping[str, Any] = {
+  **{name: value for name, value in _CLASSIFICATION.items() if name != "train.batch_size"},
+  **LOCAL_VALIDATION,
+  **_WHOLE_BATCH,
+  "classify.views": "randaugment",
+  "classify.label_smoothing": 0.1,
+  "optim.rates": (),
+  "optim.weight_decay": 1e-4,
+  "optim.warmup_epochs": 5.0,
+  "train.epochs": 200.0,
+}
+"""Supervised baselines of appendix D.2, trained from scratch; batch size and rate are left open."""
+
+_OPEN_NETWORK = {
+  "model.padding": "same",
+  "model.bn_debias": True,
+  "model.dtype": "float32",
+}
+_OPEN_INPUT = {"views.crop_rule": "one_draw", "views.antialias": False}
+_OPEN_CLASSIFICATION = {
+  **_OPEN_INPUT,
+  **_OPEN_NETWORK,
+  "eval.antialias": False,
+  "classify.head_init": "normal",
+}
+_OPEN_START = {"model.kernel_init": "uncorrected", "model.bn_last_scale": 1.0}
+
+LEFT_OPEN: Mapping[str, Mapping[str, Any]] = {
+  "pretrain": {
+    **_OPEN_INPUT,
+    **_OPEN_NETWORK,
+    **_OPEN_START,
+    # Appendix J's pseudo-code disagrees with the authors' code.
+    "byol.output_bias": False,
+    "byol.target_init": "own_key",
+    "byol.norm_guard": 1e-12,
+    "byol.average_statistics": False,
+  },
+  "linear": _OPEN_CLASSIFICATION,
+  "finetune": {**_OPEN_CLASSIFICATION, "optim.exclude": True},
+  "supervised": {
+    **_OPEN_CLASSIFICATION,
+    **_OPEN_START,
+    "optim.exclude": True,
+    "optim.base_rate": 0.1,
+    "train.batch_size": 4096,
+    "classify.randaugment.operations": 2,
+    "classify.randaugment.magnitude": 9.0,
+    "classify.randaugment.bins": 31,
+    "classify.randaugment.interpolation": "nearest",
+  },
+}
+"""By task: fields that the paper does not state, and the values of the shipped configs.
+
+A run with other values of these fields is still the paper's protocol; `byolx report` names them.
+"""
+
+_NO_CUSTOM = ("model.blocks", "model.channels", "model.strides", "model.bottleneck")
+_NEVER = (
+  # Of data.validation=share, which only Places365 has: the paper names no validation images there.
+  "data.validation_share",
+  *("seed", "data.labels_seed", "data.max_failed_share", "data.test_share", "views.placement"),
+  *("train.max_gradient_norm", "eval.test", "eval.predictions", "eval.bootstrap"),
+  *("eval.fractions", "eval.draws", "eval.batch_size", "eval.max_train"),
+  *_NO_CUSTOM,
+)
+
+WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
+  "pretrain": (
+    *("task", "init.", "classify.", "byol.probe_weight", "optim.rates"),
+    *("eval.resize", "eval.crop_rule", "eval.antialias"),
+    *_NEVER,
+  ),
+  # The encoder's parameters and statistics are frozen, so passes of any size have the same gradient.
+  "linear": (
+    *("byol.", "views.view2.", "optim.base_rate", "optim.exclude", "optim.trust"),
+    *("train.micro_batch", "model.bn_group", "model.kernel_init", "model.bn_last_scale"),
+    *("views.brightness_rule", "classify.randaugment.", "init.workdir"),
+    *_NEVER,
+  ),
+  "finetune": (
+    *("byol.", "views.view2.", "optim.trust", "model.kernel_init", "model.bn_last_scale"),
+    *("views.brightness_rule", "classify.randaugment.", "init.workdir"),
+    *_NEVER,
+  ),
+  "supervised": (
+    *("byol.", "views.view2.", "optim.trust", "views.brightness_rule", "init."),
+    *_NEVER,
+  ),
+}
+"""By task: fields, or groups with a dot at the end, on which no number of the shipped configs depends.
+
+`task`, `data.source`, `data.labels` and `data.label_list` are in a run's records, which are compared too.
+"""
 
 
 def measured(task: str, metric: str = "top1", data: str = "imagenet") -> Mapping[str, Any]:
@@ -91,13 +267,25 @@ def measured(task: str, metric: str = "top1", data: str = "imagenet") -> Mapping
 def linear(metric: str) -> Condition:
   """Linear evaluation on ImageNet of an encoder pretrained there by the main settings (D.1)."""
   record = {**measured("linear", metric), "pretrained_on": "imagenet"}
-  return Condition(record, {**ONLINE, **PLAIN}, MAIN)
+  return Condition(record, {**LINEAR, **LOCAL_VALIDATION}, MAIN)
+
+
+def finetuned(metric: str) -> Condition:
+  """A ResNet-50 pretrained by the main settings, fine-tuned on all labels of ImageNet (D.1)."""
+  record = {**measured("finetune", metric), "pretrained_on": "imagenet"}
+  return Condition(record, {**SEMI_SUPERVISED, **RESNET50}, MAIN)
+
+
+def supervised(metric: str) -> Condition:
+  """A supervised baseline on ImageNet (D.2)."""
+  return Condition(measured("supervised", metric), SUPERVISED)
 
 
 def ablation(metric: str) -> Condition:
   """Linear evaluation of a ResNet-50 pretrained by the settings of appendices G and J."""
+  config = {**LINEAR, **LOCAL_VALIDATION, **RESNET50}
   record = {**measured("linear", metric), "pretrained_on": "imagenet"}
-  return Condition(record, {**ONLINE, **PLAIN, **RESNET50}, ABLATIONS, origin_known=True)
+  return Condition(record, config, ABLATIONS, origin_known=True)
 
 
 def pretrained(fields: Mapping[str, Any]) -> Condition:

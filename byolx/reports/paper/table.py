@@ -1,6 +1,8 @@
 """What a table of the paper is: columns, rows, numbers, and which measured run is which of them."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,10 +10,22 @@ OTHER_WORK = "other work"
 NOT_MEASURABLE = "not measurable yet"
 MEASURABLE = "measurable"
 
+NETWORK = ("model.arch", "model.width")
+"""Fields that name the network of a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+  """The values of a field that the paper chooses between on validation images."""
+
+  values: tuple[Any, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
   """When a measured run is a row of a table: every key named here has the value given here.
+
+  A value of `config` or `pretrain` may be a `OneOf`.
 
   Args:
     record: keys of a record of results.json.
@@ -121,6 +135,19 @@ class Table:
           f"cells; expected {len(self.headings)} and {len(self.columns)}"
         )
 
+  @functools.cached_property
+  def defining(self) -> tuple[frozenset[str], frozenset[str]]:
+    """Fields that tell the rows apart: those of the measured run, and those of its pretraining.
+
+    They are the network and what a row changes of its column. The others are the table's protocol.
+    """
+    config, pretrain = set(NETWORK), set[str]()
+    for row, column in itertools.product(self.rows, self.columns):
+      if row.condition is not None and column.condition is not None:
+        config |= _changed(column.condition.config, row.condition.config)
+        pretrain |= _changed(column.condition.pretrain, row.condition.pretrain)
+    return frozenset(config), frozenset(pretrain)
+
   def condition(self, row: Row, column: Column) -> Condition | None:
     """Which measured run is this cell; None: none, see `status`."""
     if row.theirs or column.theirs or row.condition is None or column.condition is None:
@@ -132,6 +159,11 @@ class Table:
     if row.theirs or column.theirs:
       return OTHER_WORK
     return MEASURABLE if self.condition(row, column) else NOT_MEASURABLE
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+  """Names that both have with different values."""
+  return {name for name, value in after.items() if name in before and before[name] != value}
 
 
 def row(

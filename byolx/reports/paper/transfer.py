@@ -1,6 +1,6 @@
 """Appendices E and F: transfer to other tasks and data sets (Tables 11 to 13)."""
 
-from byolx.reports.paper.settings import MAIN, ONLINE, PLAIN, RESNET50, measured
+from byolx.reports.paper.settings import LINEAR, LOCAL_VALIDATION, MAIN, RESNET50, measured
 from byolx.reports.paper.table import Column, Condition, Table, best, row
 
 TABLE_11 = Table(
@@ -48,7 +48,9 @@ TABLE_12 = Table(
 
 def _on(data: str) -> Condition:
   """Appendix D.1's protocol on a data set, of a ResNet-50 pretrained by the main settings."""
-  config = {**RESNET50, **ONLINE, **PLAIN}
+  # The paper names no validation images of Places365.
+  validation = LOCAL_VALIDATION if data == "imagenet" else {}
+  config = {**LINEAR, **RESNET50, **validation}
   return Condition(measured("linear", data=data), config, MAIN, origin_known=True)
 
 

@@ -5,9 +5,9 @@
   byolx sweep --config=configs/finetune.py --grid=figure4 --seeds=0,1,2 \\
     --config.init.workdir=runs/photos --workdir=runs/photos_figure4
 
-Appendix D.1's semi-supervised protocol for small sets: images, view size and encoder are those of the
-run in `init.workdir`, unless fields say otherwise. Choose `rate` and `epochs` on the validation images,
-a tenth of the training images that is kept apart: `byolx sweep` does.
+Appendix D.1's semi-supervised protocol for small sets: images, views and network are those of the run in
+`init.workdir`. Fields may differ from it, but for those that go with the encoder. Choose `rate` and
+`epochs` on the validation images, a tenth of the training images that is kept apart: `byolx sweep` does.
 
 Arguments: `labels`, a balanced share; `rate`, per 256 images; `epochs`; `batch`.
 

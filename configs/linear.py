@@ -4,9 +4,10 @@
   byolx train --config=configs/linear.py:views=pretrain,tclip=20,penalty=0.01 ...
   byolx sweep --config=configs/linear.py --grid=table7 --seeds=0,1,2 ...
 
-Appendix D.1 for small sets: images, view size and encoder are those of the run in `init.workdir`, unless
-fields say otherwise. Classifiers for the paper's five rates are trained side by side on the frozen
-encoder; the best on a tenth of the training images, kept apart, is measured on the test images.
+Appendix D.1 for small sets: images, views and network are those of the run in `init.workdir`. Fields may
+differ from it, but for those that go with the encoder (network, compute type, view size, colours).
+Classifiers for the paper's five rates are trained side by side on the frozen encoder; the best
+on a tenth of the training images, kept apart, is measured on the test images.
 
 Arguments: `views`, `tclip`, `penalty` as in configs/linear_imagenet.py; `epochs`; `batch`.
 

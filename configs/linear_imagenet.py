@@ -10,8 +10,11 @@ move, which the end of the run checks bit by bit. Five classifiers, one for each
 are trained side by side on one forward pass per batch; the best on the local validation set (the last
 10009 training images in TensorFlow's order) is measured on `val`.
 
-`arch` and `width` are those of the pretraining run. `views=pretrain` trains on T of Table 6;
-`tclip` is alpha of alpha * tanh(logits / alpha), `penalty` the weight beta of the squared logits.
+Network, padding, compute type, view size and colour normalisation are those of the encoder, and need not
+be given. `arch` and `width` are for `byolx plan`, which has no encoder to read; in a run they have to be
+the encoder's. `views=pretrain` trains on T of Table 6; `tclip` is alpha of alpha * tanh(logits / alpha),
+`penalty` the weight beta of the squared logits. For an encoder of other views than 224 pixels, set
+`--config.eval.resize` to 8/7 of their side.
 
 Cost: 80 epochs of forward passes; not run here.
 
@@ -31,18 +34,21 @@ from ml_collections import ConfigDict
 
 
 def get_config(
-  arch: str = "resnet50",
-  width: int = 1,
+  arch: str = "",
+  width: int = 0,
   views: str = "spatial",
   tclip: float = 0.0,
   penalty: float = 0.0,
 ) -> ConfigDict:
-  """Fields that are not named here keep their defaults: views.view1 is T of Table 6."""
+  """Fields that are not named here go with the encoder, or keep their defaults: views.view1 is T.
+
+  arch="" and width=0 are those of the encoder; without init.workdir, ResNet-50.
+  """
   config = ConfigDict()
   config.task = "linear"
   config.data = {"source": "imagenet", "folder": "", "validation": "last_10009", "workers": -1}
-  config.views = {"size": 224}
-  config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
+  given = {"arch": arch, "width": width}
+  config.model = {name: value for name, value in given.items() if value}
   config.classify = {"views": views, "tclip": tclip, "logit_penalty": penalty}
   config.optim = {
     "name": "sgd",  # Nesterov

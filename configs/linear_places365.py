@@ -17,15 +17,18 @@ Ours: rates are chosen on 1 % of the training images, since the paper names no v
 from ml_collections import ConfigDict
 
 
-def get_config(arch: str = "resnet50", width: int = 1) -> ConfigDict:
-  """Fields that are not named here keep their defaults."""
+def get_config(arch: str = "", width: int = 0) -> ConfigDict:
+  """Fields that are not named here go with the encoder, or keep their defaults.
+
+  arch="" and width=0 are those of the encoder; without init.workdir, ResNet-50.
+  """
   config = ConfigDict()
   config.task = "linear"
   config.data = {
     "source": "places365", "folder": "", "validation": "share", "validation_share": 0.01, "workers": -1
   }  # fmt: skip
-  config.views = {"size": 224}
-  config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
+  given = {"arch": arch, "width": width}
+  config.model = {name: value for name, value in given.items() if value}
   config.classify = {"views": "spatial", "tclip": 0.0, "logit_penalty": 0.0}
   config.optim = {
     "name": "sgd",  # Nesterov

@@ -5,7 +5,8 @@
   byolx sweep --config=configs/semi_supervised_imagenet.py --grid=semi_supervised ...
   byolx sweep --config=configs/semi_supervised_imagenet.py --grid=figure4 ...
 
-The whole network is trained, from the encoder of `init.workdir`. The paper chooses the rate from
+The whole network is trained, from the encoder of `init.workdir`, whose network and view size are used
+(`arch` and `width`: see configs/linear_imagenet.py). The paper chooses the rate from
 {0.01, 0.02, 0.05, 0.1, 0.005} and the epochs from {30, 50} on its local validation set: that is the
 grid `semi_supervised`; `figure4` does it for each share of Figure 4.
 
@@ -22,16 +23,19 @@ from ml_collections import ConfigDict
 
 
 def get_config(
-  arch: str = "resnet50", width: int = 1, labels: float = 1.0, rate: float = 0.05, epochs: int = 30
+  arch: str = "", width: int = 0, labels: float = 1.0, rate: float = 0.05, epochs: int = 30
 ) -> ConfigDict:
-  """Fields that are not named here keep their defaults."""
+  """Fields that are not named here go with the encoder, or keep their defaults.
+
+  arch="" and width=0 are those of the encoder; without init.workdir, ResNet-50.
+  """
   config = ConfigDict()
   config.task = "finetune"
   config.data = {
     "source": "imagenet", "folder": "", "validation": "last_10009", "labels": labels, "workers": -1
   }  # fmt: skip
-  config.views = {"size": 224}
-  config.model = {"arch": arch, "width": width, "stem": "imagenet", "dtype": "float32"}
+  given = {"arch": arch, "width": width}
+  config.model = {name: value for name, value in given.items() if value}
   config.classify = {"views": "spatial", "tclip": 0.0, "logit_penalty": 0.0, "label_smoothing": 0.0}
   config.optim = {
     "name": "sgd",  # Nesterov

@@ -1,10 +1,13 @@
 """Starting a run from another run's encoder: only the encoder's arrays are read from its checkpoint.
 
 Everything else may differ: projector, predictor, heads, optimiser, devices. Every encoder of the new
-state (online, target) gets the arrays; what they do not cover stays as it was initialised.
+state (online, target) gets the arrays; what they do not cover stays as it was initialised. The fields
+that go with an encoder (`fields.ENCODER`) may not differ: equal arrays would compute something else.
 """
 
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +15,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from byolx.checkpoints import manager, storage
-from byolx.core.config import ConfigError
+from byolx.core.config import ConfigError, flatten, refuse_other_function, stored
 from byolx.core.text import first_few
+
+LOG = logging.getLogger("byolx")
 
 State = TypeVar("State")
 
@@ -68,21 +74,27 @@ class Table:
     )
 
 
-def read(path: Path, which: str, place: jax.sharding.Sharding) -> Encoder:
+def read(
+  path: Path, which: str, place: jax.sharding.Sharding, run: ConfigDict | None = None
+) -> Encoder:
   """An encoder of a workdir's newest good checkpoint, or of one checkpoint.
 
   Args:
     path: a workdir, its folder of checkpoints, or the folder of one.
     which: `online` or `target`.
     place: of the arrays.
+    run: config of the run that starts from the encoder; None where no run does. A checkpoint that
+      was saved without a config is only warned about.
 
   Raises:
-    ConfigError: there is no such encoder.
+    ConfigError: there is no such encoder, or by the run's config it would compute another function.
     checkpoint.CheckpointError: no checkpoint is there, or none is good.
   """
   prefixes: dict[str, str] = {}
 
-  def choose(record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+  def choose(folder: Path, record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    if run is not None:
+      _refuse_other_function(record, folder, run)
     named = {name: found for name in record["arrays"] if (found := _in_encoder(name))}
     prefixes.update({name: inner for name, (owner, inner) in named.items() if owner == which})
     if not prefixes:
@@ -92,7 +104,7 @@ def read(path: Path, which: str, place: jax.sharding.Sharding) -> Encoder:
 
   def load(folder: Path) -> Encoder:
     prefixes.clear()
-    record, arrays = manager.load(folder, choose)
+    record, arrays = manager.load(folder, functools.partial(choose, folder))
     lineage = {
       "path": str(folder.absolute()),
       "step": record["step"],
@@ -158,6 +170,19 @@ def _in_encoder(name: str) -> tuple[str, str] | None:
 def _abstract(kind: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
   dtype = jnp.dtype(kind.partition("[")[0])
   return jax.ShapeDtypeStruct(storage.shape_of(kind), dtype, sharding=place)
+
+
+def _refuse_other_function(record: Mapping[str, Any], folder: Path, run: ConfigDict) -> None:
+  """Compares the config that a checkpoint was saved with to the run's."""
+  there = record["meta"].get("config") or stored(folder)
+  if there:
+    refuse_other_function(flatten(run), there, run.task, folder)
+  else:
+    LOG.warning(
+      "%s was saved without a config: whether its encoder was trained with the padding, epsilon, input"
+      " size and normalisation of this run cannot be checked",
+      folder,
+    )
 
 
 def _refuse_other_architecture(

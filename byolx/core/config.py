@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from byolx.core.fields import FIELDS
+from byolx.core.fields import ENCODER, FIELDS
 
 
 class ConfigError(ValueError):
@@ -46,16 +46,22 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     overrides: `--config.field=value` in the order given.
 
   Fields of the groups in init.inherit that neither file nor overrides set are those of another run.
+  With init.workdir, the fields that go with an encoder (`fields.ENCODER`) are always those of that
+  encoder; see `refuse_other_function`. A run that is not there yet gives no fields, and is refused
+  when its encoder is read.
 
   Raises:
-    ConfigError: missing file, unknown field or argument, impossible value.
+    ConfigError: missing file, unknown field or argument, impossible value; file or overrides say of
+      an encoder what its checkpoint does not.
   """
   given = _read(path)
   config = merge(given, path)
   for flag in overrides:
     _override(config, flag)
   named = {flag.removeprefix("--config.").partition("=")[0] for flag in overrides}
-  _inherit(config, named | flatten(given).keys())
+  named |= flatten(given).keys()
+  _inherit(config, named)
+  _take_encoder_fields(config, named)
   check(config)
   return config
 
@@ -66,10 +72,69 @@ def of_run(path: str | Path) -> ConfigDict:
   Raises:
     ConfigError: there is none.
   """
-  for folder in (Path(path), *Path(path).absolute().parents[:2]):
-    if (folder / "config.json").is_file():
-      return from_json((folder / "config.json").read_text())
-  raise ConfigError(f"{path}: expected a workdir of `byolx train`, with a config.json")
+  file = _config_file(Path(path))
+  if file is None:
+    raise ConfigError(f"{path}: expected a workdir of `byolx train`, with a config.json")
+  return from_json(file.read_text())
+
+
+def stored(path: str | Path) -> dict[str, Any] | None:
+  """The flat config that goes with a checkpoint, not checked; None where there is none.
+
+  Args:
+    path: a workdir, a folder of checkpoints, or one checkpoint.
+
+  Returns:
+    The config in the newest record that can be read; without one, that of the workdir's config.json.
+  """
+  for record in _records(Path(path)):
+    try:
+      flat = json.loads(record.read_bytes())["record"]["meta"].get("config")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+      continue  # a damaged checkpoint is named when its arrays are read
+    if flat:
+      return flatten(flat)
+    break
+  file = _config_file(Path(path))
+  return None if file is None else flatten(json.loads(file.read_text()))
+
+
+def of_encoder(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a flat config that go with its encoder; missing ones have their defaults."""
+  values = {name: FIELDS[name].default for name in ENCODER} | flatten(flat)
+  return {name: float(values[name]) if _is_float_field(name) else values[name] for name in ENCODER}
+
+
+def refuse_other_function(
+  here: Mapping[str, Any], there: Mapping[str, Any], task: str, path: str | Path
+) -> None:
+  """Refuses fields by which an encoder would compute another function of the same weights.
+
+  Pretraining may go on at another views.size; every other task takes the encoder's. model.bn_decay
+  counts only where the encoder's running averages are debiased.
+
+  Args:
+    here: flat fields of the run, all of them or those that were given.
+    there: flat config of the run that trained the encoder.
+    task: that of the run.
+    path: where the encoder is, for the message.
+
+  Raises:
+    ConfigError: fields of `fields.ENCODER` differ; all of them are listed.
+  """
+  there = of_encoder(there)
+  free = {"views.size"} if task == "pretrain" else set()
+  free |= set() if there["model.bn_debias"] else {"model.bn_decay"}
+  differing = [
+    f"{name}: {value!r} there, {here[name]!r} here"
+    for name, value in there.items()
+    if name in here and name not in free and _plain(here[name]) != _plain(value)
+  ]
+  if differing:
+    raise ConfigError(
+      f"init.workdir={path}: its encoder would compute another function here ({'; '.join(differing)});"
+      " expected its own values, which are taken where these fields are not given"
+    )
 
 
 def value(name: str, text: str) -> Any:
@@ -199,13 +264,56 @@ def _inherit(config: ConfigDict, given: Set[str]) -> None:
   if not (config.init.inherit and run):
     return
   check(config)
-  for name, value in flatten(of_run(run)).items():
-    *groups, leaf = name.split(".")
-    if groups and groups[0] in config.init.inherit and name not in given:
-      node = config
-      for group in groups:
-        node = node[group]
-      node[leaf] = value
+  for name, value in flatten(_config_of(run)).items():
+    group, dot, _ = name.partition(".")
+    if dot and group in config.init.inherit and name not in given:
+      _set(config, name, value)
+
+
+def _take_encoder_fields(config: ConfigDict, given: Set[str]) -> None:
+  """Sets the fields that go with the encoder of init.workdir; refuses given ones that differ."""
+  if not config.init.workdir:
+    return
+  check(config)
+  there = stored(config.init.workdir)
+  if there is None:
+    return
+  here = {name: value for name, value in flatten(config).items() if name in given}
+  refuse_other_function(here, there, config.task, config.init.workdir)
+  for name, value in of_encoder(there).items():
+    if name not in given:
+      _set(config, name, value)
+
+
+def _set(config: ConfigDict, name: str, value: Any) -> None:
+  *groups, leaf = name.split(".")
+  node = config
+  for group in groups:
+    node = node[group]
+  node[leaf] = value
+
+
+def _config_file(path: Path) -> Path | None:
+  """The config.json of a workdir, of its folder of checkpoints, or of one of these."""
+  files = [folder / "config.json" for folder in (path, *path.absolute().parents[:2])]
+  return next((file for file in files if file.is_file()), None)
+
+
+def _config_of(path: str) -> ConfigDict:
+  """The config of a run, or of a checkpoint that lies alone."""
+  if _config_file(Path(path)) is None and (flat := stored(path)):
+    return from_json(json.dumps(flat))
+  return of_run(path)
+
+
+def _records(path: Path) -> list[Path]:
+  """The records of a workdir, of a folder of checkpoints, or of one checkpoint; newest first."""
+  if (path / "record").is_dir():
+    return [path / "record" / "record.json"]
+  inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+  names = [folder.name for folder in inside.iterdir()] if inside.is_dir() else []
+  steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+  return [inside / str(step) / "record" / "record.json" for step in steps]
 
 
 def _kind(name: str) -> str:

@@ -386,3 +386,29 @@ FIELDS: dict[str, Field] = {
     0, "at most so many training images, for large sets; 0: all", at_least(0), free=True
   ),
 }
+
+ENCODER = (
+  "model.arch",
+  "model.width",
+  "model.blocks",
+  "model.channels",
+  "model.strides",
+  "model.bottleneck",
+  "model.stem",
+  "model.stem_channels",
+  "model.padding",
+  "model.dilation",
+  "model.bn_decay",
+  "model.bn_eps",
+  "model.bn_debias",
+  "model.dtype",
+  "views.size",
+  "views.mean",
+  "views.std",
+)
+"""The fields that go with an encoder: the function that was trained is its arrays and these.
+
+Initialisers (model.kernel_init, model.bn_last_scale) and model.bn_group, which is used in training mode
+only, are not among them. model.bn_decay is: with model.bn_debias the running averages are divided by
+1 - decay^updates whenever they are used.
+"""

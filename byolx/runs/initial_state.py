@@ -31,7 +31,7 @@ def new_state(exp: Experiment, workdir: Path) -> TrainState:
     return state
   before = lineage(workdir)
   source = Path(before["path"] if before else init.workdir)
-  encoder = pretrained.read(source, init.encoder, sharding.replicated(exp.mesh))
+  encoder = pretrained.read(source, init.encoder, sharding.replicated(exp.mesh), exp.config)
   state, table = pretrained.apply(state, encoder)
   state = jax.device_put(state, state_shardings(exp.abstract_state))
   print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")

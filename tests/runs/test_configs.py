@@ -258,6 +258,26 @@ def test_values_of_protocols_are_those_of_appendix_d(name):
     assert flat[f"views.view1.{field}"] == first, field
 
 
+@pytest.mark.parametrize(
+  "name", ["linear_imagenet.py", "linear_places365.py", "semi_supervised_imagenet.py"]
+)
+def test_protocols_of_imagenet_take_the_network_from_the_encoder(name, tmp_path):
+  encoder = config.defaults()
+  encoder.model.update(arch="resnet200", width=2.0, dtype="bfloat16", padding="torch")
+  encoder.views.size = 192
+  (tmp_path / "config.json").write_text(config.to_json(encoder))
+  given = [f"--config.init.workdir={tmp_path}"]
+  for arguments in ("", ":arch=resnet200,width=2"):
+    cfg = config.load(f"{ROOT}/configs/{name}{arguments}", given)
+    assert config.flatten(cfg.model) == config.flatten(encoder.model)
+    assert (cfg.views.size, cfg.eval.resize) == (192, 256)
+  with pytest.raises(ConfigError, match=r"\(model\.arch: 'resnet200' there, 'resnet50' here\)"):
+    config.load(f"{ROOT}/configs/{name}:arch=resnet50", given)
+  # Without an encoder, as for `byolx plan`, the arguments say it.
+  cfg = load(f"{name}:arch=resnet101,width=3")
+  assert (cfg.model.arch, cfg.model.width) == ("resnet101", 3.0)
+
+
 def test_all_files_named_after_the_paper_are_checked():
   named = {file.name for file in FILES if file.stem.endswith(("imagenet", "b512", "places365"))}
   assert named == {name.partition(":")[0] for name in PAPER | EVALUATION}

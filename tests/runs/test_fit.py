@@ -282,7 +282,7 @@ def test_a_run_may_start_from_the_encoder_of_another(path, whole, tmp_path):
   said, others = trained(path, tmp_path / "again", *given)
   assert f"starting from the target encoder of {whole[0]}/checkpoints/14" in said
   assert any((one != other).any() for one, other in zip(arrays, others, strict=True))
-  with pytest.raises(config.ConfigError, match="has another architecture"):
+  with pytest.raises(config.ConfigError, match=r"\(model\.channels: \(8,\) there, \(16,\) here\)"):
     trained(path, tmp_path / "other", f"init.workdir={whole[0]}", "model.channels=(16,)")
 
 

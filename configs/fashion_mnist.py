@@ -49,5 +49,5 @@ def get_config() -> ConfigDict:
   config.train = {"epochs": 24.0, "batch_size": 64}
   config.checkpoint = {"every_epochs": 1.0}
   config.log = {"every_steps": 100}
-  config.eval = {"resize": 24}
+  config.eval = {"resize": 24, "antialias": True}
   return config

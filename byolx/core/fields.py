@@ -377,6 +377,11 @@ FIELDS: dict[str, Field] = {
   "eval.crop_rule": Field(
     "paper", "resize then crop, or crop then resize", one_of("paper", "reference"), free=True
   ),
+  "eval.antialias": Field(
+    False,
+    "antialias when an image is made smaller, as Pillow does and the authors do not; see views.antialias",
+    free=True,
+  ),
   "eval.fractions": Field(
     (0.01, 0.1, 1.0), "shares of the training labels", each(between(1e-6, 1)), free=True
   ),

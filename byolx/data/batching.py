@@ -193,9 +193,18 @@ def make_view(
 class EvaluationPart:
   """Number of a part -> Made, for `loader.evaluation_batches`."""
 
-  def __init__(self, source: Source, size: int, resize: int, rule: str, rows: Rows, crew: Crew):
+  def __init__(
+    self,
+    source: Source,
+    size: int,
+    resize: int,
+    rule: str,
+    antialias: bool,
+    rows: Rows,
+    crew: Crew,
+  ):
     self._source = source
-    self._view = (size, resize, rule)
+    self._view = (size, resize, rule, antialias)
     self._rows = rows
     self._crew = crew
     self._lender = Lender()

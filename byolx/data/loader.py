@@ -130,6 +130,7 @@ def evaluation_batches(
   rule: str,
   batch_size: int,
   *,
+  antialias: bool = False,
   workers: int = 0,
   threads: int = 1,
   host_index: int = 0,
@@ -143,16 +144,17 @@ def evaluation_batches(
   The last batch is padded to `batch_size`. Padding and unreadable files are rows whose `mask` is
   False; they have a black image, label -1 and index -1.
 
-  Args: as for `train_batches`; `size`, `resize`, `rule` as for `evaluation_view`.
+  Args: as for `train_batches`; `size`, `resize`, `rule`, `antialias` as for `evaluation_view`.
 
   Returns:
     An iterator of dicts: image uint8 [b size size 3], label int32 [b], mask bool [b], index int32
     [b]. It closes itself at the end; otherwise as for `train_batches`.
   """
-  evaluation_view(np.zeros((1, 1, 3), np.uint8), size, resize, rule)  # raises now if ever
+  black = np.zeros((1, 1, 3), np.uint8)
+  evaluation_view(black, size, resize, rule, antialias)  # raises now if ever
   workers, crew = _workers(workers), Crew(threads)
   rows = _rows(source, batch_size, host_index, host_count, workers)
-  make = EvaluationPart(source, size, resize, rule, rows, crew)
+  make = EvaluationPart(source, size, resize, rule, antialias, rows, crew)
   # Without an end, as a worker that comes to its end takes with it the memory that it lends.
   parts = grain.MapDataset.range(sys.maxsize).map(make)
   failures = FailureLog(source.name, len(source), max_failed_share, "it is left out", named)
@@ -161,7 +163,7 @@ def evaluation_batches(
 
 
 def evaluation_images(
-  source: Source, size: int, resize: int, rule: str, *, workers: int = 0
+  source: Source, size: int, resize: int, rule: str, *, antialias: bool = False, workers: int = 0
 ) -> tuple[UInt8[np.ndarray, "n size size 3"], Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
   """All readable records in order: (images, labels, indices). For sources that fit into memory.
 
@@ -169,7 +171,8 @@ def evaluation_images(
     ValueError: as `evaluation_batches`, or if no record can be read.
   """
   batch_size = max(1, min(len(source), 256))
-  with evaluation_batches(source, size, resize, rule, batch_size, workers=workers) as batches:
+  settings = {"antialias": antialias, "workers": workers}
+  with evaluation_batches(source, size, resize, rule, batch_size, **settings) as batches:
     parts = [
       tuple(batch[key][batch["mask"]] for key in ("image", "label", "index")) for batch in batches
     ]

@@ -99,6 +99,7 @@ class Experiment(Recipe):
       c.eval.resize,
       c.eval.crop_rule,
       c.eval.batch_size,
+      antialias=c.eval.antialias,
       workers=c.data.workers,
       threads=c.data.threads,
       host_index=jax.process_index(),

@@ -269,20 +269,22 @@ def test_errors_reach_the_caller_and_end_the_thread(prefetch):
 # Evaluation
 
 
+@pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("rule", ["paper", "reference"])
-def test_evaluation_in_order_and_padded(digits_test, rule):
-  batches = list(evaluation_batches(digits_test, 8, 9, rule, 100))
+def test_evaluation_in_order_and_padded(digits_test, rule, antialias):
+  batches = list(evaluation_batches(digits_test, 4, 5, rule, 100, antialias=antialias))
   assert [batch["mask"].sum() for batch in batches] == [100, 100, 100, 60]
   for batch in batches:
-    assert batch["image"].shape == (100, 8, 8, 3)
+    assert batch["image"].shape == (100, 4, 4, 3)
     np.testing.assert_array_equal(batch["index"][~batch["mask"]], -1)
     np.testing.assert_array_equal(batch["label"][~batch["mask"]], -1)
     np.testing.assert_array_equal(batch["image"][~batch["mask"]], 0)
-  images, labels, indices = evaluation_images(digits_test, 8, 9, rule)
+  images, labels, indices = evaluation_images(digits_test, 4, 5, rule, antialias=antialias)
   np.testing.assert_array_equal(indices, np.arange(360))
   np.testing.assert_array_equal(labels, digits_test.labels)
   for i in range(0, 360, 17):
-    np.testing.assert_array_equal(images[i], evaluation_view(digits_test[i].image, 8, 9, rule))
+    view = evaluation_view(digits_test[i].image, 4, 5, rule, antialias)
+    np.testing.assert_array_equal(images[i], view)
   valid = [batch["image"][batch["mask"]] for batch in batches]
   np.testing.assert_array_equal(np.concatenate(valid), images)
 

@@ -1,5 +1,7 @@
 """build_sources: every data.source opens its set; data.validation keeps training images apart."""
 
+import json
+
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -9,7 +11,9 @@ from sklearn.datasets import load_sample_image
 from byolx.core import config
 from byolx.core.config import ConfigError
 from byolx.data import splits
+from byolx.data.augment import resizing
 from byolx.data.sources.base import EncodedSource
+from byolx.runs import experiment
 from byolx.runs.images import build_sources
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
@@ -100,3 +104,28 @@ def test_a_folder_that_is_something_else(tmp_path, source, said):
   with pytest.raises(ConfigError, match=said) as caught:
     build_sources(settings(source=source, folder=str(folder)))
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["paper", "reference"])
+@pytest.mark.parametrize("antialias", [None, False, True])
+def test_evaluation_crops_are_made_as_the_config_says(rule, antialias):
+  cfg = config.load(
+    "configs/quickstart.py",
+    ["--config.views.size=4", "--config.eval.resize=5", f"--config.eval.crop_rule={rule}"]
+    + ([] if antialias is None else [f"--config.eval.antialias={antialias}"]),
+  )
+  exp = experiment.build(cfg)
+  with exp.evaluation_batches(exp.sources.test) as batches:
+    batch = next(batches)
+  for number in (0, 7):
+    original = exp.sources.test[number].image
+    expected = resizing.evaluation_view(original, 4, 5, rule, bool(antialias))
+    np.testing.assert_array_equal(batch["image"][number], expected)
+    other = resizing.evaluation_view(original, 4, 5, rule, not antialias)
+    assert (batch["image"][number] != other).any()
+
+
+def test_a_config_from_before_a_field_has_its_default():
+  flat = json.loads(config.to_json(config.defaults()))
+  del flat["eval.antialias"]
+  assert config.from_json(json.dumps(flat)).eval.antialias is False

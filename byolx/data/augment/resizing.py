@@ -47,17 +47,18 @@ def crop_and_resize(
 
 
 def evaluation_view(
-  image: UInt8[np.ndarray, "h w 3"], size: int, resize: int, rule: str
+  image: UInt8[np.ndarray, "h w 3"], size: int, resize: int, rule: str, antialias: bool = False
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """The one view of an image that evaluation uses (appendix C).
+  """The one view of an image that evaluation uses (appendix C), resized as `crop_and_resize` does.
 
   Args:
     image: any size.
     size: the view's side, 224 in the paper.
     resize: 256 in the paper, at least `size`.
-    rule: 'paper' resizes the shorter side to `resize`, bicubic and antialiased, then takes the
-      central `size` x `size`. 'reference' takes the central square of size / resize of the shorter
-      side, then resizes it to `size`, bicubic without antialiasing.
+    rule: 'paper' resizes the shorter side to `resize`, bicubic, then takes the central
+      `size` x `size`. 'reference' takes the central square of size / resize of the shorter side, then
+      resizes it to `size`, bicubic.
+    antialias: whether shrinking is antialiased; the reference does it neither here nor in training.
 
   Raises:
     ValueError: if `resize` is less than `size`, or the rule is unknown.
@@ -70,12 +71,12 @@ def evaluation_view(
   if rule == "reference":
     side = max(1, int(size / resize * short))
     crop = ((height - side + 1) // 2, (width - side + 1) // 2, side, side)
-    return crop_and_resize(image, np.array(crop, np.int32), size, antialias=False)
+    return crop_and_resize(image, np.array(crop, np.int32), size, antialias)
   full = resize * height // short, resize * width // short
   top, left = (round((side - size) / 2) for side in full)
-  rows = _resize_weights(height, full[0], top, size, antialias=True)
-  columns = _resize_weights(width, full[1], left, size, antialias=True)
-  return _resize(image, rows, columns, antialias=True)
+  rows = _resize_weights(height, full[0], top, size, antialias)
+  columns = _resize_weights(width, full[1], left, size, antialias)
+  return _resize(image, rows, columns, antialias)
 
 
 def _resize(image, rows, columns, antialias, out=None):

@@ -37,7 +37,11 @@ def digit():
 
 
 def jax_resize(patch, size):
-  x = jax.image.resize(patch.astype(np.float32), (size, size, 3), "cubic", antialias=False)
+  return jax_resize_to(patch, (size, size))
+
+
+def jax_resize_to(patch, shape):
+  x = jax.image.resize(patch.astype(np.float32), (*shape, 3), "cubic", antialias=False)
   return np.clip(np.rint(np.asarray(x)), 0, 255).astype(np.int32)
 
 
@@ -155,13 +159,17 @@ def test_size_is_refused(noise):
     (40, 40, 28, 28),
   ],
 )
-def test_paper_rule_equals_pillow(photo, height, width, size, resize):
+@pytest.mark.parametrize("antialias", [False, True])
+def test_paper_rule_equals_pillow_antialiased_and_jax_else(
+  photo, height, width, size, resize, antialias
+):
   image = np.ascontiguousarray(photo[:height, :width])
   short = min(height, width)
   full = tuple(int(resize * side / short) for side in (height, width))
   top, left = (round((side - size) / 2) for side in full)
-  theirs = pillow_resize(image, full)[top : top + size, left : left + size]
-  ours = evaluation_view(image, size, resize, "paper")
+  resized = pillow_resize(image, full) if antialias else jax_resize_to(image, full)
+  theirs = resized[top : top + size, left : left + size]
+  ours = evaluation_view(image, size, resize, "paper", antialias)
   assert ours.shape == (size, size, 3)
   assert np.abs(ours - theirs).max() <= 1
 
@@ -169,17 +177,34 @@ def test_paper_rule_equals_pillow(photo, height, width, size, resize):
 def test_paper_rule_on_digits_equals_pillow():
   greys = np.round(load_digits().images[:100] * 255 / 16).astype(np.uint8)
   for image in np.repeat(greys[..., None], 3, axis=-1):
-    ours = evaluation_view(image, 16, 16, "paper")
+    ours = evaluation_view(image, 16, 16, "paper", antialias=True)
     assert np.abs(ours - pillow_one_call(image, (16, 16))).max() <= 1
 
 
+@pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (401, 233)])
-def test_reference_rule_crops_then_resizes(photo, height, width):
+def test_reference_rule_crops_then_resizes(photo, height, width, antialias):
   image = np.ascontiguousarray(photo[:height, :width])
   side = int(224 / 256 * min(height, width))
   top, left = (height - side + 1) // 2, (width - side + 1) // 2
-  theirs = jax_resize(image[top : top + side, left : left + side], 224)
-  assert np.abs(evaluation_view(image, 224, 256, "reference") - theirs).max() <= 1
+  patch = image[top : top + side, left : left + side]
+  theirs = pillow_resize(patch, (224, 224)) if antialias else jax_resize(patch, 224)
+  assert np.abs(evaluation_view(image, 224, 256, "reference", antialias) - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("rule", ["paper", "reference"])
+def test_evaluation_without_antialias_is_the_default_and_differs_where_images_shrink(photo, rule):
+  plain, smooth = (evaluation_view(photo, 56, 64, rule, antialias) for antialias in (False, True))
+  np.testing.assert_array_equal(plain, evaluation_view(photo, 56, 64, rule))
+  assert np.abs(plain.astype(int) - smooth).max() > 20
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("rule", ["paper", "reference"])
+def test_an_image_that_is_not_scaled_stays_as_it_is_to_the_bit(rule, antialias):
+  for grey in np.round(load_digits().images[:100] * 255 / 16).astype(np.uint8):
+    image = np.repeat(grey[..., None], 3, axis=-1)
+    np.testing.assert_array_equal(evaluation_view(image, 8, 8, rule, antialias), image)
 
 
 def test_a_long_strip_is_not_resized_whole():

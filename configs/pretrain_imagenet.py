@@ -24,8 +24,21 @@ Result (paper; this config was not run here), ResNet-50, top-1 of the linear pro
   epochs=100    -      preset of the authors' code
   epochs=40     61.5   preset of the authors' code; its online probe: 62 +- 0.5
 
-Deviations: none known in training. The records that a run writes come from L-BFGS on features of at
-most `eval.max_train` images, not from appendix D.1's classifier trained on all of them.
+Deviations from the paper, by field:
+
+  `model.dtype`: bfloat16 for every network but ResNet-50 1x, and for ResNet-50 1x with `cores`. The
+    authors' code computes in float32.
+  `train.micro_batch`: 1024 with `cores=32` for ResNet-50 4x and ResNet-200 2x. Gradients are averaged
+    over four passes, so BatchNorm's statistics are those of 1024 images, not of 4096 (Table 16).
+  `train.batch_size`: that of `batch`. The paper has hyperparameters for 4096 and, in
+    configs/pretrain_imagenet_b512.py, for 512; with another size only the peak rate is scaled.
+  `train.epochs`, `optim.base_rate`, `byol.tau_base`: with `epochs=100` and `epochs=40` they are presets
+    of the authors' code, for which the paper has no result; the rest is as with 300 epochs.
+  `eval.max_train`: the records that a run writes come from L-BFGS on the features of at most 50,000
+    training images, not from appendix D.1's classifier; `configs/linear_imagenet.py` is that protocol.
+
+Not stated in the paper: `model.dtype`, which is float32 unless said otherwise here, as in the authors'
+code. The fields that this file does not set have the defaults of docs/fidelity.md.
 """
 
 from ml_collections import ConfigDict

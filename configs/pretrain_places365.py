@@ -11,8 +11,13 @@ cores.
 Result (paper; this config was not run here), ResNet-50, 1000 epochs, linear evaluation: 53.2 top-1
 on Places365, 58.5 on ImageNet, 64.2 on SUN397.
 
-Deviations: none known in training. The records that a run writes come from L-BFGS on features of at
-most `eval.max_train` images, not from appendix D.1's classifier trained on all of them.
+Deviations from the paper, by field:
+
+  `eval.max_train`: the records that a run writes come from L-BFGS on the features of at most 50,000
+    training images, not from appendix D.1's classifier; `configs/linear_places365.py` is that protocol.
+
+Not stated in the paper: `model.dtype`, which is float32 as in the authors' code, for every network.
+The fields that this file does not set have the defaults of docs/fidelity.md.
 """
 
 from ml_collections import ConfigDict

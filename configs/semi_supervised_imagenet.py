@@ -16,7 +16,14 @@ Table 2 uses, give its list: `--config.data.label_list=1percent.txt`.
 Cost: not run here. Result (paper; this config was not run here), ResNet-50, all labels: 77.7 top-1, 93.9
 top-5 (Table 8).
 
-Not stated in the paper: a cosine without warm-up, rates per 256 images, as in linear evaluation.
+Deviations from the paper, by field, with arguments outside its grid only:
+
+  `optim.base_rate`: that of `rate`.
+  `train.epochs`: that of `epochs`.
+
+Not stated in the paper, and ours as in linear evaluation: a cosine (`optim.schedule`) without warm-up
+(`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`), float32 (`model.dtype`). The fields
+that this file does not set have the defaults of docs/fidelity.md.
 """
 
 from ml_collections import ConfigDict

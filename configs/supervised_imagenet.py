@@ -11,8 +11,17 @@ Cost: 200 epochs of forward and backward passes; not run here.
 Result (paper; this config was not run here), top-1 / top-5 (Table 9): ResNet-50 76.4 / 92.9, ResNet-50 4x
 80.7 / 95.3, ResNet-200 2x 80.1 / 95.2.
 
-Not stated in the paper: N=2 and M=9 of 31 bins, 14 operations (torchvision's defaults); base rate 0.1 per
-256 images; batch 4096. The local validation set is kept apart, as in linear evaluation.
+Deviations from the paper, by field, with other arguments only:
+
+  `train.epochs`: that of `epochs`. The paper trains for up to 200.
+  `classify.views`: crops and flips without RandAugment, with `views=spatial`.
+
+Not stated in the paper, and ours: RandAugment's N = 2 (`classify.randaugment.operations`) and M = 9
+(`classify.randaugment.magnitude`) of 31 bins (`classify.randaugment.bins`), with torchvision's 14
+operations; a base rate of 0.1 (`optim.base_rate`) per 256 images (`optim.batch_scaling`); a batch of 4096
+(`train.batch_size`); float32 (`model.dtype`). Training leaves out the local validation set
+(`data.validation`), as Table 10 counts. The fields that this file does not set have the defaults of
+docs/fidelity.md.
 """
 
 from ml_collections import ConfigDict

@@ -213,6 +213,17 @@ LEFT_OPEN: Mapping[str, Mapping[str, Any]] = {
 A run with other values of these fields is still the paper's protocol; `byolx report` names them.
 """
 
+NOT_STATED: Mapping[str, tuple[str, ...]] = {
+  "pretrain": (),
+  "linear": ("optim.schedule", "optim.warmup_epochs", "optim.batch_scaling"),
+  "finetune": ("optim.schedule", "optim.warmup_epochs", "optim.batch_scaling"),
+  "supervised": ("optim.batch_scaling", "data.validation"),
+}
+"""By task: fields of its protocol that the paper does not state, and that have the authors' or our value.
+
+They are compared all the same: the paper's learning rates have a meaning only together with them.
+"""
+
 _NO_CUSTOM = ("model.blocks", "model.channels", "model.strides", "model.bottleneck")
 _NEVER = (
   # Of data.validation=share, which only Places365 has: the paper names no validation images there.

@@ -12,7 +12,8 @@ from byolx.core.config import ConfigError
 from byolx.core.fields import FIELDS
 from byolx.reports.paper import OneOf, settings
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = next(path for path in Path(__file__).parents if (path / "pyproject.toml").is_file())
+CONFIGS = ROOT / "configs"
 NAME = re.compile(r"`([a-z]+(?:\.[a-z0-9_]+)+)`")
 NETWORKS = [
   {"arch": f"resnet{depth}", "width": width}

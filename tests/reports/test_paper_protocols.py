@@ -11,7 +11,8 @@ from byolx.reports import compare
 from byolx.reports.measurements import Measurement
 from byolx.reports.paper import LEFT_OPEN, TABLES, OneOf, settings
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = next(path for path in Path(__file__).parents if (path / "pyproject.toml").is_file())
+CONFIGS = ROOT / "configs"
 TASKS = ("linear", "finetune", "supervised")
 OTHER_NAMES = {
   "data.validation": "first_10000",

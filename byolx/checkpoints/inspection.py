@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Page:
   changes: dict[str, list[Any]]
   parts: list[tuple[str, int, int, str]]
   lineage: dict[str, Any] | None
+  encoder: dict[str, Any] = dataclasses.field(default_factory=dict)
+  """Fields that go with the encoder (`fields.ENCODER`) and their values; empty: not stored."""
 
   @property
   def damaged(self) -> bool:
@@ -49,6 +52,7 @@ class Page:
       f"{self.path}\ncommit {self.commit or 'unknown'}, config {self.fingerprint or 'unknown'}",
       "Checkpoints\n" + _table(_step_rows(self.steps)),
       f"Arrays\n{_table(_part_rows(self.parts))}" if self.parts else "",
+      _encoder(self.encoder),
       _position(self.steps),
       "Config, where it is not the default\n" + _changes(self.changes),
       _lineage(self.lineage),
@@ -86,6 +90,7 @@ def inspect(path: Path, verify: bool = False) -> Page:
     _changed(meta.get("config", {})),
     pretrained.parts_of(kinds),
     meta.get("lineage"),
+    config.of_encoder(meta["config"]) if meta.get("config") else {},
   )
 
 
@@ -152,6 +157,20 @@ def _table(rows: list[list[str]]) -> str:
     ).rstrip()
     for row in rows
   )  # fmt: skip
+
+
+def _encoder(fields: dict[str, Any]) -> str:
+  """The fields that go with the encoder, a paragraph for each group; empty lists are left out."""
+  groups: dict[str, list[str]] = {}
+  for name, value in fields.items():
+    group, _, leaf = name.partition(".")
+    if value != ():
+      groups.setdefault(group, []).append(f"{leaf} {value}")
+  paragraphs = [
+    textwrap.fill(f"{group}: {', '.join(values)}", 100, subsequent_indent="  ")
+    for group, values in groups.items()
+  ]
+  return "\n".join(["What goes with the encoder", *paragraphs]) if fields else ""
 
 
 def _position(steps: list[Step]) -> str:

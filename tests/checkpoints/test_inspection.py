@@ -13,6 +13,7 @@ from byolx import cli
 from byolx.checkpoints import inspection, storage
 from byolx.checkpoints.manager import CheckpointError, Checkpoints
 from byolx.core import config
+from byolx.core.fields import ENCODER
 
 CONFIG = {**config.flatten(config.defaults()), "seed": 3, "optim.base_rate": 0.4, "views.size": 64}
 LINEAGE = {
@@ -70,6 +71,7 @@ def test_a_page_says_what_there_is(workdir):
     "seed": [0, 3], "optim.base_rate": [0.2, 0.4], "views.size": [224, 64],
   }  # fmt: skip
   assert (page.commit, page.fingerprint, page.lineage) == ("c6887dc", "0123456789ab", LINEAGE)
+  assert page.encoder == {name: CONFIG[name] for name in ENCODER}
   assert not page.damaged
 
 
@@ -80,6 +82,8 @@ def test_the_text_is_one_page(workdir):
   assert max(map(len, lines)) <= 100 + len(str(workdir))
   for part in (
     "commit c6887dc, config 0123456789ab", "2,400", "0.001354", "online encoder", "1,168",
+    "What goes with the encoder\nmodel: arch resnet50, width 1.0, ", "padding same", "bn_eps 1e-05",
+    "\nviews: size 64, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)\n",
     "next_example 153600, seed 3", "optim.base_rate  0.4 (not 0.2)",
     "target encoder of elsewhere/checkpoints/7 (commit aaa111, config f00d)",
   ):  # fmt: skip

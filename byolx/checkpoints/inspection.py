@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from byolx.checkpoints import manager, pretrained, storage
 from byolx.checkpoints.storage import CheckpointError
-from byolx.core import config
+from byolx.core.config import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +61,12 @@ class Page:
     return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
-def inspect(path: Path, verify: bool = False) -> Page:
+def inspect(path: Path, defaults: Mapping[str, Any], verify: bool = False) -> Page:
   """Reads a workdir, a folder of checkpoints, or one checkpoint.
 
   Args:
     path: where it is.
+    defaults: a flat config, to which that of the checkpoint is compared.
     verify: reads every array too, and compares digests.
 
   Raises:
@@ -83,7 +85,7 @@ def inspect(path: Path, verify: bool = False) -> Page:
     steps[::-1],
     meta.get("commit", ""),
     meta.get("fingerprint", ""),
-    _changed(meta.get("config", {})),
+    _changed(meta.get("config", {}), defaults),
     pretrained.parts_of(kinds),
     meta.get("lineage"),
   )
@@ -115,10 +117,13 @@ def _all_arrays(record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
-def _changed(flat: dict[str, Any]) -> dict[str, list[Any]]:
+def _changed(flat: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, list[Any]]:
   """`{field: [default, value]}` where they differ; fields of other versions count."""
-  defaults = json.loads(config.to_json(config.defaults()))
-  return {name: [defaults.get(name), value] for name, value in config.changes(flat).items()}
+  return {
+    name: [plain(defaults.get(name)), plain(value)]
+    for name, value in flat.items()
+    if name not in defaults or plain(defaults[name]) != plain(value)
+  }
 
 
 def _step_rows(steps: list[Step]) -> list[list[str]]:

@@ -17,8 +17,9 @@ def add(command) -> None:
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx.checkpoints import inspection
   from byolx.core import files
+  from byolx.runs import config
 
-  page = inspection.inspect(arguments.path, arguments.verify)
+  page = inspection.inspect(arguments.path, config.flatten(config.defaults()), arguments.verify)
   print(page.text())
   if arguments.json:
     files.write_atomically(arguments.json, page.json())

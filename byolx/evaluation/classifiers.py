@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from byolx.core import config, distributed, files, text
+from byolx.core import distributed, files, text
 from byolx.data.sources.base import Source
 from byolx.evaluation import inference
 from byolx.runs import curves, initial_state, metrics_log
@@ -124,7 +124,7 @@ def _facts(exp: Experiment, state: TrainState, workdir: Path) -> dict[str, Any]:
     "data": exp.train_source.name,
     "seed": c.seed,
     "step": int(state.step),
-    "config": config.fingerprint(c),
+    "config": exp.fingerprint,
     "commit": commit(),
     "devices": f"{exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}",
     "pretrained_on": before.get("data"),

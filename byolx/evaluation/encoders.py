@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from byolx.core import config, distributed, files, text
+from byolx.core import distributed, files, text
 from byolx.data import splits
 from byolx.data.sources import base
 from byolx.evaluation import inference, metrics, plots, probes
@@ -83,7 +83,7 @@ def _records(
 ) -> list[dict]:
   """What `results.json` holds, from features and labels, and what the online probe measured."""
   known = {"task": "pretrain", "split": split, "seed": exp.config.seed, "step": step}
-  known |= {"config": config.fingerprint(exp.config), "commit": commit()}
+  known |= {"config": exp.fingerprint, "commit": commit()}
   records = probes.evaluate_features(
     {name: (training[0][name], test[0][name]) for name in test[0]},
     training[1],

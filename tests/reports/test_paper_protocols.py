@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from made_runs import FINETUNE, LINEAR, SUPERVISED, fields, record
 
-from byolx.core import config
-from byolx.core.fields import FIELDS
 from byolx.reports import compare
 from byolx.reports.measurements import Measurement
 from byolx.reports.paper import LEFT_OPEN, TABLES, OneOf, settings
+from byolx.runs import config, schema
 
+FIELDS = schema.fields()
 CONFIGS = Path(__file__).parent.parent / "configs"
 TASKS = ("linear", "finetune", "supervised")
 OTHER_NAMES = {

@@ -18,8 +18,7 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.core import config
-  from byolx.runs import images, run
+  from byolx.runs import config, images, run
 
   cfg = config.load(arguments.config, overrides)
   source = images.build_sources(cfg).train

@@ -42,7 +42,7 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.core import config
+  from byolx.runs import config
   from byolx.training import compile_cache
 
   options.join(arguments)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from byolx.core import text
-from byolx.core.fields import FIELDS
 from byolx.reports.measurements import Measurement
 from byolx.reports.paper import LEFT_OPEN, TABLES, Cell, Column, Condition, OneOf, Row, Table
+from byolx.runs import schema
 
 _PROTOCOLS = ("linear", "knn", "online_probe")
 _TASKS = ("linear", "finetune", "supervised", "pretrain")
@@ -271,9 +271,9 @@ def _departures(
   wanted: Mapping[str, Any], flat: Mapping[str, Any], pretrain: bool
 ) -> list[Departure]:
   """Fields that do not have the wanted value; a field that is not there has its default."""
-  found = []
+  found, fields = [], schema.fields()
   for name, value in wanted.items():
-    known = flat[name] if name in flat else FIELDS[name].default if name in FIELDS else None
+    known = flat[name] if name in flat else fields[name].default if name in fields else None
     choices = value.values if isinstance(value, OneOf) else (value,)
     if not any(_equal(known, choice) for choice in choices):
       found.append(Departure(name, known, value, pretrain))
@@ -300,10 +300,11 @@ def _equal(known: Any, wanted: Any) -> bool:
 
 def _identity(one: Measurement) -> str:
   """Equal for measurements that may differ in seeds, commits, and places, and in nothing else."""
+  fields = schema.fields()
   config: Any = {
     name: value
     for name, value in one.config.items()
-    if name not in _UNSHAPING and (name not in FIELDS or not FIELDS[name].free)
+    if name not in _UNSHAPING and (name not in fields or not fields[name].free)
   }
   pretrain = one.record.get("pretrain")
   facts = {

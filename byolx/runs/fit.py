@@ -18,11 +18,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from byolx.checkpoints import manager
-from byolx.core import config, distributed, sharding
+from byolx.core import distributed, sharding
 from byolx.core.config import ConfigError
 from byolx.core.signals import Stop, StoppedError
 from byolx.evaluation import metrics
-from byolx.runs import initial_state, metrics_log
+from byolx.runs import config, initial_state, metrics_log
 from byolx.runs.experiment import Experiment
 from byolx.runs.rollbacks import Rollbacks
 from byolx.runs.workdir import commit

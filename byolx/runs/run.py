@@ -11,11 +11,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from byolx.checkpoints import manager
-from byolx.core import config, distributed, files
+from byolx.core import distributed, files
 from byolx.core.config import ConfigError
 from byolx.data import batching, contact_sheet, decode, sampler
 from byolx.data.sources import base
-from byolx.runs import experiment, fit, results, rollbacks, summary
+from byolx.runs import config, experiment, fit, results, rollbacks, summary
 from byolx.runs.experiment import Experiment
 from byolx.runs.workdir import claim
 from byolx.training import compile_cache, programs

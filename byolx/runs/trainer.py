@@ -26,6 +26,7 @@ from byolx.models.byol import BYOLSpec
 from byolx.models.classifier import ClassifierSpec
 from byolx.models.layers import INITIALIZERS
 from byolx.models.resnet import ARCHITECTURES, STEMS, ResNetSpec, widen
+from byolx.runs.config import fingerprint
 from byolx.tasks.classify import Classify
 from byolx.tasks.pretrain import Pretrain
 from byolx.training import optimizers, schedules, state
@@ -66,6 +67,11 @@ class Recipe:
   def mesh(self) -> Mesh:
     """The devices."""
     return self.layout.mesh
+
+  @property
+  def fingerprint(self) -> str:
+    """Tells configs apart in what shapes results."""
+    return fingerprint(self.config)
 
   @property
   def encoder_key(self) -> Array:

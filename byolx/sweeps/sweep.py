@@ -13,9 +13,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from byolx.core.config import ConfigError, flatten, load
-from byolx.core.fields import FIELDS
-from byolx.runs import results
+from byolx.core.config import ConfigError, flatten
+from byolx.runs import results, schema
+from byolx.runs.config import load
 from byolx.sweeps import grids, selection
 from byolx.sweeps.jobs import Run
 from byolx.sweeps.selection import By
@@ -174,7 +174,7 @@ def cell_run(sweep: Sweep, cell: Cell) -> Run:
 
 
 def _train(sweep: Sweep, name: str, workdir: Path, overrides: Sequence[str]) -> Run:
-  if sweep.base.compile.cache == FIELDS["compile.cache"].default:
+  if sweep.base.compile.cache == schema.fields()["compile.cache"].default:
     # One folder for all: a cell's programs are those of its tests with other seeds.
     shared = os.path.relpath(sweep.workdir / "compiled", workdir)
     overrides = (*overrides, f"--config.compile.cache={shared}")

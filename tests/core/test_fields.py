@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byolx.core.fields import FIELDS, above, at_least, between, each, interval, one_of, whole
+from byolx.core.fields import above, at_least, between, each, interval, one_of, whole
+from byolx.runs import schema
 
+FIELDS = schema.fields()
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 finite = st.floats(-1e9, 1e9)
 

@@ -10,14 +10,13 @@ import jax
 import pytest
 from flax import nnx
 
-from byolx.core import config
 from byolx.core.config import ConfigError
-from byolx.core.fields import FIELDS
 from byolx.data.augment import distribution
 from byolx.data.augment.randaugment import RandAugment
-from byolx.runs import experiment, trainer
+from byolx.runs import config, experiment, schema, trainer
 from byolx.training import state
 
+FIELDS = schema.fields()
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.joinpath("configs").glob("*.py"))
 IMAGENET, PLACES365 = 1_281_167, 1_803_460

@@ -1,14 +1,14 @@
 """The task contract: everything in which one training protocol differs from another.
 
-A protocol is a frozen dataclass that inherits from `Task`. Its fields made by `fields.field` are its group
-of the config. The loop asks it for a model, a loss and what follows an update; the input asks for its
+A protocol is a frozen dataclass that inherits from `Task`. Its attributes made by `fields.field` are its
+group of the config. The loop asks it for a model, a loss and what follows an update; the input asks for its
 transforms; the end of a run asks for measurements, curves and records. Nothing else knows its name.
 docs/adding_a_protocol.md is an example in full.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from clu import metrics
@@ -17,8 +17,10 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from byolx.core import text
-from byolx.core.config import ConfigError
-from byolx.data.transforms import Transform
+from byolx.core.fields import Field, fields_of
+from byolx.data.augment.distribution import ViewSpec
+from byolx.data.transforms import Centre, Transform, Views
+from byolx.models.resnet import ResNetSpec
 
 Batch = dict[str, Any]
 """Arrays of one batch: those of the task's transform, `label` int32 [b] (-1: unlabelled), `index` int32
@@ -58,16 +60,42 @@ class Setting:
 
   Args:
     config: all fields.
-    encoder: encoder specification: a `ResNetSpec`, or any object with `features` (int), `dtype` and
-      `build(rngs)`, which returns the NNX module.
+    encoder: the ResNet of the config's group `model`; its normalisation and initialisers are those of
+      the heads too.
     classes: number of classes of the images, 0 without labels.
     steps: K, all optimiser steps.
+    network: the user's own encoder instead of the ResNet: a function from `nnx.Rngs` to a module with
+      `features` (int), called as `module(x, train=..., views=...)`; None without one.
   """
 
   config: ConfigDict
-  encoder: Any
+  encoder: ResNetSpec
   classes: int
   steps: int
+  network: Callable[[nnx.Rngs], nnx.Module] | None = None
+
+  @property
+  def colours(self) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of the colour normalisation, as arguments of a task."""
+    return {"mean": tuple(self.config.views.mean), "std": tuple(self.config.views.std)}
+
+  @property
+  def distributions(self) -> tuple[ViewSpec, ViewSpec]:
+    """T and T' of the config: views.view1 and views.view2 (Table 6)."""
+    views = self.config.views
+    rules = {"crop_rule": views.crop_rule, "brightness_rule": views.brightness_rule}
+    return ViewSpec(**views.view1, **rules), ViewSpec(**views.view2, **rules)
+
+  def views(self, *specs: ViewSpec) -> Views:
+    """The training views of these distributions, at the config's size and placement."""
+    views = self.config.views
+    return Views(specs, views.size, views.placement, views.antialias)
+
+  @property
+  def centre(self) -> Centre:
+    """The evaluation view of the config."""
+    c = self.config
+    return Centre(c.views.size, c.eval.resize, c.eval.crop_rule, c.eval.antialias)
 
 
 class Task(Protocol):
@@ -78,6 +106,7 @@ class Task(Protocol):
     needs_labels: whether validation and test images must be labelled.
     selects: whether validation images choose, and test images are measured afterwards; otherwise a run
       is measured on the validation images, or on the test images where there are none.
+    own_size: whether `views.size` may differ from that of the encoder in `init.workdir`.
     parallel_rates: whether several `optim.rates` are trained side by side.
     accuracy: name of the scalar `top1` in progress lines.
     untrained: name of the parameters that the optimiser leaves alone, for the table of the state.
@@ -87,6 +116,7 @@ class Task(Protocol):
   group: ClassVar[str]
   needs_labels: ClassVar[bool] = False
   selects: ClassVar[bool] = False
+  own_size: ClassVar[bool] = False
   parallel_rates: ClassVar[bool] = False
   accuracy: ClassVar[str] = "top-1"
   untrained: ClassVar[str] = "frozen parameters"
@@ -98,12 +128,18 @@ class Task(Protocol):
   # From the config.
 
   @classmethod
+  def fields(cls) -> dict[str, Field]:
+    """The fields of the task's group, by name."""
+    return fields_of(cls)
+
+  @classmethod
   def check(cls, config: ConfigDict) -> None:
     """Refuses combinations of fields that cannot run, before any image is read.
 
     Raises:
       ConfigError: fields that do not go together.
     """
+    del config
 
   @classmethod
   def build(cls, setting: Setting) -> "Task":
@@ -180,5 +216,7 @@ class Task(Protocol):
     """Records as a table for a terminal."""
     names = ("protocol", "split", "metric")
     rows = [(*names, "value")]
-    rows += [(*(str(record[name]) for name in names), f"{record['value']:.4g}") for record in records]
+    rows += [
+      (*(str(record[name]) for name in names), f"{record['value']:.4g}") for record in records
+    ]
     return text.aligned(rows, right=(3,))

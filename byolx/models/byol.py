@@ -110,7 +110,7 @@ class BYOL(nnx.Module):
       Linear(
         self.online.encoder.features,
         spec.classes,
-        kernel_init=spec.encoder.kernel_init,
+        kernel_init=spec.encoder.initializer,
         rngs=rngs,
       )
       if spec.classes

@@ -15,8 +15,11 @@ from byolx.core.fields import (
   one_of,
   whole,
 )
+from byolx.models.resnet import ResNetSpec
 
-GROUPS: dict[str, type] = {}
+GROUPS: dict[str, type] = {
+  "model": ResNetSpec,
+}
 """The dataclass of each group."""
 
 _view = {
@@ -124,42 +127,6 @@ _REST: dict[str, Field] = {
   "views.std": Field((0.229, 0.224, 0.225), "divided by after augmentation", each(above(0), 3)),
   **{f"views.view1.{name}": field for name, field in _view.items()},
   **{f"views.view2.{name}": field for name, field in _second_view.items()},
-  # Encoder: appendix A, Table 9.
-  "model.arch": Field(
-    "resnet50",
-    "encoder; custom takes model.blocks, channels, bottleneck",
-    one_of("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200", "custom"),
-  ),
-  "model.width": Field(1.0, "multiplies every channel count", above(0)),
-  "model.blocks": Field((), "custom: residual blocks per stage", each(whole(1))),
-  "model.channels": Field((), "custom: output channels per stage", each(whole(1))),
-  "model.strides": Field((), "custom: of each stage; empty: 1, 2, 2, ...", each(at_least(1))),
-  "model.bottleneck": Field(False, "custom: 1x1, 3x3, 1x1 blocks instead of two 3x3"),
-  "model.stem": Field(
-    "imagenet",
-    "7x7 stride 2 and max pool; small: 3x3 stride 1; medium: 5x5 stride 2",
-    one_of("imagenet", "small", "medium"),
-  ),
-  "model.stem_channels": Field(64, "output channels of the stem, before width", at_least(1)),
-  "model.padding": Field(
-    "same", "TensorFlow's rule, or torch's for its weights", one_of("same", "torch")
-  ),
-  "model.dilation": Field(1, "of the last stage, which then keeps its resolution", at_least(1)),
-  "model.bn_decay": Field(0.9, "of the running averages", between(0, 1)),
-  "model.bn_eps": Field(1e-5, "added to variances", above(0)),
-  "model.bn_group": Field(
-    0, "images per statistics group; 0: the whole batch, or micro-batch", at_least(0)
-  ),
-  "model.bn_debias": Field(True, "zero-debiased running averages, as the reference"),
-  "model.bn_last_scale": Field(1.0, "initial gamma of a block's last normalisation", at_least(0)),
-  "model.kernel_init": Field(
-    "uncorrected",
-    "truncated normal as the reference, or corrected",
-    one_of("uncorrected", "corrected"),
-  ),
-  "model.dtype": Field(
-    "float32", "compute type; parameters are float32", one_of("float32", "bfloat16")
-  ),
   # BYOL: appendices A and B.
   "byol.projection_size": Field(256, "size of projection and prediction", at_least(1)),
   "byol.projector_hidden": Field(4096, "hidden size of the projector", at_least(1)),
@@ -367,22 +334,4 @@ def _assembled(groups: tuple[tuple[str, type], ...]) -> Mapping[str, Field]:
   return found
 
 
-_ENCODER = {
-  "model.blocks",
-  "model.stem_channels",
-  "model.channels",
-  "model.bn_decay",
-  "model.strides",
-  "model.width",
-  "model.bottleneck",
-  "model.dtype",
-  "views.mean",
-  "model.bn_eps",
-  "model.arch",
-  "model.padding",
-  "views.size",
-  "model.bn_debias",
-  "model.stem",
-  "views.std",
-  "model.dilation",
-}
+_ENCODER = {"views.size", "views.mean", "views.std"}

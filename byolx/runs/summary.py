@@ -28,7 +28,7 @@ def describe(exp: Experiment, workdir: Path) -> str:
     f"state {c.mesh.state}, remat {c.train.remat}",
     f"images    {len(source):,} to train on, {_held_out(exp.sources)} "
     f"({source.name}, {len(source.classes)} classes)",
-    f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.channels[-1]} features, "
+    f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.stages.channels[-1]} features, "
     f"computed in {c.model.dtype}",
     f"steps     {exp.steps:,} of {c.train.batch_size} images"
     + (f" in {passes}" if exp.passes > 1 else "")

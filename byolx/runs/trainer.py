@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -24,16 +23,13 @@ from byolx.core.config import ConfigError
 from byolx.data.augment import distribution, on_device
 from byolx.models.byol import BYOLSpec
 from byolx.models.classifier import ClassifierSpec
-from byolx.models.layers import INITIALIZERS
-from byolx.models.resnet import ARCHITECTURES, STEMS, ResNetSpec, widen
+from byolx.models.resnet import ResNetSpec
 from byolx.runs.config import fingerprint
 from byolx.tasks.classify import Classify
 from byolx.tasks.pretrain import Pretrain
 from byolx.training import optimizers, schedules, state
 from byolx.training.step import compile_step
 from byolx.training.task import Batch
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,35 +208,15 @@ def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
 
 
 def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpec:
-  """The encoder's shape; for `products` see `layers.Conv`."""
-  model = config.model
-  spec = ARCHITECTURES.get(model.arch)
-  custom = {name: tuple(model[name]) for name in ("blocks", "channels", "strides")}
-  if spec is None:
-    lengths = {len(values) for name, values in custom.items() if values or name != "strides"}
-    if len(lengths) != 1 or 0 in lengths:
-      given = ", ".join(f"model.{name}={values}" for name, values in custom.items())
-      raise ConfigError(f"model.arch=custom with {given}: expected one number per stage in each")
-    spec = ResNetSpec(**custom, bottleneck=model.bottleneck)
-  elif any(custom.values()):
-    given = ", ".join(f"model.{name}={values}" for name, values in custom.items() if values)
-    raise ConfigError(f"{given}: only for model.arch=custom; model.arch is {model.arch}")
-  spec = dataclasses.replace(
-    spec,
-    stem=STEMS[model.stem],
-    stem_channels=model.stem_channels,
-    padding=model.padding,
-    dilation=model.dilation,
-    bn_decay=model.bn_decay,
-    bn_eps=model.bn_eps,
-    bn_group=model.bn_group,
-    bn_debias=model.bn_debias,
-    bn_last_scale=model.bn_last_scale,
-    kernel_init=INITIALIZERS[model.kernel_init],
-    dtype=DTYPES[model.dtype],
-    products=products,
-  )
-  return widen(spec, model.width)
+  """The encoder; for `products` see `layers.Conv`.
+
+  Raises:
+    ConfigError: its stages do not go together.
+  """
+  try:
+    return ResNetSpec(**config.model, products=products)
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
 
 
 def build_task(
@@ -288,12 +264,11 @@ def _classification(config: ConfigDict, classes: int, products: bool | None) -> 
       "classify.views=randaugment with views.placement=device: RandAugment is work of the host; "
       "expected views.placement=host"
     )
-  init = INITIALIZERS[config.model.kernel_init]
-  if c.head_init == "zeros":
-    init = nnx.initializers.zeros_init()
+  encoder = build_encoder(config, products)
+  init = nnx.initializers.zeros_init() if c.head_init == "zeros" else encoder.initializer
   mean, std = _colours(config)
   return Classify(
-    ClassifierSpec(build_encoder(config, products), classes, heads, init),
+    ClassifierSpec(encoder, classes, heads, init),
     frozen=config.task == "linear",
     mean=mean,
     std=std,

@@ -309,8 +309,8 @@ def test_arguments_of_the_papers_networks():
   cfg = load("pretrain_imagenet.py:arch=resnet200,width=2,batch=1024")
   assert (cfg.model.arch, cfg.model.width, cfg.train.batch_size) == ("resnet200", 2.0, 1024)
   spec = trainer.build_encoder(cfg)
-  assert spec.blocks == (3, 24, 36, 3)
-  assert spec.channels == (512, 1024, 2048, 4096)
+  assert spec.stages.blocks == (3, 24, 36, 3)
+  assert spec.stages.channels == (512, 1024, 2048, 4096)
   # The base rate is per 256 images, so it stays.
   assert cfg.optim.base_rate == load("pretrain_imagenet.py").optim.base_rate
 

@@ -185,36 +185,38 @@ def step_flops_per_image(cfg: ConfigDict) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """A sample of records with the random numbers of their views: what the stages are given."""
+  """A sample of records and the transform that the stages apply to them.
+
+  Args:
+    source: training images.
+    transform: training transform.
+    seed: seed of the run.
+    records: numbers of the records.
+    encoded: bytes of their image files; empty where the source has pixels.
+  """
 
   source: Source
-  size: int
-  antialias: bool
-  on_host: bool
-  brightness_rule: str
+  transform: Transform
+  seed: int
   records: tuple[int, ...]
   encoded: tuple[bytes, ...]
-  draws: tuple[tuple[distribution.Draws, ...], ...]
 
   @classmethod
   def of(cls, cfg: ConfigDict, source: Source) -> "Work":
-    """The first readable records of the first epoch."""
-    specs, stream = experiment.build_views(cfg), Stream(cfg.seed)
-    records, encoded, draws, unreadable = [], [], [], ""
+    """The first readable records of the first epoch.
+
+    Raises:
+      TooManyFailuresError: no record can be read.
+    """
+    records, encoded, unreadable = [], [], ""
     for record in epoch_order(cfg.seed, 0, len(source)).tolist():
       try:
-        height, width = source[record].image.shape[:2]
+        _ = source[record].image
       except decode.DecodeError as error:
         unreadable = str(error)
         continue
       records.append(record)
       encoded.append(source.encoded(record)[0] if isinstance(source, EncodedSource) else b"")
-      draws.append(
-        tuple(
-          distribution.draw(spec, stream.at(VIEW, record, 0, view), height, width)
-          for view, spec in enumerate(specs)
-        )
-      )
       if len(records) == SAMPLE:
         break
     if not records:
@@ -222,15 +224,26 @@ class Work:
         f"{source.name}: none of {len(source)} records can be read, the last one being"
         f" {unreadable}; expected images"
       )
-    return cls(
-      source,
-      cfg.views.size,
-      cfg.views.antialias,
-      cfg.views.placement == "host",
-      cfg.views.brightness_rule,
-      tuple(records),
-      tuple(encoded),
-      tuple(draws),
+    transform = trainer.build_input(cfg, len(source.classes))
+    return cls(source, transform, cfg.seed, tuple(records), tuple(encoded))
+
+  @property
+  def on_host(self) -> bool:
+    """Whether the colour work is a stage of its own: that of views, on the host."""
+    return isinstance(self.transform, Views) and not self.transform.on_device
+
+  @functools.cached_property
+  def draws(self) -> tuple[tuple[distribution.Draws, ...], ...]:
+    """The random numbers of every sample's views; none where the transform makes no views."""
+    if not isinstance(self.transform, Views):
+      return ()
+    stream = Stream(self.seed)
+    return tuple(
+      tuple(
+        distribution.draw(spec, stream.at(VIEW, record, 0, view), *self.image(i).shape[:2])
+        for view, spec in enumerate(self.transform.specs)
+      )
+      for i, record in enumerate(self.records)
     )
 
   def image(self, i: int) -> np.ndarray:
@@ -240,18 +253,24 @@ class Work:
     return self.source[self.records[i]].image
 
   def crops(self, i: int, image: np.ndarray) -> list[np.ndarray]:
-    """Its views, without their colours."""
-    return [
-      resizing.crop_and_resize(image, drawn.crop, self.size, self.antialias)
-      for drawn in self.draws[i]
-    ]
+    """Its views without their colour work; of another transform its large arrays."""
+    if isinstance(self.transform, Views):
+      size, antialias = self.transform.size, self.transform.antialias
+      return [
+        resizing.crop_and_resize(image, drawn.crop, size, antialias) for drawn in self.draws[i]
+      ]
+    rows = {name: np.empty(x.shape, x.dtype) for name, x in self.transform.arrays.items()}
+    label = int(self.source.labels[self.records[i]])
+    random = Random(Stream(self.seed), self.records[i], 0)
+    self.transform(Example(image, label, ""), random, rows)
+    return [array for array in rows.values() if array.ndim]
 
   def colours(self, i: int, crops: list[np.ndarray]) -> list[np.ndarray]:
     """The colour work, if the host does it."""
     if not self.on_host:
       return crops
     return [
-      apply_host(crop, drawn, self.brightness_rule)
+      apply_host(crop, drawn, self.transform.brightness_rule)
       for crop, drawn in zip(crops, self.draws[i], strict=True)
     ]
 
@@ -260,7 +279,8 @@ def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
   """Each stage in turn, image by image, as in a pipeline without any overlap."""
   count = len(work.records)
   batch_size = min(count, loader.PART_ROWS)
-  views = [np.empty((batch_size, work.size, work.size, 3), np.uint8) for _ in work.draws[0]]
+  first = work.crops(0, work.image(0))
+  views = [np.empty((batch_size, *crop.shape), crop.dtype) for crop in first]
   mesh = sharding.make_mesh(1)
   spent: dict[str, list[float]] = {}
   done = 0
@@ -308,12 +328,9 @@ def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float)
   batch_size = min(cfg.train.batch_size, loader.PART_ROWS, len(source))
   batches = loader.train_batches(
     source,
-    experiment.build_views(cfg),
-    cfg.views.size,
+    trainer.build_input(cfg, len(source.classes)),
     batch_size,
     cfg.seed,
-    placement=cfg.views.placement,
-    antialias=cfg.views.antialias,
     workers=workers,
     threads=cfg.data.threads,
     max_failed_share=1.0,

@@ -87,7 +87,7 @@ def refuse_other_function(
 ) -> None:
   """Refuses fields by which an encoder would compute another function of the same weights.
 
-  Pretraining may go on at another views.size; every other task takes the encoder's. model.bn_decay
+  A task with `own_size`, such as pretraining, may go on at another views.size; others take the encoder's. model.bn_decay
   counts only where the encoder's running averages are debiased.
 
   Args:
@@ -100,7 +100,7 @@ def refuse_other_function(
     ConfigError: fields of `schema.encoder_fields` differ; all of them are listed.
   """
   there = of_encoder(there)
-  free = {"views.size"} if task == "pretrain" else set()
+  free = {"views.size"} if TASKS[task].own_size else set()
   free |= set() if there["model.bn_debias"] else {"model.bn_decay"}
   differing = [
     f"{name}: {value!r} there, {here[name]!r} here"

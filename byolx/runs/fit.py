@@ -21,7 +21,6 @@ from byolx.checkpoints import manager
 from byolx.core import distributed, sharding
 from byolx.core.config import ConfigError
 from byolx.core.signals import Stop, StoppedError
-from byolx.evaluation import metrics
 from byolx.runs import config, initial_state, metrics_log
 from byolx.runs.experiment import Experiment
 from byolx.runs.rollbacks import Rollbacks
@@ -158,7 +157,7 @@ def _open_log(exp: Experiment, workdir: Path, start: int) -> metrics_log.RunLog:
     start=start,
     every_seconds=exp.config.log.every_seconds,
     writer=distributed.is_writer(),
-    accuracy="online top-1" if exp.config.task == "pretrain" else "top-1",
+    accuracy=exp.task.accuracy,
   )
 
 
@@ -170,16 +169,14 @@ def _compile(exp: Experiment) -> Callable:
 
 
 def _writer(exp: Experiment, log: metrics_log.RunLog) -> Callable[[int, dict[str, float]], None]:
-  """Writes a row, and warns once when the representation collapses."""
+  """The function that writes a row of scalars, and prints the task's first warning."""
   warned = set()
 
   def write(step: int, scalars: dict[str, float]) -> None:
     log.write(step, {**scalars, "rate": exp.rate_at(step - 1)})
-    size = exp.config.byol.projection_size
-    if "std" not in scalars or warned or step <= exp.warmup_steps:
+    if warned or step <= exp.warmup_steps:
       return
-    warning = metrics.collapse_warning(scalars["std"], scalars["rank"], size)
-    if warning:
+    if warning := exp.task.warning(scalars):
       warned.add(step)
       print(f"warning: step {step}: {warning}", flush=True)
 

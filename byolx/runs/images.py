@@ -10,6 +10,8 @@ from byolx.core.config import ConfigError
 from byolx.data import splits
 from byolx.data.sources import base, cifar, folders, prepared, small, tfds
 
+from byolx.tasks import TASKS
+
 
 class Sources(NamedTuple):
   """Images to train on, to choose by (data.validation), and to test on (None: not to be looked at)."""
@@ -31,17 +33,17 @@ class Sources(NamedTuple):
 def build_sources(config: ConfigDict) -> Sources:
   """The images of a run.
 
-  With data.validation, pretraining is measured on the validation images and the test images need not
-  be there; data.labels and data.label_list choose among what is not held out.
+  With data.validation, a task that chooses nothing, such as pretraining, is measured on the validation
+  images, and the test images need not be there; data.labels and data.label_list choose among what is not held out.
 
   Raises:
     ConfigError: they are not there, or not enough of them.
   """
-  make = _opener(config)
+  make, kind = _opener(config), TASKS[config.task]
   try:
     train = make(split="train")
     whole = config.data.validation == "none"
-    tested = whole or (config.task != "pretrain" and config.eval.test)
+    tested = whole or (kind.selects and config.eval.test)
     test = make(split="test") if tested else None
   except ValueError as error:
     raise ConfigError(str(error)) from None
@@ -50,7 +52,7 @@ def build_sources(config: ConfigDict) -> Sources:
     rest, held = _validation(config, train)
   used, held = _used(config, train, rest, held)
   validation = None if whole else base.subset(train, held)
-  if config.task != "pretrain":
+  if kind.needs_labels:
     for name, images in (("validation", validation), ("test", test)):
       if images is not None and not (images.labels >= 0).any():
         raise ConfigError(

@@ -38,7 +38,7 @@ def new_state(exp: Experiment, workdir: Path) -> TrainState:
   state = jax.device_put(state, state_shardings(exp.abstract_state))
   print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")
   _write(workdir / LINEAGE, encoder.lineage | _facts(encoder))
-  if exp.config.task == "linear":
+  if exp.task.frozen:
     _write(workdir / FROZEN, checksums.digests(pretrained.arrays_of(state)))
   return state
 

@@ -19,6 +19,7 @@ from byolx.runs.config import load
 from byolx.sweeps import grids, selection
 from byolx.sweeps.jobs import Run
 from byolx.sweeps.selection import By
+from byolx.tasks import TASKS
 
 ALL = "all"
 """The group of all cells, where none are studied apart."""
@@ -117,15 +118,16 @@ def build(
 
 def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) -> None:
   """Refuses what would be found out only after the cells have run."""
-  if cell.task == "pretrain" and not retrain:
+  kind = TASKS[cell.task]
+  if not (kind.selects or retrain):
     raise ConfigError(
-      "task=pretrain: a run with validation images is measured on these; expected --retrain, which "
+      f"task={cell.task}: a run with validation images is measured on these; expected --retrain, which "
       "tests what was trained on all training images"
     )
-  if cell.task == "pretrain" and {key for key, _ in by.only} != {"protocol", "encoder", "labels"}:
+  if kind.record_keys and {key for key, _ in by.only} != set(kind.record_keys):
     raise ConfigError(
-      f"--select={by}: a pretraining run has records of several probes; expected such as "
-      "--select=top1:protocol=linear,encoder=online,labels=1.0"
+      f"--select={by}: a run of task={cell.task} has several records of a metric; expected values of "
+      f"{', '.join(kind.record_keys)}, such as --select=top1:protocol=linear,encoder=online,labels=1.0"
     )
   if retrain and (cell.data.labels < 1 or cell.data.label_list):
     raise ConfigError(
@@ -215,7 +217,7 @@ def _final(sweep: Sweep, group: str, choice: Choice, seed: int) -> Run:
   name, cell = f"{group}, seed {seed}", choice.cell
   if seed == cell.config.seed and not sweep.retrain:  # it is trained already
     workdir = sweep.workdir / "cells" / cell.label
-    words = ("eval", f"--from={workdir}", "--test")
+    words = ("eval", f"--from={workdir}", "--test", f"--tasks={sweep.config.partition(':')[0]}")
     return Run(name, workdir, words, cell.config, tests=True)
   overrides = [*sweep.overrides, *grids.overrides(cell.fields)]
   overrides += [f"--config.seed={seed}", "--config.eval.test=True"]

@@ -262,7 +262,8 @@ class Classify(Task):
 
     return classifiers.choose_and_test(self, finished)
 
-  def table(self, records: Sequence[Record]) -> str:
+  @classmethod
+  def table(cls, records: Sequence[Record]) -> str:
     from byolx.evaluation import classifiers
 
     return classifiers.format_table(records)

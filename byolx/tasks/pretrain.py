@@ -50,6 +50,7 @@ class Pretrain(Task):
 
   group = "byol"
   own_size = True
+  record_keys = ("protocol", "encoder", "labels")
   accuracy = "online top-1"
   untrained = "target network"
   curves = (
@@ -153,7 +154,8 @@ class Pretrain(Task):
 
     return encoders.compare(self, finished)
 
-  def table(self, records: Sequence[Record]) -> str:
+  @classmethod
+  def table(cls, records: Sequence[Record]) -> str:
     from byolx.evaluation import probes
 
     return probes.format_table(records)

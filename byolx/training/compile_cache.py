@@ -19,7 +19,7 @@ a CPU and for TPU v3 ahead of time, within a factor of two; a GPU's is a guess."
 _ours: set[str] = set()
 
 
-def begin(config: ConfigDict, workdir: Path) -> programs.Kept:
+def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
   """The programs of a run, kept in its folder; its step, the slowest of them, begins to load.
 
   Takes little time and imports little, to come before all that takes some. What is wrong with a config
@@ -30,7 +30,7 @@ def begin(config: ConfigDict, workdir: Path) -> programs.Kept:
     mesh = sharding.lay_out(config.mesh, sharding.find_devices(config)).mesh
   except ValueError:
     return programs.none()
-  kept = programs.of(config, mesh.devices.ravel().tolist())
+  kept = programs.of(config, mesh.devices.ravel().tolist(), source)
   kept.begin("step")
   return kept
 

@@ -108,6 +108,7 @@ class Task(Protocol):
       is measured on the validation images, or on the test images where there are none.
     own_size: whether `views.size` may differ from that of the encoder in `init.workdir`.
     parallel_rates: whether several `optim.rates` are trained side by side.
+    record_keys: keys by which the records of one metric and split differ; empty where there is one.
     accuracy: name of the scalar `top1` in progress lines.
     untrained: name of the parameters that the optimiser leaves alone, for the table of the state.
     curves: panels of `curves.png`.
@@ -118,6 +119,7 @@ class Task(Protocol):
   selects: ClassVar[bool] = False
   own_size: ClassVar[bool] = False
   parallel_rates: ClassVar[bool] = False
+  record_keys: ClassVar[Sequence[str]] = ()
   accuracy: ClassVar[str] = "top-1"
   untrained: ClassVar[str] = "frozen parameters"
   curves: ClassVar[Sequence[Panel]] = (
@@ -212,7 +214,8 @@ class Task(Protocol):
       Records of `results.json`.
     """
 
-  def table(self, records: Sequence[Record]) -> str:
+  @classmethod
+  def table(cls, records: Sequence[Record]) -> str:
     """Records as a table for a terminal."""
     names = ("protocol", "split", "metric")
     rows = [(*names, "value")]

@@ -163,7 +163,8 @@ def build(config: ConfigDict, devices: Sequence[Any], images: int, classes: int)
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
   task = build_task(config, classes, steps, products=on_cpu)
   untrained = state.abstract_untrained(task)
-  rate, tx = build_optimiser(config, untrained.params, steps, warmup_steps)
+  optimizer = optimizers.OptimizerSpec(**config.optim)
+  rate, tx = optimizer.build(untrained.params, config.train.batch_size, steps, warmup_steps)
   return Recipe(
     config,
     layout,
@@ -185,7 +186,7 @@ def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
     ConfigError: the devices cannot be cut as the config says.
   """
   try:
-    return sharding.lay_out(config.mesh, devices)
+    return sharding.lay_out(sharding.MeshSpec(**config.mesh), devices)
   except ValueError as error:
     raise ConfigError(str(error)) from None
 
@@ -311,34 +312,6 @@ def _pretraining(config: ConfigDict, classes: int, steps: int, products: bool | 
     augment_on_device=views.placement == "device",
     brightness_rule=views.brightness_rule,
   )
-
-
-def build_optimiser(
-  config: ConfigDict, params: nnx.State, steps: int, warmup_steps: int
-) -> tuple[schedules.Schedule, optax.GradientTransformation]:
-  """The learning rate by step, and the optimiser of parameters, which may be shapes.
-
-  With several optim.rates the schedule is that of the first, and each head has its multiple of it.
-  """
-  mask = optimizers.adapted(params)
-  o = config.optim
-  if not o.exclude:
-    mask = jax.tree.map(lambda _: True, mask)
-  rates = tuple(o.rates) or (o.base_rate,)
-  peak = rates[0] * (config.train.batch_size / 256 if o.batch_scaling else 1.0)
-  if o.schedule == "cosine":
-    rate = schedules.warmup_cosine(peak, warmup_steps, steps)
-  else:
-    rate = schedules.warmup_constant(peak, warmup_steps)
-  makers = {
-    "lars": functools.partial(optimizers.lars, rate, o.weight_decay, o.momentum, o.trust),
-    "sgd": functools.partial(optimizers.sgd, rate, o.weight_decay, o.momentum),
-    "adamw": functools.partial(optimizers.adamw, rate, o.weight_decay),
-  }
-  tx = makers[o.name](mask)
-  if len(rates) > 1:
-    tx = optax.chain(tx, optimizers.scale_each([one / rates[0] for one in rates]))
-  return rate, tx
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from byolx.checkpoints import manager, storage
 from byolx.core.config import ConfigError, stored
+from byolx.core.fields import each, field, one_of
 from byolx.core.text import first_few
 
 LOG = logging.getLogger("byolx")
@@ -28,6 +29,23 @@ _VARIABLES = ("params", "rest")
 
 Accept = Callable[[Mapping[str, Any], Path], None]
 """Takes a flat config and the checkpoint that it goes with; raises ConfigError to refuse it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InitSpec:
+  """The config group `init`: what a run takes from another one."""
+
+  workdir: str = field(
+    "", "start with the encoder of this run's newest checkpoint, or of this checkpoint; empty: anew"
+  )
+  encoder: str = field("online", "which of its encoders", one_of("online", "target"))
+  inherit: tuple[str, ...] = field(
+    (),
+    "groups of fields that are taken from another run where this config does not set them",
+    each(one_of("data", "views", "model", "eval")),
+    free=True,
+  )
+  like: str = field("", "that run's workdir; empty: init.workdir", free=True)
 
 
 @dataclasses.dataclass(frozen=True)

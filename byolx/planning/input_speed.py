@@ -27,11 +27,12 @@ from byolx.data import batching, decode, loader
 from byolx.data.augment import distribution, resizing
 from byolx.data.augment.on_host import apply_host
 from byolx.data.sampler import VIEW, Stream, epoch_order
-from byolx.data.sources.base import EncodedSource, Source
+from byolx.data.sources.base import EncodedSource, Example, Source
+from byolx.data.transforms import Random, Transform, Views
 from byolx.data.unreadable import TooManyFailuresError
 from byolx.models.resnet import ResNet
 from byolx.planning import tpu
-from byolx.runs import experiment, trainer
+from byolx.runs import trainer
 from byolx.runs.images import build_sources
 
 SAMPLE = 512
@@ -193,6 +194,7 @@ class Work:
     seed: seed of the run.
     records: numbers of the records.
     encoded: bytes of their image files; empty where the source has pixels.
+    draws: random numbers of every record's views; empty where the transform makes no views.
   """
 
   source: Source
@@ -200,6 +202,7 @@ class Work:
   seed: int
   records: tuple[int, ...]
   encoded: tuple[bytes, ...]
+  draws: tuple[tuple[distribution.Draws, ...], ...]
 
   @classmethod
   def of(cls, cfg: ConfigDict, source: Source) -> "Work":
@@ -208,15 +211,23 @@ class Work:
     Raises:
       TooManyFailuresError: no record can be read.
     """
-    records, encoded, unreadable = [], [], ""
+    transform, stream = trainer.build_input(cfg, len(source.classes)), Stream(cfg.seed)
+    specs = transform.specs if isinstance(transform, Views) else ()
+    records, encoded, draws, unreadable = [], [], [], ""
     for record in epoch_order(cfg.seed, 0, len(source)).tolist():
       try:
-        _ = source[record].image
+        height, width = source[record].image.shape[:2]
       except decode.DecodeError as error:
         unreadable = str(error)
         continue
       records.append(record)
       encoded.append(source.encoded(record)[0] if isinstance(source, EncodedSource) else b"")
+      draws.append(
+        tuple(
+          distribution.draw(spec, stream.at(VIEW, record, 0, view), height, width)
+          for view, spec in enumerate(specs)
+        )
+      )
       if len(records) == SAMPLE:
         break
     if not records:
@@ -224,27 +235,12 @@ class Work:
         f"{source.name}: none of {len(source)} records can be read, the last one being"
         f" {unreadable}; expected images"
       )
-    transform = trainer.build_input(cfg, len(source.classes))
-    return cls(source, transform, cfg.seed, tuple(records), tuple(encoded))
+    return cls(source, transform, cfg.seed, tuple(records), tuple(encoded), tuple(draws))
 
   @property
   def on_host(self) -> bool:
     """Whether the colour work is a stage of its own: that of views, on the host."""
     return isinstance(self.transform, Views) and not self.transform.on_device
-
-  @functools.cached_property
-  def draws(self) -> tuple[tuple[distribution.Draws, ...], ...]:
-    """The random numbers of every sample's views; none where the transform makes no views."""
-    if not isinstance(self.transform, Views):
-      return ()
-    stream = Stream(self.seed)
-    return tuple(
-      tuple(
-        distribution.draw(spec, stream.at(VIEW, record, 0, view), *self.image(i).shape[:2])
-        for view, spec in enumerate(self.transform.specs)
-      )
-      for i, record in enumerate(self.records)
-    )
 
   def image(self, i: int) -> np.ndarray:
     """Pixels of sample i, decoded from memory."""

@@ -10,8 +10,10 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from absl import flags
@@ -87,8 +89,8 @@ def refuse_other_function(
 ) -> None:
   """Refuses fields by which an encoder would compute another function of the same weights.
 
-  A task with `own_size`, such as pretraining, may go on at another views.size; others take the encoder's. model.bn_decay
-  counts only where the encoder's running averages are debiased.
+  A task with `own_size`, such as pretraining, may go on at another views.size; others take the encoder's.
+  model.bn_decay counts only where the encoder's running averages are debiased.
 
   Args:
     here: flat fields of the run, all of them or those that were given.
@@ -134,7 +136,10 @@ def value(name: str, text: str) -> Any:
 def merge(given: ConfigDict, origin: str) -> ConfigDict:
   """The defaults with the given fields set, each of its default's type."""
   config, fields = defaults(), schema.fields()
-  for name, value in flatten(given).items():
+  flat = flatten(given)
+  if (task := flat.get("task")) is not None:  # fields of an unknown task are unknown too
+    _check_field("task", task)
+  for name, value in flat.items():
     if name not in fields:
       raise ConfigError(f"{origin}: {_unknown(name)}")
     try:
@@ -146,14 +151,18 @@ def merge(given: ConfigDict, origin: str) -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
   """Checks every field by itself; combinations are checked where they are used."""
-  fields = schema.fields()
   for name, value in flatten(config).items():
-    try:
-      wanted = fields[name].check(value)
-    except TypeError:
-      wanted = _kind(fields[name])
-    if wanted:
-      raise ConfigError(f"{name}={value!r}: expected {wanted}")
+    _check_field(name, value)
+
+
+def _check_field(name: str, value: Any) -> None:
+  field = schema.fields()[name]
+  try:
+    expected = field.check(value)
+  except TypeError:
+    expected = _kind(field)
+  if expected:
+    raise ConfigError(f"{name}={value!r}: expected {expected}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -179,11 +188,11 @@ def changes(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def fingerprint(config: ConfigDict) -> str:
   """Twelve hex digits that tell configs apart in what shapes results, the seed aside."""
-  fields = schema.fields()
+  fields, others = schema.fields(), schema.other_groups(config.task)
   shaping = {
     name: plain(value)
     for name, value in flatten(config).items()
-    if not fields[name].free and name != "seed"
+    if not fields[name].free and name != "seed" and name.partition(".")[0] not in others
   }
   return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -294,18 +303,38 @@ def _unknown(name: str) -> str:
   return f"unknown field {name}; expected one of {', '.join(choices)}"
 
 
+def run_file(path: str, flag: str = "--config") -> ModuleType:
+  """Runs a Python file: a config, which may register a task of the user's own.
+
+  Args:
+    path: the file.
+    flag: argument of the command that named it, for messages.
+
+  Raises:
+    ConfigError: there is no such file, or it is not Python.
+  """
+  file = Path(path)
+  if not file.is_file():
+    beside = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) or "none in that folder"
+    raise ConfigError(f"{flag}={path}: no such file; there are: {beside}")
+  spec = importlib.util.spec_from_file_location(f"byolx_config_{file.stem}", file)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"{flag}={path}: expected a Python file with a get_config function")
+  module = importlib.util.module_from_spec(spec)
+  # Classes find their module by name while the file runs. It does not stay there, so that worker
+  # processes, which cannot import it, are sent its classes whole.
+  sys.modules[spec.name] = module
+  try:
+    spec.loader.exec_module(module)
+  finally:
+    del sys.modules[spec.name]
+  return module
+
+
 def _read(path: str) -> ConfigDict:
   """Runs the file's `get_config`, whose signature's defaults type its arguments."""
   name, _, argument = path.partition(":")
-  file = Path(name)
-  if not file.is_file():
-    beside = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) or "none in that folder"
-    raise ConfigError(f"--config={name}: no such file; there are: {beside}")
-  spec = importlib.util.spec_from_file_location(f"byolx_config_{file.stem}", file)
-  if spec is None or spec.loader is None:
-    raise ConfigError(f"--config={name}: expected a Python file with a get_config function")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = run_file(name)
   if not hasattr(module, "get_config"):
     raise ConfigError(f"--config={name}: expected a function get_config in it")
   arguments = _arguments(module.get_config, argument, name)

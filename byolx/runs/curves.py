@@ -14,9 +14,7 @@ from byolx.evaluation.plots import BLUE, FAINT, INK, ORANGE, save, style
 from byolx.training.task import Panel
 
 
-def curves(
-  rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[Panel]
-) -> None:
+def curves(rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[Panel]) -> None:
   """Draws training curves; of pretraining: losses, accuracy, collapse monitors, norms (Figure 7), rates.
 
   Args:

@@ -88,9 +88,7 @@ def _stopped(stop: Stop, step: int, steps: int) -> StoppedError:
 
 def policy(c: ConfigDict) -> manager.Policy:
   """Which checkpoints a config keeps."""
-  return manager.Policy(
-    c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.best, c.checkpoint.best_mode
-  )
+  return manager.Policy(**c.checkpoint)
 
 
 def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:

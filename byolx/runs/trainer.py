@@ -170,7 +170,8 @@ def build(
   encoder = build_encoder(config, products=on_cpu)
   task = build_task(config, Setting(config, encoder, classes, steps, network))
   untrained = state.abstract_untrained(task)
-  rate, tx = build_optimiser(config, untrained.params, steps, warmup_steps)
+  optimizer = optimizers.OptimizerSpec(**config.optim)
+  rate, tx = optimizer.build(untrained.params, config.train.batch_size, steps, warmup_steps)
   return Recipe(
     config,
     layout,
@@ -194,7 +195,7 @@ def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
     ConfigError: the devices cannot be cut as the config says.
   """
   try:
-    return sharding.lay_out(config.mesh, devices)
+    return sharding.lay_out(sharding.MeshSpec(**config.mesh), devices)
   except ValueError as error:
     raise ConfigError(str(error)) from None
 
@@ -254,34 +255,6 @@ def build_input(config: ConfigDict, classes: int) -> transforms.Transform:
     ConfigError: fields that do not go together.
   """
   return build_task(config, Setting(config, build_encoder(config), classes, 1)).transform("train")
-
-
-def build_optimiser(
-  config: ConfigDict, params: nnx.State, steps: int, warmup_steps: int
-) -> tuple[schedules.Schedule, optax.GradientTransformation]:
-  """The learning rate by step, and the optimiser of parameters, which may be shapes.
-
-  With several optim.rates the schedule is that of the first, and each head has its multiple of it.
-  """
-  mask = optimizers.adapted(params)
-  o = config.optim
-  if not o.exclude:
-    mask = jax.tree.map(lambda _: True, mask)
-  rates = tuple(o.rates) or (o.base_rate,)
-  peak = rates[0] * (config.train.batch_size / 256 if o.batch_scaling else 1.0)
-  if o.schedule == "cosine":
-    rate = schedules.warmup_cosine(peak, warmup_steps, steps)
-  else:
-    rate = schedules.warmup_constant(peak, warmup_steps)
-  makers = {
-    "lars": functools.partial(optimizers.lars, rate, o.weight_decay, o.momentum, o.trust),
-    "sgd": functools.partial(optimizers.sgd, rate, o.weight_decay, o.momentum),
-    "adamw": functools.partial(optimizers.adamw, rate, o.weight_decay),
-  }
-  tx = makers[o.name](mask)
-  if len(rates) > 1:
-    tx = optax.chain(tx, optimizers.scale_each([one / rates[0] for one in rates]))
-  return rate, tx
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:

@@ -14,3 +14,6 @@ TASKS: dict[str, type[Task]] = {
   "supervised": Supervised,
 }
 """The protocols by the value of the config field `task`."""
+
+BUILT_IN = frozenset(TASKS)
+"""The names of this package's own protocols."""

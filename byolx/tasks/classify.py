@@ -23,7 +23,6 @@ from byolx.models.classifier import Classifier, ClassifierSpec
 from byolx.training import losses
 from byolx.training.task import Batch, Panel, Record, Setting, Task
 
-
 _RANDAUGMENT = RandAugment()
 
 

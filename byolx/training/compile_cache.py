@@ -1,6 +1,7 @@
 """Compiled programs on disk, so that what was compiled once is not compiled again."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from byolx.core import sharding, text
+from byolx.core.fields import field
 from byolx.training import programs
 
 SECONDS_PER_MEGABYTE = {"cpu": 8.0, "gpu": 15.0, "tpu": 40.0}
@@ -17,6 +19,18 @@ SECONDS_PER_MEGABYTE = {"cpu": 8.0, "gpu": 15.0, "tpu": 40.0}
 a CPU and for TPU v3 ahead of time, within a factor of two; a GPU's is a guess."""
 
 _ours: set[str] = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileSpec:
+  """The config group `compile`."""
+
+  cache: str = field(
+    "../compiled",
+    "folder of compiled programs, seen from the workdir: what was compiled once is not compiled "
+    "again; empty: none",
+    free=True,
+  )
 
 
 def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
@@ -27,7 +41,7 @@ def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
   """
   keep_in(config.compile.cache, workdir)
   try:
-    mesh = sharding.lay_out(config.mesh, sharding.find_devices(config)).mesh
+    mesh = sharding.lay_out(sharding.MeshSpec(**config.mesh), sharding.find_devices(config)).mesh
   except ValueError:
     return programs.none()
   kept = programs.of(config, mesh.devices.ravel().tolist(), source)

@@ -1,9 +1,9 @@
 """The task contract: everything in which one training protocol differs from another.
 
 A protocol is a frozen dataclass that inherits from `Task`. Its attributes made by `fields.field` are its
-group of the config. The loop asks it for a model, a loss and what follows an update; the input asks for its
-transforms; the end of a run asks for measurements, curves and records. Nothing else knows its name.
-docs/adding_a_protocol.md is an example in full.
+group of the config. The loop takes from it a model, a loss and what follows an update; the input takes
+its transforms; the end of a run takes measurements, curves and records. Nothing else depends on its
+name. docs/adding_a_protocol.md is an example in full.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from byolx.core.config import ConfigError
 from byolx.data.augment import distribution
 from byolx.data.augment.randaugment import RandAugment
 from byolx.runs import config, experiment, schema, trainer
-from byolx.training import state
+from byolx.training import optimizers, state
 
 FIELDS = schema.fields()
 ROOT = Path(__file__).parents[2]
@@ -224,7 +224,8 @@ def test_a_file_describes_something_that_can_be_built(file):
   cfg = load(file.name)
   task = trainer.build_task(cfg, 10, steps=1000)
   params = state.abstract_untrained(task).params
-  rate, tx = trainer.build_optimiser(cfg, params, steps=1000, warmup_steps=100)
+  optimizer = optimizers.OptimizerSpec(**cfg.optim)
+  rate, tx = optimizer.build(params, cfg.train.batch_size, steps=1000, warmup_steps=100)
   assert {path[0] for path, _ in nnx.to_flat_state(params)} == TRAINED[cfg.task]
   momenta = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
   assert momenta == [x.shape for x in jax.tree.leaves(params)]

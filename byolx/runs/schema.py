@@ -7,6 +7,8 @@ which name.
 import dataclasses
 import functools
 import hashlib
+import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -90,11 +92,21 @@ def other_groups(task: str) -> frozenset[str]:
 
 
 def task_source(config: ConfigDict) -> str:
-  """The digest of the file that defines the user's own task; empty for the tasks of this package."""
-  path = Path(TASKS[config.task].loss.__code__.co_filename)
-  if Path(__file__).parents[1] in path.parents or not path.is_file():
-    return ""
-  return hashlib.sha256(path.read_bytes()).hexdigest()
+  """The digest of the files that define the user's own task; empty for the tasks of this package.
+
+  Of all its classes: a task may inherit its loss from one of this package, and change something else.
+  """
+  files = set()
+  for kind in TASKS[config.task].__mro__:
+    if kind.__module__.partition(".")[0] in {"byolx", *sys.stdlib_module_names}:
+      continue
+    for value in vars(kind).values():
+      function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+      if inspect.isfunction(function):
+        files.add(Path(function.__code__.co_filename))
+  return " ".join(
+    hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files) if file.is_file()
+  )
 
 
 @functools.lru_cache

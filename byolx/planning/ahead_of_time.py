@@ -40,7 +40,7 @@ class Figures:
     fits: whether the step fits the memory of a core.
     peak_bytes: peak memory of a core in bytes: arguments, temporaries and outputs; for a step that
       does not fit, the memory that it needs.
-    argument_bytes, output_bytes, temp_bytes: parts of `peak_bytes`; most outputs reuse memory of the
+    argument_bytes, output_bytes, temp_bytes: parts of `peak_bytes`; most outputs replace
       arguments.
     flops: floating-point operations of a step; a loop counts as often as it runs.
     bytes_accessed: bytes that a step reads and writes; a loop counts as often as it runs.

@@ -1,4 +1,4 @@
-"""Costs of a compiled TPU program: cycles, collectives, memory traffic, kinds of work. See `hlo`."""
+"""Costs of a compiled TPU program: cycles, collectives, memory traffic, kinds of work; see `hlo`."""
 
 import dataclasses
 import math

@@ -198,7 +198,7 @@ def step_flops_per_image(cfg: ConfigDict) -> float:
   """Floating-point operations of a train step per image: two views, each of four forward passes.
 
   One pass is the online network, one the target, and the gradient counts as two. The operations are
-  counted in the encoder's program for one image, before compilation. Heads and optimiser are left out.
+  counted in the encoder's program for one image, before compilation, without heads and optimiser.
   """
   spec = trainer.build_encoder(cfg)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: ResNet(spec, rngs=nnx.Rngs(0))))

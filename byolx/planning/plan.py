@@ -43,7 +43,8 @@ class Terms:
 
   Args:
     efficiency: share of the scheduled speed that a run is expected to reach, above 0 and at most 1,
-      including input, network and checkpoints; 0.59 for the paper's run (54.1 / 92 ms, docs/plan.md).
+      including input, network and checkpoints; 0.59 in the paper's run (docs/plan.md: 54.1 / 92
+      ms).
     price: price of a core-hour in USD; a core is a device as jax counts them; None: no price.
     images, classes: numbers of training images and classes; None: from the source, see
       `count_images`.

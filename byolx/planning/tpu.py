@@ -3,8 +3,8 @@
 Numbers are per device as jax counts them: a core on v2, v3, v5e and v6e; a chip on v4 and v5p,
 whose two cores work as one. Sources: [docs] cloud.google.com/tpu/docs, the page of each generation;
 [J20] Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks";
-[J23] Jouppi et al. 2023, "TPU v4". Memory is the limit in libtpu 0.0.52's error message for a program
-that does not fit. [units]: the clock is the peak rate divided by the operations of the matrix units
+[J23] Jouppi et al. 2023, "TPU v4". Memory is the limit that libtpu 0.0.52 prints for a program that
+does not fit. [units]: the clock is the peak rate divided by the operations of the matrix units
 per cycle, two for each cell; this rule gives the published clocks of v2, v3 and v4.
 """
 

@@ -147,8 +147,9 @@ def _launch(
       return error.code
     except KeyboardInterrupt:
       print(
-        f"\n{PROGRAM}: the run goes on, and the TPU costs money; the same command shows the run again; "
-        f"with --stop it ends the run and deletes the TPU; or: {launcher.delete_command()}",
+        f"\n{PROGRAM}: the run goes on, and the TPU costs money; the same command shows the run "
+        "again; with --stop it ends the run and deletes the TPU; to delete the TPU at once: "
+        f"{launcher.delete_command()}",
         file=sys.stderr,
       )
       return INTERRUPTED
@@ -226,8 +227,8 @@ def _check_folders(job: Job, arguments: argparse.Namespace, topology: tpu.Topolo
     permanent = arguments.setup or (arguments.keep and topology.hosts == 1)
     if not job.workdir.startswith("/") or not permanent:
       raise ConfigError(
-        f"--workdir={job.workdir}: expected gs://BUCKET/FOLDER, which all {topology.hosts} hosts share "
-        "and which outlives the TPU; or an absolute folder and a --setup that mounts it"
+        f"--workdir={job.workdir}: expected gs://BUCKET/FOLDER, which all {topology.hosts} hosts "
+        "share and which outlives the TPU; or an absolute folder and a --setup that mounts it"
       )
   folder = fields["data.folder"]
   usable = folder.startswith("gs://") or (folder.startswith("/") and arguments.setup)

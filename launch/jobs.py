@@ -1,4 +1,4 @@
-"""Jobs of a launcher, each a `byolx train`: one, or one per cell of a grid, with checked configs."""
+"""Jobs of a launcher, each a `byolx train` with a checked config: one, or one per grid cell."""
 
 import argparse
 import dataclasses
@@ -134,7 +134,7 @@ def jobs(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Job]:
 
 
 def run(program: str, launch: Callable[[], int]) -> int:
-  """Runs a launcher and returns its exit code; a ConfigError gives one line on stderr and code 2."""
+  """Runs a launcher and returns its exit code; a ConfigError gives one line and exit code 2."""
   try:
     return launch()
   except ConfigError as error:

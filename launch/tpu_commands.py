@@ -193,7 +193,7 @@ _FULL_WORDS = ("no more capacity", "resource_exhausted", "stockout", "insufficie
 
 
 def permanent(message: str) -> Failure | None:
-  """Failure of gcloud itself for which a retry does not help; None for others, as those of a host."""
+  """Failure of gcloud for which a retry does not help; None for others, such as of a host."""
   lower = message.lower().partition("error: (gcloud")[2]
   return next((kind for kind in FAILURES if any(word in lower for word in kind.words)), None)
 

@@ -1,4 +1,4 @@
-"""Runs a plan on a TPU: request, install, start, follow the log, restart after preemptions, delete."""
+"""Runs a plan on a TPU: requests it, installs, starts, follows the log, restarts, deletes."""
 
 import shlex
 import subprocess
@@ -46,7 +46,7 @@ def call(argv: Sequence[str]) -> Answer:
 
 
 def stream(argv: Sequence[str], on_line: Callable[[bytes], None]) -> Answer:
-  """Runs a command, calls `on_line` with each line of stdout at once, and returns without stdout."""
+  """Runs a command and calls `on_line` with each line of stdout; the result has no stdout."""
   with (
     tempfile.TemporaryFile() as errors,
     subprocess.Popen(
@@ -87,7 +87,7 @@ class Launcher:
     self._status = ""
 
   def run(self) -> int:
-    """Runs all jobs one after another, deletes the TPU, and returns an exit code.
+    """Runs all jobs one after another, deletes the TPU unless it is kept; returns an exit code.
 
     Raises:
       LaunchError: the launch cannot continue.
@@ -108,7 +108,7 @@ class Launcher:
     return code
 
   def stop(self) -> int:
-    """Makes all jobs save and end, waits for their ends, deletes the TPU, and returns an exit code.
+    """Makes all jobs save and end, waits for them, deletes the TPU unless it is kept; returns 0.
 
     Raises:
       LaunchError: a command fails.
@@ -162,7 +162,7 @@ class Launcher:
     self._started = True
 
   def _bring_up(self) -> None:
-    """Waits until the TPU is ready; requests it if it is absent, and replaces it if it is broken."""
+    """Waits until the TPU is ready; requests an absent TPU and replaces a broken one."""
     requested = False
     while True:
       tpu = self._state()
@@ -191,7 +191,7 @@ class Launcher:
     queue = self._describe(self._tpu.describe_queued())
     self._owned |= queue.owned
     if queue.state == "ACTIVE" and node.state == ABSENT:
-      # The TPU may have become ready after the first query. If it is still absent, it was preempted.
+      # The TPU may have become ready after the first query. If still absent, it was preempted.
       node = self._describe(self._tpu.describe())
       return queue._replace(state="TERMINATED") if node.state == ABSENT else node
     return node if queue.state in (ABSENT, "ACTIVE") else queue
@@ -380,6 +380,6 @@ class Log:
       sys.stdout.flush()
 
   def take_mark(self) -> str:
-    """State at the end of the last connection: `running`, `lost` or `ended CODE`; empty if it broke."""
+    """Last state of a connection: `running`, `lost` or `ended CODE`; empty if it broke. Resets it."""
     mark, self._mark = self._mark, ""
     return mark

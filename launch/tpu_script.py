@@ -23,7 +23,8 @@ def script(plan: Plan, hosts: int, pack: Sequence[str] = ()) -> str:
     + _comment(
       f"{tpu.name}: {tpu.accelerator_type} ({hosts} hosts) in {tpu.zone}. The commands of "
       "launch/gcloud_tpu.py, in order, if nothing fails. The launcher also retries failed commands, "
-      "uses a TPU and a run that exist already, and after a preemption deletes the TPU and starts again."
+      "uses a TPU and a run that exist already, and after a preemption deletes the TPU and starts "
+      "again."
     )
     + "set -euo pipefail"
   ]

@@ -18,8 +18,8 @@ from byolx.core.config import ConfigError
 PROGRAM = "launch/xm_local.py"
 
 _DESCRIPTION = """\
-Train on this machine with xmanager, which records experiments: one run, or all runs of a grid, as many
-in parallel as there are cores for. Needs: pip install ".[launch]"
+Train on this machine with xmanager, which records experiments: one run, or all runs of a grid, as
+many in parallel as there are cores for. Needs: pip install ".[launch]"
 """
 _EXAMPLES = """\
   python launch/xm_local.py --config=configs/quickstart.py --workdir=runs/seeds --grid=seeds
@@ -79,7 +79,7 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run(title: str, runs: Sequence[Job], core_lists: Sequence[Sequence[int]]) -> list[Job]:
-  """Runs jobs as xmanager's work units, one per list of cores at a time; returns the failed jobs."""
+  """Runs jobs as xmanager's work units, one at a time per list of cores; returns failed jobs."""
   xm, xm_local = xmanager()
   failed = []
 

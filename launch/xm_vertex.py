@@ -1,4 +1,4 @@
-"""Trains on Vertex AI with xmanager: one container per run, on GPUs or a TPU v2 or v3 of one host."""
+"""Trains on Vertex AI with xmanager: one job per run, on GPUs or a TPU v2 or v3 of one host."""
 
 import argparse
 import dataclasses

@@ -20,7 +20,7 @@ def add_distributed(sub: argparse.ArgumentParser) -> None:
   sub.add_argument(
     "--distributed",
     action="store_true",
-    help="run as one of several processes; TPU pods and clusters such as SLURM need no other option",
+    help="run as one of several processes; enough on TPU pods and in clusters such as SLURM",
   )
   sub.add_argument(
     "--coordinator",

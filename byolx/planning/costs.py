@@ -1,4 +1,4 @@
-"""Costs of a compiled TPU program: cycles, collectives, memory traffic, kinds of work; see `hlo`."""
+"""Costs of a compiled TPU program: cycles, collectives, memory traffic and kinds of work."""
 
 import dataclasses
 import math

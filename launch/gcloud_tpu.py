@@ -1,4 +1,4 @@
-"""Trains on a Cloud TPU: creates it, installs, runs on all hosts, restarts and deletes it."""
+"""Train on a Cloud TPU: create it, install the code, run on all hosts, restart, delete the TPU."""
 
 import argparse
 import re
@@ -47,7 +47,7 @@ def main(
   root: Path | None = None,
   sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-  """Launches a run, and follows it to its end.
+  """Launch a run, and follow it to its end.
 
   Args:
     argv: arguments; None: those of this process.
@@ -162,7 +162,7 @@ def _plan(
   folder: Path,
   topology: tpu.Topology,
 ) -> Plan:
-  """Builds the plan of a launch, and checks all arguments.
+  """Build the plan of a launch, and check all arguments.
 
   Raises:
     ConfigError: an argument is not valid.
@@ -217,7 +217,7 @@ def _topology(accelerator_type: str) -> tpu.Topology:
 
 
 def _check_folders(job: Job, arguments: argparse.Namespace, topology: tpu.Topology) -> None:
-  """Checks that all hosts can use the folders, and that the workdir outlives the TPU.
+  """Check that all hosts can use the folders, and that the workdir outlives the TPU.
 
   Raises:
     ConfigError: a folder is not valid.

@@ -134,7 +134,7 @@ def jobs(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Job]:
 
 
 def run(program: str, launch: Callable[[], int]) -> int:
-  """Runs a launcher and returns its exit code; a ConfigError gives one line and exit code 2."""
+  """Run a launcher and return its exit code; a ConfigError gives one line and exit code 2."""
   try:
     return launch()
   except ConfigError as error:
@@ -143,7 +143,7 @@ def run(program: str, launch: Callable[[], int]) -> int:
 
 
 def xmanager() -> tuple[ModuleType, ModuleType]:
-  """Imports the modules `xm` and `xm_local` of xmanager, for use without an absl main.
+  """Import the modules `xm` and `xm_local` of xmanager, for use without an absl main.
 
   Raises:
     ConfigError: xmanager is not installed.

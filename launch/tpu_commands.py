@@ -122,7 +122,7 @@ class Described(NamedTuple):
 
 
 def described(text: str, name: str) -> Described:
-  """Parses gcloud's JSON description of a TPU or of a queued resource.
+  """Parse gcloud's JSON description of a TPU or of a queued resource.
 
   Args:
     text: JSON.

@@ -1,4 +1,4 @@
-"""Runs a plan on a TPU: requests it, installs, starts, follows the log, restarts, deletes."""
+"""Run a plan on a TPU: request it, install, start, follow the log, restart, delete."""
 
 import shlex
 import subprocess
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 
 def call(argv: Sequence[str]) -> Answer:
-  """Runs a command to its end, without stdin."""
+  """Run a command to its end, without stdin."""
   done = subprocess.run(
     argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
   )
@@ -46,7 +46,7 @@ def call(argv: Sequence[str]) -> Answer:
 
 
 def stream(argv: Sequence[str], on_line: Callable[[bytes], None]) -> Answer:
-  """Runs a command and calls `on_line` with each line of stdout; the result has no stdout."""
+  """Run a command and call `on_line` with each line of stdout; the result has no stdout."""
   with (
     tempfile.TemporaryFile() as errors,
     subprocess.Popen(
@@ -65,7 +65,7 @@ def stream(argv: Sequence[str], on_line: Callable[[bytes], None]) -> Answer:
 
 
 class Launcher:
-  """Runs a plan.
+  """Launcher that runs a plan.
 
   Args:
     plan: plan of the launch.
@@ -87,7 +87,7 @@ class Launcher:
     self._status = ""
 
   def run(self) -> int:
-    """Runs all jobs one after another, deletes the TPU unless it is kept; returns an exit code.
+    """Run all jobs one after another, delete the TPU unless it is kept; return an exit code.
 
     Raises:
       LaunchError: the launch cannot continue.
@@ -108,7 +108,7 @@ class Launcher:
     return code
 
   def stop(self) -> int:
-    """Makes all jobs save and end, waits for them, deletes the TPU unless it is kept; returns 0.
+    """Make all jobs save and end, wait for them, delete the TPU unless it is kept; return 0.
 
     Raises:
       LaunchError: a command fails.
@@ -153,7 +153,7 @@ class Launcher:
       self._report(f"restart {restarts} of at most {self._plan.max_restarts}")
 
   def _prepare(self, job: Job, again: bool) -> None:
-    """Installs and starts a job; both do nothing on hosts where they are done."""
+    """Install and start a job; both do nothing on hosts where they are done."""
     for command in self._plan.install():
       self._require("installing", command)
     if again:
@@ -162,7 +162,7 @@ class Launcher:
     self._started = True
 
   def _bring_up(self) -> None:
-    """Waits until the TPU is ready; requests an absent TPU and replaces a broken one."""
+    """Wait until the TPU is ready; request an absent TPU and replace a broken one."""
     requested = False
     while True:
       tpu = self._state()
@@ -229,7 +229,7 @@ class Launcher:
       self._sleep(self._plan.poll)
 
   def _replace(self, tpu: Described, requested: bool) -> None:
-    """Deletes a broken TPU of this launcher, at most `max_restarts` times."""
+    """Delete a broken TPU of this launcher, at most `max_restarts` times."""
     reason = f": {tpu.reason}" if tpu.reason else ""
     if requested and tpu.state == "FAILED":
       raise LaunchError(f"the request for the TPU failed{reason}", self.delete_command())
@@ -270,7 +270,7 @@ class Launcher:
       raise self._error("starting the run", command, answer)
 
   def _follow(self, job: Job) -> int | None:
-    """Prints the log until the run ends; returns its exit code, or None if the run was lost."""
+    """Print the log until the run ends; return its exit code, or None if the run was lost."""
     log, failures = self._log, 0
     while True:
       answer = stream(self._plan.follow(job, log.next_byte), log.add)
@@ -335,7 +335,7 @@ class Launcher:
   def _try(
     self, command: list[str], accept: Callable[[Answer], bool] = lambda answer: False
   ) -> Answer:
-    """Retries a command until it succeeds, `accept` is true of its answer, or no retry helps."""
+    """Retry a command until it succeeds, `accept` is true of its answer, or no retry helps."""
     for attempt in range(self._plan.tries):
       if attempt:
         self._sleep(min(5.0 * 2**attempt, 120.0))
@@ -353,7 +353,7 @@ class Launcher:
     return LaunchError(f"{action} failed (exit code {answer.code}): {message}", next_action)
 
   def _report_status(self, line: str) -> None:
-    """Reports a line unless it is the same as the last status."""
+    """Report a line unless it repeats the last status."""
     if line != self._status:
       self._report(line)
     self._status = line
@@ -367,7 +367,7 @@ class Log:
     self._mark = ""
 
   def add(self, line: bytes) -> None:
-    """Prints a line of the log, or keeps it if it begins with MARK; drops a line without an end."""
+    """Print a line of the log, or keep it if it begins with MARK; drop a line without an end."""
     mark = tpu_scripts.MARK.encode()
     if line.startswith(mark):
       self._mark = line.removeprefix(mark).decode(errors="replace").strip()
@@ -380,6 +380,6 @@ class Log:
       sys.stdout.flush()
 
   def take_mark(self) -> str:
-    """Last state of a connection: `running`, `lost` or `ended CODE`; empty if it broke. Resets it."""
+    """Last state of a connection: `running`, `lost` or `ended CODE`; empty if it broke. Reset."""
     mark, self._mark = self._mark, ""
     return mark

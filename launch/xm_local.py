@@ -1,4 +1,4 @@
-"""Trains on this machine with xmanager: one run, or the runs of a grid in parallel."""
+"""Train on this machine with xmanager: one run, or the runs of a grid in parallel."""
 
 import argparse
 import asyncio
@@ -28,7 +28,7 @@ _EXAMPLES = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Launches the runs; returns 0, 1 if a run failed, 2 for a usage error, 130 after Ctrl-C."""
+  """Launch the runs; return 0, 1 if a run failed, 2 for a usage error, 130 after Ctrl-C."""
   parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
   parser.add_argument(
     "--cores", type=numbers.count, help="number of cores per run; default: 1 with --grid, else all"
@@ -79,7 +79,7 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run(title: str, runs: Sequence[Job], core_lists: Sequence[Sequence[int]]) -> list[Job]:
-  """Runs jobs as xmanager's work units, one at a time per list of cores; returns failed jobs."""
+  """Run jobs as xmanager's work units, one at a time per list of cores; return the failed jobs."""
   xm, xm_local = xmanager()
   failed = []
 

@@ -1,4 +1,4 @@
-"""Trains on Vertex AI with xmanager: one job per run, on GPUs or a TPU v2 or v3 of one host."""
+"""Train on Vertex AI with xmanager: one job per run, on GPUs or a TPU v2 or v3 of one host."""
 
 import argparse
 import dataclasses
@@ -42,7 +42,7 @@ class Accelerator:
 
 
 def accelerator(text: str) -> Accelerator:
-  """Parses KIND=COUNT, such as `tpu_v3=8`.
+  """Parse KIND=COUNT, such as `tpu_v3=8`.
 
   Raises:
     ConfigError: the kind or the count is not available on Vertex AI with xmanager.
@@ -87,7 +87,7 @@ def instructions(extra: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Launches the runs; returns 0, 1 if a run failed, or 2 for a usage error."""
+  """Launch the runs; return 0, 1 if a run failed, or 2 for a usage error."""
   parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
   parser.add_argument(
     "--accelerator",
@@ -127,7 +127,7 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run(title: str, runs: Sequence[Job], requirement: Accelerator) -> list[Job]:
-  """Starts all jobs, waits for their ends, and returns the failed jobs."""
+  """Start all jobs, wait for their ends, and return the failed jobs."""
   xm, xm_local = xmanager()
   units = []
   with xm_local.create_experiment(experiment_title=title) as experiment:

@@ -25,7 +25,7 @@ _COMMANDS = (train, evaluate, sweep, report, plan, show_views, prepare, bench, i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command and returns its exit code, see `options`.
+  """Run one command and return its exit code, see `options`.
 
   Args:
     argv: arguments; None: those of this process.
@@ -111,7 +111,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parse_absl_flags() -> None:
-  """Marks absl's flags as parsed: grain's worker processes read them, and there is no absl main."""
+  """Mark absl's flags as parsed: grain's worker processes read them, and there is no absl main."""
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
@@ -119,7 +119,7 @@ def _parse_absl_flags() -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-  """Prints an error and returns the exit code; ends all processes of a distributed run."""
+  """Print an error and return the exit code; end all processes of a distributed run."""
   from byolx.core import distributed
 
   print(f"byolx: error: {distributed.prefix()}{error}", file=sys.stderr)
@@ -128,7 +128,7 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _stop(reason: str, code: int) -> int:
-  """Prints the reason for a stop and returns the exit code; ends all processes, as `_fail` does."""
+  """Print the reason for a stop and return the exit code; end all processes, as `_fail` does."""
   from byolx.core import distributed
 
   advice = "the same command goes on from there"

@@ -21,7 +21,7 @@ examples:
 
 
 def add(command) -> None:
-  """Adds `byolx bench` to the parser."""
+  """Add `byolx bench` to the parser."""
   sub = command(
     "bench", _run, "measure the speed of the input", description=_BENCH, epilog=_BENCH_MORE
   )

@@ -7,7 +7,7 @@ from byolx.cli import options
 
 
 def add(command) -> None:
-  """Adds `byolx eval` to the parser."""
+  """Add `byolx eval` to the parser."""
   sub = command("eval", _run, "evaluate the newest checkpoint of a workdir again")
   sub.add_argument(
     "--from", dest="workdir", type=Path, required=True, metavar="WORKDIR", help="workdir of a run"

@@ -4,7 +4,7 @@ import argparse
 
 
 def add(command) -> None:
-  """Adds `byolx fields` to the parser."""
+  """Add `byolx fields` to the parser."""
   command("fields", _run, "list every config field with its default and meaning")
 
 

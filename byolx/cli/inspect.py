@@ -7,7 +7,7 @@ from byolx.cli import options
 
 
 def add(command) -> None:
-  """Adds `byolx inspect` to the parser."""
+  """Add `byolx inspect` to the parser."""
   sub = command("inspect", _run, "print the contents of a workdir or a checkpoint on one page")
   sub.add_argument("path", type=Path, metavar="WORKDIR|CHECKPOINT")
   sub.add_argument("--verify", action="store_true", help="read every array and compare checksums")

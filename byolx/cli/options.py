@@ -16,7 +16,7 @@ CONFIG_HELP = "config file, with arguments after a colon; --config.FIELD=VALUE c
 
 
 def add_distributed(sub: argparse.ArgumentParser) -> None:
-  """Adds the options of a command that several processes can run together."""
+  """Add the options of a command that several processes can run together."""
   sub.add_argument(
     "--distributed",
     action="store_true",
@@ -25,7 +25,7 @@ def add_distributed(sub: argparse.ArgumentParser) -> None:
   sub.add_argument(
     "--coordinator",
     metavar="HOST:PORT",
-    help="address of process 0; only outside TPU pods and clusters, with the next two",
+    help="address of process 0; only where it is not detected, with the next two",
   )
   sub.add_argument("--processes", type=numbers.count, metavar="N", help="number of processes")
   sub.add_argument(
@@ -40,7 +40,7 @@ def add_distributed(sub: argparse.ArgumentParser) -> None:
 
 
 def join(arguments: argparse.Namespace) -> None:
-  """Connects to the other processes, if any; afterwards only process 0 prints to stdout.
+  """Connect to the other processes, if any; afterwards only process 0 prints to stdout.
 
   Raises:
     ConfigError: the options contradict each other, or the processes cannot be detected.

@@ -33,7 +33,7 @@ later, half a chip before.
 
 
 def add(command) -> None:
-  """Adds `byolx plan` to the parser."""
+  """Add `byolx plan` to the parser."""
   sub = command(
     "plan",
     _run,

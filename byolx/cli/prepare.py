@@ -28,7 +28,7 @@ examples:
 
 
 def add(command) -> None:
-  """Adds `byolx prepare` to the parser."""
+  """Add `byolx prepare` to the parser."""
   sub = command(
     "prepare",
     _run,

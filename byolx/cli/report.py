@@ -30,7 +30,7 @@ _SUFFIXES = {".txt": "text", ".md": "markdown", ".csv": "csv", ".json": "json", 
 
 
 def add(command) -> None:
-  """Adds `byolx report` to the parser."""
+  """Add `byolx report` to the parser."""
   sub = command(
     "report",
     _run,

@@ -7,7 +7,7 @@ from byolx.cli import numbers, options
 
 
 def add(command) -> None:
-  """Adds `byolx show-views` to the parser."""
+  """Add `byolx show-views` to the parser."""
   sub = command("show-views", _run, "draw images beside pairs of their augmented views")
   sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=options.CONFIG_HELP)
   sub.add_argument(

@@ -32,7 +32,7 @@ results), cells/*/ and final/*/seed_*/ (workdirs of `byolx train`, each with its
 
 
 def add(command) -> None:
-  """Adds `byolx sweep` to the parser."""
+  """Add `byolx sweep` to the parser."""
   sub = command(
     "sweep",
     _run,

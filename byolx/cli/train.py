@@ -27,7 +27,7 @@ embedding.png; with an encoder from another run also lineage.json.
 
 
 def add(command) -> None:
-  """Adds `byolx train` to the parser."""
+  """Add `byolx train` to the parser."""
   sub = command(
     "train",
     _run,

@@ -1,4 +1,4 @@
-"""Compiles programs ahead of time for TPUs and reads the compiler's estimates.
+"""Compile programs ahead of time for TPUs and read the compiler's estimates.
 
 No TPU is needed. Compiling takes minutes, so the estimates are cached on disk under a hash of the
 program.
@@ -76,7 +76,7 @@ class Figures:
 
 
 def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | None) -> Figures:
-  """Compiles a program for a slice and returns its figures, or reads them from the cache.
+  """Compile a program for a slice and return its figures, or read them from the cache.
 
   Args:
     lowered: program, lowered for the devices of `topology`.
@@ -107,7 +107,7 @@ def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | N
 
 
 def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stages.Compiled:
-  """Compiles a program, and prints the expected and the elapsed time to stderr.
+  """Compile a program, and print the expected and the elapsed time to stderr.
 
   Ctrl-C interrupts at once, because the compiler runs in a daemon thread.
 
@@ -148,7 +148,7 @@ def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> 
 
 
 def _measure(compiled: jax.stages.Compiled, topology: tpu.Topology) -> Figures:
-  """Reads figures from a program's text and from jax's analyses of its memory and cost."""
+  """Read figures from a program's text and from jax's analyses of its memory and cost."""
   program = hlo.parse(compiled.as_text())
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   # XLA's cost analysis counts the body of a loop once.

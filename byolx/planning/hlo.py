@@ -1,4 +1,4 @@
-"""Parses the text of a compiled TPU program: computations, instructions and their executions.
+"""Parse the text of a compiled TPU program: computations, instructions and their executions.
 
 The compiler schedules the program of a core as one list of instructions and annotates most of them
 with estimated cycles. A loop is one instruction that refers to the computations of its body and its
@@ -83,7 +83,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-  """Parses the text of a compiled program, `compiled.as_text()`.
+  """Parse the text of a compiled program, `compiled.as_text()`.
 
   Raises:
     ValueError: the text has no entry computation.
@@ -107,7 +107,7 @@ def parse(text: str) -> Program:
 def executed(
   program: Program, computation: str = "", times: int = 1, loops: bool = True
 ) -> Iterator[tuple[str, Instruction, int]]:
-  """Yields every executed instruction: name of its computation, instruction, number of executions.
+  """Yield every executed instruction: name of its computation, instruction, number of executions.
 
   Instructions inside fusions are not yielded. Of a conditional, only the branch with the most
   cycles counts.
@@ -173,7 +173,7 @@ def parts(shape: str) -> list[str]:
 
 
 def _instruction(head: re.Match, rest: str) -> Instruction:
-  """Parses an instruction from the match of `name = ` and the rest of the line."""
+  """Parse an instruction from the match of `name = ` and the rest of the line."""
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   shape, rest = rest[:end], rest[end:].lstrip()
   start = rest.index("(")

@@ -147,7 +147,7 @@ class InputReport:
 
 
 def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> InputReport:
-  """Measures the speed of a config's input.
+  """Measure the speed of a config's input.
 
   Args:
     cfg: all fields.

@@ -190,7 +190,7 @@ class Plan:
 
 
 def build(config: ConfigDict, topology: tpu.Topology, terms: Terms) -> trainer.Recipe:
-  """Builds and checks the train step of a config for a slice, without compiling it.
+  """Build and check the train step of a config for a slice, without compiling it.
 
   Args:
     config: all fields.
@@ -209,7 +209,7 @@ def build(config: ConfigDict, topology: tpu.Topology, terms: Terms) -> trainer.R
 
 
 def make(recipe: trainer.Recipe, name: str, topology: tpu.Topology, terms: Terms) -> Plan:
-  """Compiles a step for a slice; if it does not fit, searches for a change with which it does.
+  """Compile a step for a slice; if it does not fit, search for a change with which it does.
 
   Args:
     recipe: result of `build`.
@@ -294,7 +294,7 @@ def _count_in_source(config: ConfigDict) -> tuple[int, int]:
 
 
 def candidates(config: ConfigDict, cores: int) -> Iterator[dict[str, Any]]:
-  """Yields changes that reduce the memory of a step, the cheapest first.
+  """Yield changes that reduce the memory of a step, the cheapest first.
 
   A sharded state and the recomputation of activations come first, because they do not change the
   results. Micro-batches come last, because they change the batches over which BatchNorm normalises.
@@ -341,7 +341,7 @@ class _Estimate:
     self._activations = max(0, peak - sharding.held_bytes(state))
 
   def add(self, changes: dict[str, Any], peak: int) -> None:
-    """Adds the peak memory, in bytes, of the compiled step with these changes."""
+    """Add the peak memory, in bytes, of the compiled step with these changes."""
     self._peaks[frozenset(changes.items())] = peak
 
   def may_fit(self, changes: dict[str, Any]) -> bool:

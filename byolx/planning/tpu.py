@@ -138,7 +138,7 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-  """Parses the name of a slice: a topology as `v3:16x16`, or an accelerator type as `v3-512`.
+  """Parse the name of a slice: a topology as `v3:16x16`, or an accelerator type as `v3-512`.
 
   Raises:
     ConfigError: unknown generation, or a size that the generation does not have.
@@ -226,7 +226,7 @@ def version() -> str:
 
 
 def quieten() -> None:
-  """Stops an installed libtpu from searching for a TPU and logging errors where there is none.
+  """Stop an installed libtpu from searching for a TPU and logging errors where there is none.
 
   Must be called before jax first looks for devices. On a machine with a TPU it does nothing.
   """

@@ -1,9 +1,9 @@
 """Sampler: the records of each step, and their random generators, as a function of (seed, step).
 
 Epoch e visits the records in the order `epoch_order(seed, e)`. The stream of all epochs is cut into
-batches of exactly `batch_size`, across the ends of epochs. So no record is dropped or repeated: each
-is used once per epoch, whatever the batch size and the number of hosts. Each host has one block of
-each batch.
+batches of exactly `batch_size`, across the ends of epochs. So no record is dropped or repeated:
+each is used once per epoch, whatever the batch size and the number of hosts. Each host has one
+block of each batch.
 
 The random numbers of a view are drawn from `Stream(seed).at(VIEW, record, epoch, view)`: Philox
 counters (draw, purpose, epoch, view) under the key (seed, record).

@@ -164,8 +164,8 @@ def apply(
     )
   if operations.index.ndim != 1 or operations.index.shape != operations.strength.shape:
     raise ValueError(
-      f"index has the shape {operations.index.shape}, strength {operations.strength.shape}; expected one"
-      " axis of the same length, the operations of a single view"
+      f"index has the shape {operations.index.shape}, strength {operations.strength.shape};"
+      " expected one axis of the same length, the operations of a single view"
     )
   _check_interpolation(interpolation)
   for index, strength in zip(operations.index.tolist(), operations.strength.tolist()):

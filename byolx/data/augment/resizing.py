@@ -164,7 +164,7 @@ class _Block(NamedTuple):
 def _resize_weights(
   source: int, target: int, first: int, count: int, antialias: bool
 ) -> tuple[_Block, ...]:
-  """Matrix that resizes a line from `source` to `target` pixels: rows first to first + count - 1."""
+  """Rows first to first + count - 1 of the matrix that resizes `source` pixels to `target`."""
   scale = source / target
   stretch = max(scale, 1.0) if antialias else 1.0
   centre = (np.arange(first, first + count) + 0.5) * scale - 0.5

@@ -76,9 +76,8 @@ class Inputs:
       if self.offsets is not None:
         return read_member(self.root, int(self.offsets[index]), size), name
       return read_file(os.path.join(self.root, self.names[index])), name
-    except (
-      DecodeError
-    ) as error:  # without the path, so that the list of errors is the same on every machine
+    except DecodeError as error:
+      # The path is removed, so that `unreadable.txt` is the same on every machine.
       raise DecodeError(f"{name}: {str(error).rpartition(': ')[2]}") from None
     except OSError as error:
       raise DecodeError(f"{name}: {error.strerror or error}") from error

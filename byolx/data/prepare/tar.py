@@ -117,7 +117,7 @@ def _list(window: _Window, path: str, folder: str, archive: Archive) -> None:
         tar.members.clear()  # tarfile keeps all members: too much memory for millions
         _add(member, window, path, folder, archive)
   except tarfile.TarError as error:
-    raise ValueError(f"{path}: {error}; expected a whole, uncompressed tar archive") from error
+    raise ValueError(f"{path}: {error}; expected a complete, uncompressed tar archive") from error
   # tarfile ends without an error at a damaged header: check for the end mark.
   window.seek(tar.offset)
   if window.read(_BLOCK) != bytes(_BLOCK):

@@ -161,14 +161,14 @@ def _cut_all(collection: Collection, options: Options) -> dict[str, list[np.ndar
       raise ValueError(f"--shards={options.shards}: expected at most {len(train)}, one per image")
     per_shard = int((train.sizes + 1).sum()) / options.shards
   cut = {}
-  for split, of_split in collection.splits.items():
-    total = int((of_split.sizes + 1).sum())  # + 1, so that empty files count as well
-    count = min(max(1, math.ceil(total / per_shard - 1e-9)), len(of_split))
+  for split, inputs in collection.splits.items():
+    total = int((inputs.sizes + 1).sum())  # + 1, so that empty files count as well
+    count = min(max(1, math.ceil(total / per_shard - 1e-9)), len(inputs))
     if count >= MAX_SHARDS:
       raise ValueError(
         f"{count} shards for {split}; expected fewer than {MAX_SHARDS}: increase --shard_mb"
       )
-    cut[split] = _cut(of_split.sizes + 1, count)
+    cut[split] = _cut(inputs.sizes + 1, count)
   return cut
 
 
@@ -195,20 +195,20 @@ def _plan(
     "what was left out": hashlib.sha256(left_out).hexdigest(),
     "splits": {
       split: {
-        "images": len(of_split),
-        "bytes": int(of_split.sizes.sum()),
-        "names, sizes and labels": _fingerprint(of_split, collection.classes),
+        "images": len(inputs),
+        "bytes": int(inputs.sizes.sum()),
+        "names, sizes and labels": _fingerprint(inputs, collection.classes),
         "shards": len(cut[split]),
       }
-      for split, of_split in collection.splits.items()
+      for split, inputs in collection.splits.items()
     },
   }
 
 
-def _fingerprint(of_split: Inputs, classes: tuple[str, ...]) -> str:
+def _fingerprint(inputs: Inputs, classes: tuple[str, ...]) -> str:
   sha256 = hashlib.sha256(json.dumps(classes).encode())
-  sha256.update(of_split.names.buffer)
-  for values in (of_split.names.ends, of_split.sizes, of_split.labels):
+  sha256.update(inputs.names.buffer)
+  for values in (inputs.names.ends, inputs.sizes, inputs.labels):
     sha256.update(np.ascontiguousarray(values, "<i8").tobytes())
   return sha256.hexdigest()
 
@@ -267,12 +267,12 @@ def _write_shards(
 ) -> dict[str, Finished]:
   """Writes all shards in parallel; returns them by file name."""
   jobs = [
-    Job(str(to), _shard_file(split, number, len(parts)), of_split.take(part), options.encode)
-    for split, of_split, parts in _zipped(collection, cut)
+    Job(str(to), _shard_file(split, number, len(parts)), inputs.take(part), options.encode)
+    for split, inputs, parts in _zipped(collection, cut)
     for number, part in enumerate(parts)
   ]
   sizes = {job.file: int(job.inputs.sizes.sum()) for job in jobs}
-  images = sum(len(of_split) for of_split in collection.splits.values())
+  images = sum(len(inputs) for inputs in collection.splits.values())
   max_left_out = options.max_failed_share * (images + len(collection.left_out))
   print(f"{images:,} images, {_size(sum(sizes.values()))}, into {len(jobs)} shards", flush=True)
   progress = _Progress("prepared", len(jobs), sum(sizes.values()))
@@ -321,7 +321,7 @@ def _shard_file(split: str, number: int, count: int) -> str:
 
 
 def _zipped(collection: Collection, cut: dict[str, list[np.ndarray]]):
-  return [(split, of_split, cut[split]) for split, of_split in collection.splits.items()]
+  return [(split, inputs, cut[split]) for split, inputs in collection.splits.items()]
 
 
 # 3. Publishing.
@@ -337,7 +337,7 @@ def _publish(
 ) -> None:
   """Writes the indices and, last, `dataset.json`, which marks the set as finished."""
   splits = {}
-  for split, of_split, parts in _zipped(collection, cut):
+  for split, inputs, parts in _zipped(collection, cut):
     files = [finished[_shard_file(split, i, len(parts))] for i in range(len(parts))]
     kept = np.concatenate([part[done.kept] for part, done in zip(parts, files)])
     if not len(kept):
@@ -345,7 +345,7 @@ def _publish(
         f"no image of the {split} split can be read, see {to / UNREADABLE}"
       )
     crc32 = np.array([value for done in files for value in done.crc32], np.uint32)
-    index = Index(of_split.labels[kept], crc32, of_split.names.take(kept)).to_bytes()
+    index = Index(inputs.labels[kept], crc32, inputs.names.take(kept)).to_bytes()
     file = f"{split}.index.npz"
     write_durably(to / file, index)
     sha256 = hashlib.sha256(index).hexdigest()

@@ -178,8 +178,8 @@ class _Array:
     """Returns the array if it has uint8 values and a consistent size, otherwise None."""
     match self.state:
       case (int(), tuple() as shape, _Dtype(code="u1" | "|u1"), False | 0, bytes() as raw):
-        whole = all(type(side) is int and side >= 0 for side in shape)
-        if whole and math.prod(shape) == len(raw):
+        valid = all(type(side) is int and side >= 0 for side in shape)
+        if valid and math.prod(shape) == len(raw):
           return np.frombuffer(raw, np.uint8).reshape(shape)
     return None
 

@@ -296,7 +296,8 @@ def _wnids(root: Path, split: str) -> list[str]:
   if not folder.is_dir():
     subfolders = ", ".join(_subfolders(root)[:3]) or "no subfolder"
     raise ValueError(
-      f"data.folder is {str(root)!r}, which has no {split}/ (found: {subfolders}); expected {_IMAGENET}"
+      f"data.folder is {str(root)!r}, which has no {split}/ (found: {subfolders});"
+      f" expected {_IMAGENET}"
     )
   names = _subfolders(folder)
   if not names:

@@ -193,13 +193,13 @@ def verify(
     parts = [slice(start, start + shard.records) for start, shard in zip(starts, stored.shards)]
 
     def check(shard: Shard, part: slice, index=index) -> list[str]:
-      problems = _verify_shard(Path(folder) / shard.file, shard, index, part, images)
+      shard_problems = _verify_shard(Path(folder) / shard.file, shard, index, part, images)
       report(shard.records, shard.bytes)
-      return problems
+      return shard_problems
 
     with ThreadPoolExecutor(threads) as pool:
-      for of_shard in pool.map(check, stored.shards, parts):
-        problems += of_shard
+      for shard_problems in pool.map(check, stored.shards, parts):
+        problems += shard_problems
   return problems
 
 

@@ -114,10 +114,10 @@ def read_manifest(folder: str | Path) -> Manifest:
 def _manifest(name, byolx, encode, classes, splits) -> Manifest:
   """Builds and checks a manifest; a missing or unknown field is a TypeError of the call."""
   stored = {}
-  for split, of_split in splits.items():
+  for split, entry in splits.items():
     check_split(split)
-    shards = tuple(Shard(**shard) for shard in of_split["shards"])
-    stored[split] = StoredSplit(of_split["records"], IndexFile(**of_split["index"]), shards)
+    shards = tuple(Shard(**shard) for shard in entry["shards"])
+    stored[split] = StoredSplit(entry["records"], IndexFile(**entry["index"]), shards)
     for file in (stored[split].index, *shards):
       if os.path.basename(file.file) != file.file:
         raise ValueError(f"the file {file.file!r} is not in the set's folder")

@@ -33,9 +33,9 @@ def digits(split: str, test_share: float = 0.2) -> ArraySource:
   check_split(split)
   table = _digits_table()
   labels = table[:, -1].astype(np.int32)
-  chosen = stratified_holdout(labels, test_share, SPLIT_SEED)[SPLITS.index(split)]
-  images = np.rint(table[chosen, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-  return ArraySource("digits", images, labels[chosen], tuple(str(i) for i in range(10)))
+  indices = stratified_holdout(labels, test_share, SPLIT_SEED)[SPLITS.index(split)]
+  images = np.rint(table[indices, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+  return ArraySource("digits", images, labels[indices], tuple(str(i) for i in range(10)))
 
 
 def _digits_table() -> np.ndarray:
@@ -80,7 +80,7 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
       " dataset-fashion-mnist), or set data.folder to the folder of its four .gz files"
     ) from None
   except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f"{path}: {error}; expected a whole gzip file in IDX format") from error
+    raise ValueError(f"{path}: {error}; expected a complete gzip file in IDX format") from error
   start = 8 + 4 * len(shape)
   magic = bytes((0, 0, 8, 1 + len(shape)))
   if data[:4] != magic:

@@ -51,9 +51,9 @@ def brightness(
 
 
 def contrast(x: Float[Array, "b *c h w"], factor: Float[Array, "b"]) -> Float[Array, "b *c h w"]:
-  """Contrast: factor * (x - mean) + mean, clipped to [0, 1], with the mean of each image and channel.
+  """Contrast: factor * (x - mean) + mean, clipped to [0, 1]; the neutral factor is 1.
 
-  The neutral factor is 1.
+  The mean is that of each image and channel.
   """
   factor = _per_image(factor, x)
   return jnp.clip(factor * x + (1 - factor) * x.mean(axis=(-2, -1), keepdims=True), 0, 1)

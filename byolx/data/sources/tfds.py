@@ -106,8 +106,8 @@ def tfds(folder: str | Path, split: str) -> TFDSSource:
   names = [name for name in choices if name in shards]
   if not names:
     raise ValueError(
-      f"data.folder is {str(folder)!r}, which has the splits {', '.join(shards) or 'none'}; expected"
-      f" {' or '.join(choices)} for the {split} split"
+      f"data.folder is {str(folder)!r}, which has the splits {', '.join(shards) or 'none'};"
+      f" expected {' or '.join(choices)} for the {split} split"
     )
   name = names[0]
   if len(names) > 1 and keys.label and _labels_and_names(shards[name][0], keys, 1)[0][0] < 0:

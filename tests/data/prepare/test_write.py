@@ -271,7 +271,7 @@ def test_verify_on_its_own(byolx, tree, tmp_path):
     ),
     (
       ("--from={tree}/train", "--to={set}", "--test_labels={file}"),
-      "--test_labels={file} was given, but no test split is there; see --test",
+      "--test_labels={file} was given, but there is no test split; expected --test as well",
     ),
     (
       ("--from={tree}/val", "--to={set}", "--test={tree}/train"),

@@ -110,7 +110,7 @@ def test_a_kept_step_donates_and_refuses_as_a_compiled_one_does(load):
     assert getattr(step, name) == getattr(exp.lower().compile(), name)
 
 
-def note(exp, name="step"):
+def manifest(exp, name="step"):
   return exp.kept.path(name)
 
 
@@ -130,7 +130,7 @@ def note(exp, name="step"):
   ],
 )
 def test_another_config_has_other_programs(load, change, same):
-  before, after = (note(experiment.build(load(*changes))) for changes in ((), (change,)))
+  before, after = (manifest(experiment.build(load(*changes))) for changes in ((), (change,)))
   assert (before == after) == same
 
 
@@ -274,7 +274,7 @@ def test_without_a_folder_nothing_is_kept(load, folder):
   compilation_cache.reset_cache()
   cfg = load("compile.cache=")
   exp = experiment.build(cfg, compile_cache.begin(cfg, NO_RUN))
-  assert note(exp) is None
+  assert manifest(exp) is None
   exp.initialise()
   settle(exp.kept)
   assert not folder.exists()

@@ -37,9 +37,9 @@ def begin(config: ConfigDict, workdir: Path) -> programs.Kept:
     mesh = sharding.lay_out(config.mesh, sharding.find_devices(config)).mesh
   except ValueError:
     return programs.none()
-  kept = programs.of(config, mesh.devices.ravel().tolist())
-  kept.begin("step")
-  return kept
+  stored = programs.of(config, mesh.devices.ravel().tolist())
+  stored.begin("step")
+  return stored
 
 
 def keep_in(folder: str, workdir: Path) -> None:

@@ -52,9 +52,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   options.join(arguments)
   cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
-  programs = None if arguments.seeds else compile_cache.begin(
-    cfg, workdir, schema.task_source(cfg)
-  )
+  programs = None if arguments.seeds else compile_cache.begin(cfg, workdir, schema.task_source(cfg))
   # Imported late, because cached programs load meanwhile.
   from byolx.runs import run
 

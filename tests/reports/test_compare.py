@@ -283,7 +283,7 @@ def test_chosen_rates_may_differ_between_seeds(tmp_path):
 )  # fmt: skip
 def test_which_numbers_a_run_is(changes, of_record, wanted):
   one = measurements.Measurement(record(**of_record), (), fields(LINEAR | changes), None)
-  assert tables(compare.results([one], every=True)[0]) == wanted
+  assert tables(compare.results([one], include_all=True)[0]) == wanted
 
 
 BASELINE = ["14a", "14b", "15a", "15b", "16", "17", "18", "19", "20", "21"]
@@ -355,7 +355,7 @@ def test_a_record_that_does_not_say_where_its_encoder_comes_from_may_be_table_9(
 )  # fmt: skip
 def test_protocols_in_words(changes, of_record, wanted):
   one = measurements.Measurement(record(**of_record), (), fields(LINEAR | changes), None)
-  assert compare.protocol(compare.results([one], every=True)[0]) == wanted
+  assert compare.protocol(compare.results([one], include_all=True)[0]) == wanted
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,8 @@ def test_runs_without_results_are_left_out_of_a_folder(tmp_path, caplog):
   with caplog.at_level(logging.WARNING, "byolx"):
     assert len(measurements.read([tmp_path])) == 1
   assert caplog.messages == [
-    f"{tmp_path / 'b'}: no results yet; `byolx eval --from={tmp_path / 'b'}` makes them, or the "
-    "`byolx train` that made it when it ends"
+    f"{tmp_path / 'b'}: no results yet; run `byolx eval --from={tmp_path / 'b'}`, or let its "
+    "`byolx train` finish"
   ]
 
 
@@ -135,10 +135,13 @@ def test_results_alone_are_reported_by_their_means():
   [
     (lambda p: p / "none", "none, which does not exist: expected a workdir of a run or a sweep"),
     (lambda p: p.mkdir() or p, "no workdir, and none below; expected a folder with a config.json"),
-    (lambda p: run(p, None), "no results yet; `byolx eval --from="),
-    (lambda p: sweep(p, None), "no results yet; the `byolx sweep` that made it writes them"),
-    (lambda p: run(p / "a", None).parent, "no results yet; `byolx eval --from="),
-    (lambda p: run(p, []), "no record in results.json; expected labelled test images"),
+    (lambda p: run(p, None), "no results yet; run `byolx eval --from="),
+    (lambda p: sweep(p, None), "no results yet; let its `byolx sweep` finish"),
+    (lambda p: run(p / "a", None).parent, "no results yet; run `byolx eval --from="),
+    (
+      lambda p: run(p, []),
+      "no record in results.json; expected records, which need labelled test images",
+    ),
     (lambda p: run(p, ["x"]), "results.json: 'x'; expected records with task, protocol, split"),
     (lambda p: run(p, [record(value=None)]), "results.json: value None; expected a number in 0..1"),
     (lambda p: run(p, {"a": 1}), "results.json: dict; expected a list of records"),

@@ -125,7 +125,7 @@ def _appearance(label: int) -> tuple[str, str]:
 
 
 def _name(label: int, classes: Sequence[str]) -> str:
-  """Name of a class in the legend, without $ (a formula) and leading _ (hidden) for matplotlib."""
+  """Name of a class in the legend, escaped: matplotlib reads $ as a formula and hides a leading _."""
   if label < 0:
     return "unlabelled"
   name = classes[label] if label < len(classes) else f"class {label}"

@@ -29,7 +29,7 @@ Result (paper; this config was not run here), top-1 / top-5 after 1000 epochs of
 Deviations from the paper: none. `views`, `tclip` and `penalty` are the rows of Table 7.
 
 Not stated in the paper, and as in its authors' code: a cosine (`optim.schedule`) without warm-up
-(`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`), float32 (`model.dtype`). Ours: with
+(`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`). Ours: with
 `views=pretrain`, the classifier is trained on T alone, not on T and T' (`classify.views`). The fields
 that this file does not set have the defaults of docs/fidelity.md.
 """

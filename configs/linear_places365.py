@@ -14,7 +14,7 @@ pretrained on Places365 53.2, on ImageNet 51.0.
 Deviations from the paper: none.
 
 Not stated in the paper, and as in its authors' code on ImageNet: a cosine (`optim.schedule`) without
-warm-up (`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`), float32 (`model.dtype`).
+warm-up (`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`).
 Ours: rates are chosen on 1 % of the training images (`data.validation`, `data.validation_share`), since
 Table 10 has no validation images of Places365. The fields that this file does not set have the defaults
 of docs/fidelity.md.

@@ -22,7 +22,7 @@ Deviations from the paper, by field, with arguments outside its grid only:
   `train.epochs`: that of `epochs`.
 
 Not stated in the paper, and ours as in linear evaluation: a cosine (`optim.schedule`) without warm-up
-(`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`), float32 (`model.dtype`). The fields
+(`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`). The fields
 that this file does not set have the defaults of docs/fidelity.md.
 """
 

@@ -28,13 +28,12 @@ import numpy as np
 import threadpoolctl
 from PIL import Image
 
-from byolx.core import config
 from byolx.data.augment.resizing import crop_and_resize
 from byolx.data.decode import decode
 from byolx.data.prepare import write
 from byolx.data.sources.prepared import prepared
 from byolx.planning import input_speed
-from byolx.runs import images
+from byolx.runs import config, images
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))

@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from byolx.core import config, sharding
-from byolx.runs import trainer
+from byolx.core import sharding
+from byolx.runs import config, trainer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "linear_imagenet.py"
 

@@ -15,9 +15,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from byolx.core import config
 from byolx.planning import tpu
-from byolx.runs import trainer
+from byolx.runs import config, trainer
 
 IMAGES, CLASSES = 1_281_167, 1000
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from byolx.core import config
+from byolx.runs import config
 
 
 def validation(cfg) -> float:

@@ -2,7 +2,7 @@
 
 import json
 
-from byolx.core import config
+from byolx.runs import config
 
 LINEAR = {
   "task": "linear",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from byolx.checkpoints import manager, pretrained, storage
 from byolx.checkpoints.storage import CheckpointError
-from byolx.core import config
+from byolx.core.config import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +65,18 @@ class Page:
     return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
-def inspect(path: Path, verify: bool = False) -> Page:
+def inspect(
+  path: Path,
+  defaults: Mapping[str, Any],
+  encoder_fields: Sequence[str] = (),
+  verify: bool = False,
+) -> Page:
   """Reads a workdir, a folder of checkpoints, or one checkpoint.
 
   Args:
     path: where it is.
+    defaults: a flat config, to which that of the checkpoint is compared.
+    encoder_fields: names of the fields that go with an encoder.
     verify: reads every array too, and compares digests.
 
   Raises:
@@ -87,11 +95,18 @@ def inspect(path: Path, verify: bool = False) -> Page:
     steps[::-1],
     meta.get("commit", ""),
     meta.get("fingerprint", ""),
-    _changed(meta.get("config", {})),
+    _changed(meta.get("config", {}), defaults),
     pretrained.parts_of(kinds),
     meta.get("lineage"),
-    config.of_encoder(meta["config"]) if meta.get("config") else {},
+    _of_encoder(meta.get("config"), defaults, encoder_fields),
   )
+
+
+def _of_encoder(
+  flat: Mapping[str, Any] | None, defaults: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+  """The fields that go with the encoder; none where the checkpoint has no config."""
+  return {name: flat.get(name, defaults[name]) for name in names} if flat else {}
 
 
 def _look_at(folder: Path, verify: bool) -> tuple[Step, dict[str, Any] | None]:
@@ -120,10 +135,13 @@ def _all_arrays(record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
-def _changed(flat: dict[str, Any]) -> dict[str, list[Any]]:
+def _changed(flat: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, list[Any]]:
   """`{field: [default, value]}` where they differ; fields of other versions count."""
-  defaults = json.loads(config.to_json(config.defaults()))
-  return {name: [defaults.get(name), value] for name, value in config.changes(flat).items()}
+  return {
+    name: [plain(defaults.get(name)), plain(value)]
+    for name, value in flat.items()
+    if name not in defaults or plain(defaults[name]) != plain(value)
+  }
 
 
 def _step_rows(steps: list[Step]) -> list[list[str]]:

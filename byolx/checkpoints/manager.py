@@ -22,6 +22,7 @@ import jax
 from byolx.checkpoints import checksums, storage
 from byolx.checkpoints.storage import FORMAT, CheckpointError, DamagedError, named
 from byolx.core import distributed, text
+from byolx.core.fields import above, at_least, field, one_of
 
 __all__ = [
   "FORMAT",
@@ -41,19 +42,19 @@ LOG = logging.getLogger("byolx")
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """Which checkpoints are kept.
+  """The config group `checkpoint`: when checkpoints are saved, and which of them are kept."""
 
-  Args:
-    keep: how many of the latest.
-    keep_every: those of every so many steps, for ever; 0: none.
-    best: a metric's name; the step with its best value is kept too; empty: none.
-    best_mode: `min` or `max`, what is best.
-  """
-
-  keep: int = 2
-  keep_every: int = 0
-  best: str = ""
-  best_mode: str = "min"
+  every_epochs: float = field(1.0, "between checkpoints", above(0), free=True)
+  every_steps: int = field(0, "between checkpoints as well; 0: off", at_least(0), free=True)
+  every_minutes: float = field(0.0, "between checkpoints as well; 0: off", at_least(0), free=True)
+  keep: int = field(2, "latest checkpoints kept", at_least(1), free=True)
+  keep_every: int = field(
+    0, "steps: those of every so many are kept for ever; 0: none", at_least(0), free=True
+  )
+  best: str = field(
+    "", "a metric, such as loss: the step with its best value is kept too; empty: none", free=True
+  )
+  best_mode: str = field("min", "what is best of checkpoint.best", one_of("min", "max"), free=True)
 
   def kept(self, steps: list[int], metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
     """The steps that stay, of those there are."""

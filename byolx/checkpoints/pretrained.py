@@ -2,23 +2,23 @@
 
 Everything else may differ: projector, predictor, heads, optimiser, devices. Every encoder of the new
 state (online, target) gets the arrays; what they do not cover stays as it was initialised. The fields
-that go with an encoder (`fields.ENCODER`) may not differ: equal arrays would compute something else.
+that go with an encoder may not differ, or equal arrays would compute something else: `read` checks them.
 """
 
 import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from byolx.checkpoints import manager, storage
-from byolx.core.config import ConfigError, flatten, refuse_other_function, stored
+from byolx.core.config import ConfigError, stored
+from byolx.core.fields import each, field, one_of
 from byolx.core.text import first_few
 
 LOG = logging.getLogger("byolx")
@@ -26,6 +26,26 @@ LOG = logging.getLogger("byolx")
 State = TypeVar("State")
 
 _VARIABLES = ("params", "rest")
+
+Accept = Callable[[Mapping[str, Any], Path], None]
+"""Takes a flat config and the checkpoint that it goes with; raises ConfigError to refuse it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InitSpec:
+  """The config group `init`: what a run takes from another one."""
+
+  workdir: str = field(
+    "", "start with the encoder of this run's newest checkpoint, or of this checkpoint; empty: anew"
+  )
+  encoder: str = field("online", "which of its encoders", one_of("online", "target"))
+  inherit: tuple[str, ...] = field(
+    (),
+    "groups of fields that are taken from another run where this config does not set them",
+    each(one_of("data", "views", "model", "eval")),
+    free=True,
+  )
+  like: str = field("", "that run's workdir; empty: init.workdir", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +95,7 @@ class Table:
 
 
 def read(
-  path: Path, which: str, place: jax.sharding.Sharding, run: ConfigDict | None = None
+  path: Path, which: str, place: jax.sharding.Sharding, accept: Accept | None = None
 ) -> Encoder:
   """An encoder of a workdir's newest good checkpoint, or of one checkpoint.
 
@@ -83,8 +103,8 @@ def read(
     path: a workdir, its folder of checkpoints, or the folder of one.
     which: `online` or `target`.
     place: of the arrays.
-    run: config of the run that starts from the encoder; None where no run does. A checkpoint that
-      was saved without a config is only warned about.
+    accept: raises where the config that the encoder was trained with does not fit the run that
+      starts from it; None where no run does. A checkpoint without a config is only warned about.
 
   Raises:
     ConfigError: there is no such encoder, or by the run's config it would compute another function.
@@ -93,8 +113,8 @@ def read(
   prefixes: dict[str, str] = {}
 
   def choose(folder: Path, record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    if run is not None:
-      _refuse_other_function(record, folder, run)
+    if accept is not None:
+      _compare(record, folder, accept)
     named = {name: found for name in record["arrays"] if (found := _in_encoder(name))}
     prefixes.update({name: inner for name, (owner, inner) in named.items() if owner == which})
     if not prefixes:
@@ -172,11 +192,11 @@ def _abstract(kind: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(storage.shape_of(kind), dtype, sharding=place)
 
 
-def _refuse_other_function(record: Mapping[str, Any], folder: Path, run: ConfigDict) -> None:
-  """Compares the config that a checkpoint was saved with to the run's."""
+def _compare(record: Mapping[str, Any], folder: Path, accept: Accept) -> None:
+  """Has the config checked that a checkpoint was saved with."""
   there = record["meta"].get("config") or stored(folder)
   if there:
-    refuse_other_function(flatten(run), there, run.task, folder)
+    accept(there, folder)
   else:
     LOG.warning(
       "%s was saved without a config: whether its encoder was trained with the padding, epsilon, input"

@@ -41,9 +41,10 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.core import config, files
+  from byolx.core import files
   from byolx.core.machine import usable_cores
   from byolx.planning import input_speed
+  from byolx.runs import config
 
   cfg = config.load(arguments.config, overrides)
   workers = arguments.workers or sorted({0, 1, usable_cores()})

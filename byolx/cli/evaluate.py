@@ -13,12 +13,17 @@ def add(command) -> None:
   sub.add_argument(
     "--test", action="store_true", help="measure the test images, where the run has left them alone"
   )
+  sub.add_argument(
+    "--tasks", metavar="FILE", help="Python file that registers the run's task, if it is your own"
+  )
   options.add_distributed(sub)
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.runs import run
+  from byolx.runs import config, run
 
   options.join(arguments)
+  if arguments.tasks:
+    config.run_file(arguments.tasks, "--tasks")
   run.evaluate_run(arguments.workdir, arguments.test)
   return 0

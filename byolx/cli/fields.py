@@ -9,8 +9,8 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.core.fields import FIELDS
+  from byolx.runs import schema
 
-  for name, field in FIELDS.items():
+  for name, field in schema.fields().items():
     print(f"{name:<34} {field.default!s:<26} {field.meaning}")
   return 0

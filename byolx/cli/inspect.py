@@ -17,8 +17,10 @@ def add(command) -> None:
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx.checkpoints import inspection
   from byolx.core import files
+  from byolx.runs import config, schema
 
-  page = inspection.inspect(arguments.path, arguments.verify)
+  defaults, encoder_fields = config.flatten(config.defaults()), list(schema.encoder_fields())
+  page = inspection.inspect(arguments.path, defaults, encoder_fields, arguments.verify)
   print(page.text())
   if arguments.json:
     files.write_atomically(arguments.json, page.json())

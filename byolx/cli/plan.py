@@ -80,8 +80,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
   # Nothing runs: an attached TPU or GPU is left to others.
   jax.config.update("jax_platforms", "cpu")
-  from byolx.core import config, files
+  from byolx.core import files
   from byolx.planning import page, plan, tpu
+  from byolx.runs import config
 
   terms = plan.Terms(
     efficiency=arguments.efficiency,

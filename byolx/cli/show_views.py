@@ -18,11 +18,11 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.core import config
-  from byolx.runs import images, run
+  from byolx.runs import config, images, run, trainer
 
   cfg = config.load(arguments.config, overrides)
   source = images.build_sources(cfg).train
-  run.write_views(cfg, source, arguments.output, arguments.images, arguments.pairs)
+  transform = trainer.build_input(cfg, len(source.classes))
+  run.write_views(cfg, transform, source, arguments.output, arguments.images, arguments.pairs)
   print(f"wrote {arguments.output}")
   return 0

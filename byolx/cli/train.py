@@ -42,13 +42,13 @@ def add(command) -> None:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  from byolx.core import config
+  from byolx.runs import config, schema
   from byolx.training import compile_cache
 
   options.join(arguments)
   cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
-  kept = None if arguments.seeds else compile_cache.begin(cfg, workdir)
+  kept = None if arguments.seeds else compile_cache.begin(cfg, workdir, schema.task_source(cfg))
   # Imported only now: programs load meanwhile.
   from byolx.runs import run
 

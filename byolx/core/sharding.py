@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from byolx.core import distributed
+from byolx.core.fields import at_least, field, one_of
 from byolx.core.machine import usable_cores
 
 DATA, FSDP = "data", "fsdp"
@@ -146,6 +147,34 @@ def in_pieces(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshSpec:
+  """The config group `mesh`."""
+
+  state: str = field(
+    "replicated",
+    "where the state lives: whole on every device; zero: optimiser, target and gradients in pieces "
+    "over mesh.fsdp devices; full: parameters too",
+    one_of("replicated", "zero", "full"),
+    free=True,
+  )
+  data: int = field(
+    0, "devices over which a batch is spread; 0: all there are", at_least(0), free=True
+  )
+  fsdp: int = field(
+    0,
+    "of them, those that share one state in pieces; 0: as many as divide them, at most 64",
+    at_least(0),
+    free=True,
+  )
+  cpu_devices: int = field(
+    0,
+    "devices that a CPU is split into; 0: as many as cores and batch allow",
+    at_least(0),
+    free=True,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
   """Where a training state lives on a mesh.
 
@@ -172,8 +201,8 @@ class Layout:
     return jax.tree.map(lambda x: in_pieces(self.mesh, x.shape) if pieces else whole, tree)
 
 
-def lay_out(wanted: ConfigDict, devices: Sequence[Any]) -> Layout:
-  """The mesh that the fields of `mesh` describe, and where the state lives on it.
+def lay_out(wanted: MeshSpec, devices: Sequence[Any]) -> Layout:
+  """The mesh that a config describes, and where the state lives on it.
 
   Raises:
     ValueError: the devices cannot be cut so.

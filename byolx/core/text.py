@@ -1,4 +1,6 @@
-"""Text for people: durations, short lists, errors in one line."""
+"""Text for people: durations, short lists, errors in one line, tables."""
+
+from collections.abc import Container, Sequence
 
 
 def first_few(differences: list[str], most: int = 3) -> str:
@@ -19,3 +21,20 @@ def duration(seconds: float) -> str:
   if seconds >= 3600:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
   return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+  """Rows as columns of equal width, two spaces apart.
+
+  Args:
+    rows: cells of every row, all rows equally long.
+    right: numbers of the columns that are aligned to the right, from 0.
+  """
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join(
+    "  ".join(
+      cell.rjust(width) if number in right else cell.ljust(width)
+      for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  )

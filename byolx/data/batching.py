@@ -1,7 +1,7 @@
-"""Making batches: from the numbers of records to arrays of views.
+"""Batches: from the numbers of records to arrays.
 
-The objects here are what worker processes are given. They map the number of a part of a batch to
-that part, whoever asks and in whatever order; see `order` for which records are in it.
+Worker processes are given the objects defined here. Each maps the number of a part of a batch to that
+part, in any process and in any order; `sampler` says which records are in it.
 """
 
 import math
@@ -15,14 +15,11 @@ import threadpoolctl
 from jaxtyping import UInt8
 
 from byolx.core.machine import end_with_parent
-from byolx.data.augment import randaugment
-from byolx.data.augment.distribution import Draws, ViewSpec, draw
-from byolx.data.augment.on_host import apply_host
-from byolx.data.augment.resizing import crop_and_resize, evaluation_view
 from byolx.data.decode import DecodeError
-from byolx.data.sampler import RANDAUGMENT, REPLACEMENT, VIEW, Rows, Stream, epoch_order
+from byolx.data.sampler import REPLACEMENT, Rows, Stream, epoch_order
 from byolx.data.shared_memory import Borrower, Lender, Loan
 from byolx.data.sources.base import Example, Source
+from byolx.data.transforms import Array, Arrays, Random, Transform
 from byolx.data.unreadable import Failure, TooManyFailuresError
 
 Batch = dict[str, Any]
@@ -30,21 +27,92 @@ Batch = dict[str, Any]
 _REPLACEMENTS = 1000
 """After so many unreadable records in a row the source is given up."""
 
+EVALUATION_SEED = 0
+"""The seed of what a transform draws in evaluation: every evaluation of an image sees the same."""
+
+_ALIGNMENT = 64
+"""Bytes: every array of a block begins at a multiple."""
+
+
+class Placed(NamedTuple):
+  """Where the rows of one array lie inside a block of bytes."""
+
+  name: str
+  offset: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def of(self, block: UInt8[np.ndarray, "bytes"]) -> np.ndarray:
+    """The array, a view of the block."""
+    size = math.prod(self.shape) * self.dtype.itemsize
+    return block[self.offset : self.offset + size].view(self.dtype).reshape(self.shape)
+
 
 class Made(NamedTuple):
-  """A part of a batch and the unreadable records that came up in making it.
+  """A part of a batch, and the unreadable records that came up while it was made.
 
   Attributes:
-    names: of the images in the batch: view1, view2, or image.
-    pixels: all of them, or a loan of them.
-    rest: what else is in the batch.
-    failures: in the order of rows.
+    placed: places of the large arrays inside the block.
+    block: bytes of all large arrays, or the loan of the shared memory that holds them.
+    rest: all other arrays by name.
+    failures: unreadable records, in the order of rows.
   """
 
-  names: tuple[str, ...]
-  pixels: UInt8[np.ndarray, "names b size size 3"] | Loan
+  placed: tuple[Placed, ...]
+  block: UInt8[np.ndarray, "bytes"] | Loan
   rest: Batch
   failures: tuple[Failure, ...]
+
+
+class Allocation:
+  """The arrays of one part of a batch, to be filled row by row.
+
+  Arrays with a shape of their own (images, masks, boxes) lie in one block of shared memory; scalars
+  and the arrays inside a NamedTuple, such as a view's random numbers, go through a pipe.
+
+  Args:
+    arrays: shape and dtype of each array of one example, by name.
+    rows: number of rows.
+    lender: owner of the shared memory.
+  """
+
+  def __init__(self, arrays: Arrays, rows: int, lender: Lender):
+    placed, end = [], 0
+    for name, array in arrays.items():
+      if isinstance(array, Array) and array.shape:
+        dtype = np.dtype(array.dtype)
+        placed.append(Placed(name, end, (rows, *array.shape), dtype))
+        end += rows * math.prod(array.shape) * dtype.itemsize
+        end += -end % _ALIGNMENT
+    block, self._sent = lender.take(end)
+    self._placed = tuple(placed)
+    self._large = {place.name: place.of(block) for place in placed}
+    self._rest = {
+      name: _each(lambda x: np.empty((rows, *x.shape), x.dtype), array)
+      for name, array in arrays.items()
+      if name not in self._large
+    }
+
+  def row(self, row: int) -> Batch:
+    """One row of every array, as views: what is written into them is in the batch."""
+    rows = {name: array[row, ...] for name, array in self._large.items()}
+    return rows | {name: _each(lambda x: x[row, ...], x) for name, x in self._rest.items()}
+
+  def clear(self, row: int) -> None:
+    """Fills one row with zeros."""
+    for array in self.row(row).values():
+      _each(lambda x: x.fill(0), array)
+
+  def made(self, known: Batch, failures: tuple[Failure, ...]) -> Made:
+    """The part, with the arrays of `known` as well."""
+    return Made(self._placed, self._sent, known | self._rest, failures)
+
+
+def _each(function: Callable[[Any], Any], array: Any) -> Any:
+  """Applies a function to an array, or to each array of a NamedTuple."""
+  if isinstance(array, tuple) and not isinstance(array, Array):
+    return type(array)(*map(function, array))
+  return function(array)
 
 
 class Crew:
@@ -83,33 +151,20 @@ class Crew:
 class TrainPart:
   """Number of a part -> Made, for `loader.train_batches`."""
 
-  def __init__(
-    self,
-    source: Source,
-    views: Sequence[ViewSpec],
-    size: int,
-    seed: int,
-    rows: Rows,
-    placement: str,
-    antialias: bool,
-    crew: Crew,
-  ):
+  def __init__(self, source: Source, transform: Transform, seed: int, rows: Rows, crew: Crew):
     self._source = source
-    self._views = tuple(views)
-    self._size = size
+    self._transform = transform
+    self._arrays = transform.arrays
     self._seed = seed
     self._rows = rows
-    self._on_host = placement == "host"
-    self._antialias = antialias
     self._crew = crew
     self._lender = Lender()
 
   def __call__(self, number: int) -> Made:
     places = self._rows.of(number)
-    count, size = len(places), self._size
+    count = len(places)
     label, index = np.empty(count, np.int32), np.empty(count, np.int32)
-    images, sent = self._lender.take(len(self._views), count, size, size, 3)
-    draws: list[list] = [[None] * count for _ in self._views]
+    allocation = Allocation(self._arrays, count, self._lender)
 
     def fill(rows: range) -> list[Failure]:
       stream, failures = Stream(self._seed), []
@@ -118,20 +173,11 @@ class TrainPart:
         record = int(epoch_order(self._seed, epoch, self._rows.records)[place])
         example, index[row] = self._read(record, stream, failures)
         label[row] = example.label
-        for view, spec in enumerate(self._views):
-          place, out = (record, epoch, view), images[view, row]
-          draws[view][row] = make_view(
-            example.image, spec, stream, place, out, self._antialias, self._on_host
-          )
+        self._transform(example, Random(stream, record, epoch), allocation.row(row))
       return failures
 
     failures = self._crew.fill(count, fill)
-    numbers = range(1, len(self._views) + 1)
-    rest: Batch = {"label": label, "index": index}
-    if not self._on_host:
-      for view, drawn in zip(numbers, draws, strict=True):
-        rest[f"draws{view}"] = Draws(*map(np.stack, zip(*drawn)))
-    return Made(tuple(f"view{view}" for view in numbers), sent, rest, failures)
+    return allocation.made({"label": label, "index": index}, failures)
 
   def _read(self, record: int, stream: Stream, failures: list[Failure]) -> tuple[Example, int]:
     """The record, or a readable one in its place, which depends on seed and record only."""
@@ -157,101 +203,62 @@ class TrainPart:
     )
 
 
-def make_view(
-  image: UInt8[np.ndarray, "h w 3"],
-  spec: ViewSpec,
-  stream: Stream,
-  place: tuple[int, int, int],
-  out: UInt8[np.ndarray, "size size 3"],
-  antialias: bool,
-  on_host: bool = True,
-) -> Draws:
-  """Makes one view of an image: a function of seed and place, wherever and whenever it is made.
-
-  Args:
-    image: any size.
-    spec: what is drawn from.
-    stream: of the seed.
-    place: record, epoch, number of the view.
-    out: takes the view.
-    antialias: whether shrinking is antialiased.
-    on_host: False leaves all that follows the crop to the device.
-
-  Returns:
-    What was drawn; RandAugment's part not among it.
-  """
-  drawn = draw(spec, stream.at(VIEW, *place), *image.shape[:2])
-  crop_and_resize(image, drawn.crop, len(out), antialias, out)
-  if on_host:
-    out[:] = apply_host(out, drawn, spec.brightness_rule)
-    if spec.randaugment is not None:
-      chosen = randaugment.draw(spec.randaugment, stream.at(RANDAUGMENT, *place))
-      out[:] = randaugment.apply(out, chosen, spec.randaugment.interpolation)
-  return drawn
-
-
 class EvaluationPart:
   """Number of a part -> Made, for `loader.evaluation_batches`."""
 
-  def __init__(
-    self,
-    source: Source,
-    size: int,
-    resize: int,
-    rule: str,
-    antialias: bool,
-    rows: Rows,
-    crew: Crew,
-  ):
+  def __init__(self, source: Source, transform: Transform, rows: Rows, crew: Crew):
     self._source = source
-    self._view = (size, resize, rule, antialias)
+    self._transform = transform
+    self._arrays = transform.arrays
     self._rows = rows
     self._crew = crew
     self._lender = Lender()
 
   def __call__(self, number: int) -> Made:
     places = self._rows.of(number)
-    count, size = len(places), self._view[0]
-    (image,), sent = self._lender.take(1, count, size, size, 3)
+    count = len(places)
     label, index = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
     mask = np.zeros(count, bool)
+    allocation = Allocation(self._arrays, count, self._lender)
 
     def fill(rows: range) -> list[Failure]:
-      failures = []
+      stream, failures = Stream(EVALUATION_SEED), []
       for row in rows:
         record = places[row]
-        image[row] = 0
         if record >= self._rows.records:
+          allocation.clear(row)
           continue
         try:
           example = self._source[record]
         except DecodeError as error:
           failures.append(Failure(record, str(error)))
+          allocation.clear(row)
           continue
-        image[row] = evaluation_view(example.image, *self._view)
+        self._transform(example, Random(stream, record, 0), allocation.row(row))
         label[row], index[row], mask[row] = example.label, record, True
       return failures
 
     failures = self._crew.fill(count, fill)
-    return Made(("image",), sent, {"label": label, "mask": mask, "index": index}, failures)
+    return allocation.made({"label": label, "mask": mask, "index": index}, failures)
 
 
 def join(parts: Sequence[Made], borrower: Borrower) -> tuple[Batch, tuple[Failure, ...]]:
-  """One batch of its parts, in order, and what failed in them; a single part is not copied."""
-  pixels = [borrower.open(part.pixels) for part in parts]
-  batch = {
-    name: _concatenated([images[i] for images in pixels]) for i, name in enumerate(parts[0].names)
-  }
+  """One batch of its parts, in order, and the failures in them; a single part is not copied."""
+  blocks = [borrower.open(part.block) for part in parts]
+  batch = {}
+  for places in zip(*(part.placed for part in parts), strict=True):
+    arrays = [place.of(block) for place, block in zip(places, blocks, strict=True)]
+    batch[places[0].name] = _concatenated(arrays)
   for key in parts[0].rest:
     batch[key] = _concatenated([part.rest[key] for part in parts])
   return batch, tuple(failure for part in parts for failure in part.failures)
 
 
-def _concatenated(values):
+def _concatenated(values: list[Any]) -> Any:
   if len(values) == 1:
     return values[0]
-  if isinstance(values[0], Draws):
-    return Draws(*map(np.concatenate, zip(*values)))
+  if isinstance(values[0], tuple):
+    return type(values[0])(*map(np.concatenate, zip(*values)))
   return np.concatenate(values)
 
 

@@ -1,22 +1,22 @@
 """Batches, made ahead of time in threads or worker processes.
 
-Everything about a batch is a function of (source, settings, seed, step): `order` says which records
-are in it and from which random numbers, `making` turns them into arrays. So neither the number of
-hosts, workers, threads or devices nor a restart changes what is trained on, and any view can be
-drawn again.
+Everything about a batch is a function of (source, transform, seed, step): `sampler` says which records
+are in it and gives their random numbers, the transform turns an example into arrays, `batching` puts
+them together. So neither the number of hosts, workers, threads or devices nor a restart changes what
+is trained on, and any view can be drawn again.
 
 grain runs the work: part of a batch -> arrays is a `grain.MapDataset`. Its elements are parts of
 batches rather than records because its bookkeeping per element costs as much as a view of a small
-image. Worker processes write pixels into memory that the training process reads in place, see `lending`.
+image. Worker processes write large arrays into shared memory, see `shared_memory`.
 
-Files that cannot be read do not stop a run: see `failures`.
+Files that cannot be read do not stop a run, see `unreadable`.
 """
 
 import itertools
 import math
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -29,8 +29,6 @@ from grain.experimental import (
 from jaxtyping import Int32, UInt8
 
 from byolx.core.machine import usable_cores
-from byolx.data.augment.distribution import ViewSpec
-from byolx.data.augment.resizing import evaluation_view
 from byolx.data.batching import (
   Batch,
   Crew,
@@ -44,9 +42,8 @@ from byolx.data.batching import (
 from byolx.data.sampler import Rows
 from byolx.data.shared_memory import Borrower
 from byolx.data.sources.base import Source
+from byolx.data.transforms import Transform
 from byolx.data.unreadable import FailureLog
-
-PLACEMENTS = ("host", "device")
 
 _SHARED_BYTES = 2**16
 """Smaller arrays come from workers through a pipe: each array in shared memory is a file."""
@@ -57,14 +54,11 @@ PART_ROWS = 128
 
 def train_batches(
   source: Source,
-  views: Sequence[ViewSpec],
-  size: int,
+  transform: Transform,
   batch_size: int,
   seed: int,
   *,
   start_step: int = 0,
-  placement: str = "host",
-  antialias: bool = False,
   workers: int = 0,
   threads: int = 1,
   host_index: int = 0,
@@ -73,50 +67,38 @@ def train_batches(
   named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
-  """Endless batches of views, one view per `ViewSpec`.
+  """Endless training batches.
 
   Args:
     source: the examples.
-    views: the distribution of each view: two for BYOL, any number works.
-    size: side of a view in pixels.
-    batch_size: of the global batch; every host yields `batch_size / host_count` rows.
-    seed: 0 to 2**32 - 1.
-    start_step: the first batch is that of this step: pass the step of a restored state.
-    placement: 'host' applies a view's whole augmentation here; 'device' only crops and adds the
-      draws, for `apply_device` inside the jitted step.
-    antialias: whether shrinking a crop is antialiased.
+    transform: function from an example to the rows of a batch.
+    batch_size: rows of the global batch; every host yields `batch_size / host_count` of them.
+    seed: seed of the order of records and of all random numbers, 0 to 2**32 - 1.
+    start_step: number of the first batch, from 0: the step of a restored state.
     workers: processes that make batches; 0 makes them in this process, -1 is one per core.
-    threads: that make a batch side by side, in this process or in each worker. Decoding and
-      resizing release the interpreter; what lies between them does not.
-    host_index, host_count: this host's rows are block host_index of the global batch, cut into
-      host_count blocks.
-    max_failed_share: more unreadable records than this share stop the run, see `failures`.
-    named: unreadable records that were named before, see `FailureLog`.
-    prefetch: batches made ahead of time; 0 makes them when asked, in the caller.
+    threads: threads that make a batch side by side, in this process or in each worker. Decoding and
+      resizing release the interpreter; the code between them does not.
+    host_index, host_count: number of this host, and of hosts; each has one block of the global batch.
+    max_failed_share: share of unreadable records above which the run stops, see `unreadable`.
+    named: unreadable records that were logged before, see `FailureLog`.
+    prefetch: batches made ahead of time; 0 makes each when it is asked for, in the caller.
 
   Returns:
     An iterator of dicts; call its `close()`, or use it in a with statement:
-      view1, view2, ...: uint8 [b size size 3].
+      the arrays of the transform, with a leading axis b.
       label: int32 [b], -1 if unlabelled.
-      index: int32 [b], the record whose pixels these are.
-      draws1, draws2, ... (device placement only): `Draws` with a leading axis b.
+      index: int32 [b], number of the record whose pixels these are.
 
   Raises:
     ValueError: a setting is outside its range; later, from the iterator, too many unreadable files.
   """
-  if placement not in PLACEMENTS:
-    raise ValueError(f"placement is {placement!r}; expected one of {', '.join(PLACEMENTS)}")
-  if not views:
-    raise ValueError("no view was given; expected at least one ViewSpec")
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed is {seed}; expected 0 to 2**32 - 1")
   if start_step < 0:
     raise ValueError(f"start_step is {start_step}; expected at least 0")
-  if size < 1:
-    raise ValueError(f"size is {size}; expected at least 1")
   workers, crew = _workers(workers), Crew(threads)
   rows = _rows(source, batch_size, host_index, host_count, workers)
-  make = TrainPart(source, views, size, seed, rows, placement, antialias, crew)
+  make = TrainPart(source, transform, seed, rows, crew)
   parts = grain.MapDataset.range(start_step * rows.parts, sys.maxsize).map(make)
   consequence = "another one takes its place"
   failures = FailureLog(source.name, len(source), max_failed_share, consequence, named)
@@ -125,12 +107,9 @@ def train_batches(
 
 def evaluation_batches(
   source: Source,
-  size: int,
-  resize: int,
-  rule: str,
+  transform: Transform,
   batch_size: int,
   *,
-  antialias: bool = False,
   workers: int = 0,
   threads: int = 1,
   host_index: int = 0,
@@ -139,22 +118,27 @@ def evaluation_batches(
   named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
-  """Every record once, in order, as the view that evaluation uses (`resizing.evaluation_view`).
+  """Batches of every record once, in order.
 
   The last batch is padded to `batch_size`. Padding and unreadable files are rows whose `mask` is
-  False; they have a black image, label -1 and index -1.
+  False; all their arrays are 0, label and index -1.
 
-  Args: as for `train_batches`; `size`, `resize`, `rule`, `antialias` as for `evaluation_view`.
+  Args:
+    source: the examples.
+    transform: function from an example to the rows of a batch.
+    batch_size: rows of the global batch.
+    workers, threads, host_index, host_count, max_failed_share, named, prefetch: see `train_batches`.
 
   Returns:
-    An iterator of dicts: image uint8 [b size size 3], label int32 [b], mask bool [b], index int32
-    [b]. It closes itself at the end; otherwise as for `train_batches`.
+    An iterator of dicts: the arrays of the transform, label int32 [b], mask bool [b], index int32 [b].
+    It closes itself at the end.
+
+  Raises:
+    ValueError: see `train_batches`.
   """
-  black = np.zeros((1, 1, 3), np.uint8)
-  evaluation_view(black, size, resize, rule, antialias)  # raises now if ever
   workers, crew = _workers(workers), Crew(threads)
   rows = _rows(source, batch_size, host_index, host_count, workers)
-  make = EvaluationPart(source, size, resize, rule, antialias, rows, crew)
+  make = EvaluationPart(source, transform, rows, crew)
   # Without an end, as a worker that comes to its end takes with it the memory that it lends.
   parts = grain.MapDataset.range(sys.maxsize).map(make)
   failures = FailureLog(source.name, len(source), max_failed_share, "it is left out", named)
@@ -163,16 +147,15 @@ def evaluation_batches(
 
 
 def evaluation_images(
-  source: Source, size: int, resize: int, rule: str, *, antialias: bool = False, workers: int = 0
+  source: Source, transform: Transform, *, workers: int = 0
 ) -> tuple[UInt8[np.ndarray, "n size size 3"], Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
-  """All readable records in order: (images, labels, indices). For sources that fit into memory.
+  """Array `image`, label and index of all readable records, in order, for sources that fit into memory.
 
   Raises:
-    ValueError: as `evaluation_batches`, or if no record can be read.
+    ValueError: see `train_batches`; or no record can be read.
   """
   batch_size = max(1, min(len(source), 256))
-  settings = {"antialias": antialias, "workers": workers}
-  with evaluation_batches(source, size, resize, rule, batch_size, **settings) as batches:
+  with evaluation_batches(source, transform, batch_size, workers=workers) as batches:
     parts = [
       tuple(batch[key][batch["mask"]] for key in ("image", "label", "index")) for batch in batches
     ]

@@ -1,92 +1,74 @@
-"""What trained classifiers know: chosen on validation images, reported on test images (appendix D)."""
+"""Trained classifiers: chosen on validation images, measured on test images (appendix D)."""
 
 import io
-import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from byolx.core import config, distributed, files, text
+from byolx.core import files, text
 from byolx.data.sources.base import Source
 from byolx.evaluation import inference
-from byolx.runs import curves, initial_state, metrics_log
-from byolx.runs.experiment import Experiment
-from byolx.runs.workdir import commit
-from byolx.training.state import TrainState
+from byolx.evaluation.context import Finished
+from byolx.training.task import Record, Task
 
 METRICS = ("top1", "top5")
 _CONFIDENCE = (2.5, 97.5)
 
 
-def conclude(exp: Experiment, state: TrainState, workdir: Path) -> list[dict[str, Any]]:
+def choose_and_test(task: Task, finished: Finished) -> list[Record]:
   """Chooses the best head on the validation images and measures it on the test images.
 
   All processes share the work on images; the writer writes.
 
-  Raises:
-    RuntimeError: a frozen encoder is not bit by bit the one that was loaded.
+  Args:
+    task: the task; `evaluate` and `predict` have one value per head.
+    finished: the run.
   """
-  began, writer, c = time.monotonic(), distributed.is_writer(), exp.config
-  if writer:
-    rows = metrics_log.read_metrics(workdir / "metrics.jsonl")
-    curves.curves(rows, workdir / "curves.png", curves.CLASSIFICATION)
-  distributed.barrier("trained")
-  if exp.task.frozen:
-    initial_state.check_frozen(state, workdir)
-    print("the encoder is bit by bit the one that was loaded")
-  known = _facts(exp, state, workdir)
-  rates = tuple(c.optim.rates) or (c.optim.base_rate,)
-  model, records, chosen = state.model(), [], 0
-  if exp.sources.validation is not None:
-    found = _measure(exp, model, exp.sources.validation)
-    chosen = int(np.argmax(found["top1"]))
+  known, model, o = _facts(finished), finished.model, finished.config.optim
+  rates = tuple(o.rates) or (o.base_rate,)
+  records, chosen = [], 0
+  if finished.validation is not None:
+    values = _measure(task, finished, finished.validation)
+    chosen = int(np.argmax(values["top1"]))
     for head, rate in enumerate(rates):
       about = known | {"split": "validation", "rate": rate, "chosen": head == chosen}
-      records += [_record(about, metric, found[metric][head]) for metric in METRICS]
-  if exp.sources.test is not None:
+      records += [_record(about, metric, values[metric][head]) for metric in METRICS]
+  if finished.test is not None:
     about = known | {"split": "test", "rate": rates[chosen], "chosen": True}
-    found = _measure(exp, model, exp.sources.test)
-    intervals = _look_closer(exp, model, chosen, workdir)
+    values = _measure(task, finished, finished.test)
+    intervals = _look_closer(task, finished, model, chosen)
     records += [
-      _record(about, metric, found[metric][chosen], intervals.get(metric)) for metric in METRICS
+      _record(about, metric, values[metric][chosen], intervals.get(metric)) for metric in METRICS
     ]
-  if writer:
-    files.write_atomically(workdir / "results.json", json.dumps(records, indent=1) + "\n")
-  print(f"\n{format_table(records)}\n")
-  print(f"evaluated in {text.duration(time.monotonic() - began)}; results, curves.png, views.png")
-  print(f"and checkpoints are in {workdir}")
   return records
 
 
-def _measure(exp: Experiment, model: Any, source: Source) -> dict[str, np.ndarray]:
+def _measure(task: Task, finished: Finished, source: Source) -> dict[str, np.ndarray]:
   """Every metric of every head."""
-  return inference.measure(exp.task, model, exp.evaluation_batches(source), exp.mesh)
+  return inference.measure(task, finished.model, finished.batches(source), finished.mesh)
 
 
-def _look_closer(exp: Experiment, model: Any, head: int, workdir: Path) -> dict[str, float]:
-  """Writes predictions of the test images, and returns 95 % half-widths by metric, as wanted."""
-  wanted = exp.config.eval
-  if not (wanted.predictions or wanted.bootstrap):
+def _look_closer(task: Task, finished: Finished, model: Any, head: int) -> dict[str, float]:
+  """Writes predictions of the test images and returns 95 % half-widths by metric, by `eval` fields."""
+  settings, source = finished.config.eval, finished.test
+  if not (settings.predictions or settings.bootstrap):
     return {}
-  task, writer = exp.task, distributed.is_writer()
-  source = exp.sources.test
-  batches = exp.evaluation_batches(source)
-  found = inference.predictions(task, model, batches, exp.mesh, wanted=writer)
-  if not writer:
+  batches = finished.batches(source)
+  arrays = inference.predictions(task, model, batches, finished.mesh, wanted=finished.writer)
+  if not finished.writer:
     return {}
-  own = {name: x[:, head] for name, x in found.items() if name not in ("label", "index")}
-  if wanted.predictions:
-    names = np.array([source.names[int(i)] for i in found["index"]])
-    whole = {"name": names, "label": found["label"], "index": found["index"]}
-    _write_npz(workdir / "predictions.npz", whole | own)
-  if not wanted.bootstrap:
+  of_head = {name: x[:, head] for name, x in arrays.items() if name not in ("label", "index")}
+  if settings.predictions:
+    names = np.array([source.names[int(i)] for i in arrays["index"]])
+    images = {"name": names, "label": arrays["label"], "index": arrays["index"]}
+    _write_npz(finished.workdir / "predictions.npz", images | of_head)
+  if not settings.bootstrap:
     return {}
-  ranks = own["rank"][found["label"] >= 0]
+  ranks = of_head["rank"][arrays["label"] >= 0]
   return {
-    metric: bootstrap_interval(ranks < k, wanted.bootstrap, exp.config.seed)
+    metric: bootstrap_interval(ranks < k, settings.bootstrap, finished.config.seed)
     for metric, k in (("top1", 1), ("top5", 5))
   }
 
@@ -98,8 +80,8 @@ def bootstrap_interval(correct: np.ndarray, resamples: int, seed: int) -> float:
 
   Args:
     correct: bool [n].
-    resamples: how many.
-    seed: of the draws.
+    resamples: number of bootstrap resamples.
+    seed: seed of the bootstrap draws.
   """
   n = len(correct)
   means = np.random.default_rng(seed).binomial(n, correct.mean(), resamples) / n
@@ -113,20 +95,17 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
   files.write_atomically(path, content.getvalue())
 
 
-def _facts(exp: Experiment, state: TrainState, workdir: Path) -> dict[str, Any]:
-  """What all records of a run have in common."""
-  c, before = exp.config, initial_state.lineage(workdir) or {}
+def _facts(finished: Finished) -> Record:
+  """Keys and values that all records of a run have."""
+  c, facts, before = finished.config, finished.facts, finished.lineage or {}
   return {
-    "task": c.task,
-    "protocol": c.task,
+    "task": facts["task"],
+    "protocol": facts["task"],
     "encoder": c.init.encoder if c.init.workdir else "scratch",
-    "labels": exp.sources.labels,
-    "data": exp.train_source.name,
-    "seed": c.seed,
-    "step": int(state.step),
-    "config": config.fingerprint(c),
-    "commit": commit(),
-    "devices": f"{exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}",
+    "labels": finished.labels,
+    "data": finished.train.name,
+    **facts,
+    "devices": finished.devices,
     "pretrained_on": before.get("data"),
     "pretrain": before.get("changes"),
     "pretrain_step": before.get("step"),
@@ -150,10 +129,9 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
   for (split, rate), found in groups.items():
     mark = " *" if several and next(iter(found.values()))["chosen"] is True else ""
     rows.append((split, rate + mark, *(_cell(found.get(metric)) for metric in METRICS)))
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+  table = text.aligned(rows)
   caption = "accuracy in %" + ("; *: the best on the validation images" if several else "")
-  return "\n".join([*(line.rstrip() for line in lines), caption])
+  return f"{table}\n{caption}"
 
 
 def _rate(record: Mapping[str, Any]) -> str:

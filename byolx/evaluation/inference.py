@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, UInt8
 
 from byolx.core import sharding
 from byolx.models.batch_norm import BatchNorm
-from byolx.tasks.classify import Classify
 from byolx.training.task import Batch, Task
 
 PIXELS_SIDE = 32
@@ -89,7 +88,7 @@ def features(
 
 
 def predictions(
-  task: Classify, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh, *, wanted: bool = True
+  task: Task, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh, *, wanted: bool = True
 ) -> dict[str, np.ndarray]:
   """What `task.predict` says of every image, with `label` and `index`; see `features`."""
   graphdef, state = nnx.split(model)

@@ -1,6 +1,7 @@
 """BYOL's networks: online encoder, projector and predictor; target encoder and projector (Figure 8)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from byolx.core.fields import at_least, field, one_of
 from byolx.models.heads import MLP
 from byolx.models.layers import Linear
 from byolx.models.remat import OUTPUTS
@@ -20,29 +22,37 @@ class BYOLSpec:
   """Sizes of BYOL's heads, and which of its parts exist.
 
   Args:
-    encoder: the residual network f.
+    encoder: the residual network f; its normalisation and initialisers are those of the heads too.
     projection_size: size of z and q.
-    projector_hidden, projector_depth: of g.
-    predictor_hidden, predictor_depth: of q.
+    projector_hidden, projector_depth: hidden size and number of linear layers of g.
+    predictor_hidden, predictor_depth: hidden size and number of linear layers of q.
     output_bias: a bias in the last layer of g and q.
     predictor: without it the projection itself is the prediction (Table 19).
     target: "ema", a moving average with weights of its own; "stop_gradient" or "online", the online
       projection with or without a stopped gradient (Table 19's sg(theta) and theta).
     target_init: "own_key", drawn apart from the online network; "online", a copy of it.
-    classes: of the online probe; 0 leaves the probe out.
+    classes: number of classes of the online probe; 0 leaves the probe out.
+    network: function that makes another encoder instead of the ResNet, see `task.Setting`.
   """
 
   encoder: ResNetSpec
-  projection_size: int = 256
-  projector_hidden: int = 4096
-  projector_depth: int = 2
-  predictor_hidden: int = 4096
-  predictor_depth: int = 2
-  output_bias: bool = False
-  predictor: bool = True
-  target: str = "ema"
-  target_init: str = "own_key"
+  projection_size: int = field(256, "size of projection and prediction", at_least(1))
+  projector_hidden: int = field(4096, "hidden size of the projector", at_least(1))
+  projector_depth: int = field(2, "linear layers of the projector", at_least(1))
+  predictor_hidden: int = field(4096, "hidden size of the predictor", at_least(1))
+  predictor_depth: int = field(2, "linear layers of the predictor", at_least(1))
+  output_bias: bool = field(False, "a bias in the last layer of projector and predictor")
+  predictor: bool = field(True, "False: the projection is the prediction (Table 19)")
+  target: str = field(
+    "ema",
+    "target of the prediction (Table 19)",
+    one_of("ema", "stop_gradient", "online"),
+  )
+  target_init: str = field(
+    "own_key", "target drawn apart from the online network, or a copy", one_of("own_key", "online")
+  )
   classes: int = 0
+  network: Callable[[nnx.Rngs], nnx.Module] | None = None
 
 
 class Outputs(NamedTuple):
@@ -56,7 +66,7 @@ class Branch(nnx.Module):
   """Encoder f and projector g, which the online and the target network both have."""
 
   def __init__(self, spec: BYOLSpec, *, rngs: nnx.Rngs):
-    self.encoder = ResNet(spec.encoder, rngs=rngs)
+    self.encoder = spec.network(rngs) if spec.network else ResNet(spec.encoder, rngs=rngs)
     self.projector = MLP(
       spec.encoder,
       self.encoder.features,
@@ -100,7 +110,7 @@ class BYOL(nnx.Module):
       Linear(
         self.online.encoder.features,
         spec.classes,
-        kernel_init=spec.encoder.kernel_init,
+        kernel_init=spec.encoder.initializer,
         rngs=rngs,
       )
       if spec.classes

@@ -1,6 +1,7 @@
 """An encoder with linear classifiers on its representation (appendices D and E)."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -17,22 +18,24 @@ class ClassifierSpec:
 
   Args:
     encoder: the residual network f.
-    classes: logits of each head.
-    heads: classifiers side by side.
-    head_init: of their kernels.
+    classes: number of logits of each head.
+    heads: number of classifiers side by side.
+    head_init: initialiser of the heads' kernels.
+    network: function that makes another encoder instead of the ResNet, see `task.Setting`.
   """
 
   encoder: ResNetSpec
   classes: int
   heads: int = 1
   head_init: Initializer = uncorrected
+  network: Callable[[nnx.Rngs], nnx.Module] | None = None
 
 
 class Classifier(nnx.Module):
   """Images to logits."""
 
   def __init__(self, spec: ClassifierSpec, *, rngs: nnx.Rngs):
-    self.encoder = ResNet(spec.encoder, rngs=rngs)
+    self.encoder = spec.network(rngs) if spec.network else ResNet(spec.encoder, rngs=rngs)
     self.heads = Heads(self.encoder.features, spec.classes, spec.heads, spec.head_init, rngs=rngs)
 
   def __call__(

@@ -33,7 +33,7 @@ class MLP(nnx.Module):
     output_bias: bool = False,
     rngs: nnx.Rngs,
   ):
-    options = {"kernel_init": spec.kernel_init, "dtype": spec.dtype, "rngs": rngs}
+    options = {"kernel_init": spec.initializer, "dtype": spec.dtype, "rngs": rngs}
     sizes = (inputs, *(hidden,) * (depth - 1))
     self.hidden = nnx.List(Linear(a, b, **options) for a, b in itertools.pairwise(sizes))
     self.norms = nnx.List(spec.norm(size) for size in sizes[1:])

@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from byolx.core.fields import above, at_least, between, each, field, one_of, whole
 from byolx.models.batch_norm import BatchNorm
-from byolx.models.layers import Conv, Initializer, uncorrected, window_padding
+from byolx.models.layers import INITIALIZERS, Conv, Initializer, window_padding
 from byolx.models.remat import BLOCK, STAGE
 
 
@@ -34,42 +35,129 @@ STEMS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ResNetSpec:
-  """Shape of one residual network.
-
-  Args:
-    blocks: residual blocks per stage.
-    channels: output channels per stage.
-    bottleneck: 1x1, 3x3, 1x1 blocks with a quarter of the channels inside; else two 3x3.
-    strides: of each stage's first block; empty takes 1, 2, 2, ...
-    stem: see STEMS.
-    stem_channels: output channels of the first convolution.
-    padding: "same" or "torch", see `layers.Conv`.
-    dilation: of the last stage's 3x3 convolutions; above 1 its stride becomes 1 (appendix E.4).
-    bn_decay, bn_eps, bn_group, bn_debias: see `BatchNorm`.
-    bn_last_scale: initial gamma of each block's last normalisation; the paper's runs use 1.
-    kernel_init: initialiser of every kernel.
-    dtype: of activations and products; parameters, statistics and weight gradients stay float32.
-    products: see `layers.Conv`.
-  """
+class Stages(NamedTuple):
+  """Residual blocks and output channels of each stage, and whether the blocks are bottlenecks."""
 
   blocks: tuple[int, ...]
   channels: tuple[int, ...]
   bottleneck: bool
-  strides: tuple[int, ...] = ()
-  stem: Stem = STEMS["imagenet"]
-  stem_channels: int = 64
-  padding: str = "same"
-  dilation: int = 1
-  bn_decay: float = 0.9
-  bn_eps: float = 1e-5
-  bn_group: int = 0
-  bn_debias: bool = True
-  bn_last_scale: float = 1.0
-  kernel_init: Initializer = uncorrected
-  dtype: DTypeLike = jnp.float32
+
+
+_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
+ARCHITECTURES = {
+  "resnet18": Stages((2, 2, 2, 2), _BASIC, bottleneck=False),
+  "resnet34": Stages((3, 4, 6, 3), _BASIC, bottleneck=False),
+  "resnet50": Stages((3, 4, 6, 3), _BOTTLENECK, bottleneck=True),
+  "resnet101": Stages((3, 4, 23, 3), _BOTTLENECK, bottleneck=True),
+  "resnet152": Stages((3, 8, 36, 3), _BOTTLENECK, bottleneck=True),
+  "resnet200": Stages((3, 24, 36, 3), _BOTTLENECK, bottleneck=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetSpec:
+  """One residual network, as the config group `model` describes it.
+
+  A bottleneck block has 1x1, 3x3, 1x1 convolutions with a quarter of its channels inside. Above a
+  dilation of 1 the last stage's stride becomes 1 (appendix E.4). Parameters, statistics and weight
+  gradients stay float32 whatever `dtype` is.
+
+  Args:
+    kernel_init: also an initialiser itself.
+    dtype: also a type of jax.
+    products: see `layers.Conv`; not a config field.
+
+  Raises:
+    ValueError: stages that do not go together, or that are given besides an architecture's own.
+  """
+
+  arch: str = field(
+    "resnet50",
+    "encoder; custom takes model.blocks, channels, bottleneck",
+    one_of(*ARCHITECTURES, "custom"),
+    encoder=True,
+  )
+  width: float = field(1.0, "multiplies every channel count", above(0), encoder=True)
+  blocks: tuple[int, ...] = field(
+    (), "custom: residual blocks per stage", each(whole(1)), encoder=True
+  )
+  channels: tuple[int, ...] = field(
+    (), "custom: output channels per stage", each(whole(1)), encoder=True
+  )
+  strides: tuple[int, ...] = field(
+    (), "custom: of each stage; empty: 1, 2, 2, ...", each(at_least(1)), encoder=True
+  )
+  bottleneck: bool = field(False, "custom: 1x1, 3x3, 1x1 blocks instead of two 3x3", encoder=True)
+  stem: str = field(
+    "imagenet",
+    "7x7 stride 2 and max pool; small: 3x3 stride 1; medium: 5x5 stride 2",
+    one_of(*STEMS),
+    encoder=True,
+  )
+  stem_channels: int = field(
+    64, "output channels of the stem, before width", at_least(1), encoder=True
+  )
+  padding: str = field(
+    "same", "TensorFlow's rule, or torch's for its weights", one_of("same", "torch"), encoder=True
+  )
+  dilation: int = field(
+    1, "of the last stage, which then keeps its resolution", at_least(1), encoder=True
+  )
+  bn_decay: float = field(0.9, "of the running averages", between(0, 1), encoder=True)
+  bn_eps: float = field(1e-5, "added to variances", above(0), encoder=True)
+  bn_group: int = field(
+    0, "images per statistics group; 0: the whole batch, or micro-batch", at_least(0)
+  )
+  bn_debias: bool = field(True, "zero-debiased running averages, as the reference", encoder=True)
+  bn_last_scale: float = field(1.0, "initial gamma of a block's last normalisation", at_least(0))
+  kernel_init: str | Initializer = field(
+    "uncorrected", "truncated normal as the reference, or corrected", one_of(*INITIALIZERS)
+  )
+  dtype: DTypeLike = field(
+    "float32",
+    "compute type; parameters are float32",
+    one_of("float32", "bfloat16"),
+    encoder=True,
+  )
   products: bool | None = None
+
+  def __post_init__(self):
+    own = {name: getattr(self, name) for name in ("blocks", "channels", "strides")}
+    if self.arch != "custom":
+      if any(own.values()):
+        given = ", ".join(f"model.{name}={values}" for name, values in own.items() if values)
+        raise ValueError(f"{given}: only for model.arch=custom; model.arch is {self.arch}")
+      return
+    lengths = {len(values) for name, values in own.items() if values or name != "strides"}
+    if len(lengths) != 1 or 0 in lengths:
+      given = ", ".join(f"model.{name}={values}" for name, values in own.items())
+      raise ValueError(f"model.arch=custom with {given}: expected one number per stage in each")
+
+  @property
+  def stages(self) -> Stages:
+    """The network's stages, with the channels of its width."""
+    own = Stages(self.blocks, self.channels, self.bottleneck)
+    stages = ARCHITECTURES.get(self.arch, own)
+    return stages._replace(channels=tuple(self._widen(size) for size in stages.channels))
+
+  @property
+  def stage_strides(self) -> tuple[int, ...]:
+    """The stride of each stage's first block."""
+    return self.strides or (1, *(2,) * (len(self.stages.blocks) - 1))
+
+  @property
+  def stem_width(self) -> int:
+    """Output channels of the first convolution."""
+    return self._widen(self.stem_channels)
+
+  @property
+  def initializer(self) -> Initializer:
+    """The initialiser of every kernel."""
+    return INITIALIZERS[self.kernel_init] if isinstance(self.kernel_init, str) else self.kernel_init
+
+  def _widen(self, channels: int) -> int:
+    """Channels times the width, to a multiple of 4, at least 4."""
+    return max(4, 4 * round(channels * self.width / 4))
 
   def norm(self, channels: int, scale_init: float = 1.0) -> BatchNorm:
     """A normalisation layer as this network has them."""
@@ -90,36 +178,12 @@ class ResNetSpec:
       outputs,
       kernel,
       padding=self.padding,
-      kernel_init=self.kernel_init,
+      kernel_init=self.initializer,
       dtype=self.dtype,
       products=self.products,
       rngs=rngs,
       **options,
     )
-
-
-_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
-ARCHITECTURES = {
-  "resnet18": ResNetSpec((2, 2, 2, 2), _BASIC, bottleneck=False),
-  "resnet34": ResNetSpec((3, 4, 6, 3), _BASIC, bottleneck=False),
-  "resnet50": ResNetSpec((3, 4, 6, 3), _BOTTLENECK, bottleneck=True),
-  "resnet101": ResNetSpec((3, 4, 23, 3), _BOTTLENECK, bottleneck=True),
-  "resnet152": ResNetSpec((3, 8, 36, 3), _BOTTLENECK, bottleneck=True),
-  "resnet200": ResNetSpec((3, 24, 36, 3), _BOTTLENECK, bottleneck=True),
-}
-
-
-def widen(spec: ResNetSpec, width: float) -> ResNetSpec:
-  """Multiplies every channel count by `width` (any positive number), to a multiple of 4 at least 4."""
-
-  def scale(channels: int) -> int:
-    return max(4, 4 * round(channels * width / 4))
-
-  return dataclasses.replace(
-    spec,
-    channels=tuple(scale(c) for c in spec.channels),
-    stem_channels=scale(spec.stem_channels),
-  )
 
 
 class Block(nnx.Module):
@@ -128,8 +192,9 @@ class Block(nnx.Module):
   def __init__(
     self, spec: ResNetSpec, inputs: int, outputs: int, stride: int, dilation: int, first: bool, rngs
   ):
-    inner = outputs // 4 if spec.bottleneck else outputs
-    kernels = (1, 3, 1) if spec.bottleneck else (3, 3)
+    bottleneck = spec.stages.bottleneck
+    inner = outputs // 4 if bottleneck else outputs
+    kernels = (1, 3, 1) if bottleneck else (3, 3)
     strided = kernels.index(3)
     widths = (inputs, *(inner,) * (len(kernels) - 1), outputs)
     last = len(kernels) - 1
@@ -167,14 +232,14 @@ class ResNet(nnx.Module):
 
   def __init__(self, spec: ResNetSpec, *, rngs: nnx.Rngs):
     self.spec = spec
-    self.stem = spec.conv(
-      3, spec.stem_channels, spec.stem.kernel, stride=spec.stem.stride, rngs=rngs
-    )
-    self.stem_norm = spec.norm(spec.stem_channels)
-    stages, inputs = [], spec.stem_channels
-    strides = spec.strides or (1, *(2,) * (len(spec.blocks) - 1))
-    for count, outputs, stride in zip(spec.blocks, spec.channels, strides, strict=True):
-      last = len(stages) == len(spec.blocks) - 1
+    stem, sizes, inputs = STEMS[spec.stem], spec.stages, spec.stem_width
+    self.stem = spec.conv(3, inputs, stem.kernel, stride=stem.stride, rngs=rngs)
+    self.stem_norm = spec.norm(inputs)
+    stages = []
+    for count, outputs, stride in zip(
+      sizes.blocks, sizes.channels, spec.stage_strides, strict=True
+    ):
+      last = len(stages) == len(sizes.blocks) - 1
       dilation = spec.dilation if last else 1
       blocks = []
       for index in range(count):
@@ -188,7 +253,7 @@ class ResNet(nnx.Module):
   @property
   def features(self) -> int:
     """Size of the representation y."""
-    return self.spec.channels[-1]
+    return self.spec.stages.channels[-1]
 
   def __call__(
     self, x: Float[Array, "b h w 3"], *, train: bool, views: int = 1
@@ -207,7 +272,7 @@ class ResNet(nnx.Module):
       views: interleaved views.
     """
     x = jax.nn.relu(self.stem_norm(self.stem(x.astype(self.spec.dtype)), train=train, views=views))
-    if self.spec.stem.pool:
+    if STEMS[self.spec.stem].pool:
       sides = (window_padding(3, 2, 1, self.spec.padding, size) for size in x.shape[1:3])
       padding = ((0, 0), *sides, (0, 0))
       x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)

@@ -27,11 +27,12 @@ from byolx.data import batching, decode, loader
 from byolx.data.augment import distribution, resizing
 from byolx.data.augment.on_host import apply_host
 from byolx.data.sampler import VIEW, Stream, epoch_order
-from byolx.data.sources.base import EncodedSource, Source
+from byolx.data.sources.base import EncodedSource, Example, Source
+from byolx.data.transforms import Random, Transform, Views
 from byolx.data.unreadable import TooManyFailuresError
 from byolx.models.resnet import ResNet
 from byolx.planning import tpu
-from byolx.runs import experiment, trainer
+from byolx.runs import trainer
 from byolx.runs.images import build_sources
 
 SAMPLE = 512
@@ -185,21 +186,33 @@ def step_flops_per_image(cfg: ConfigDict) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """A sample of records with the random numbers of their views: what the stages are given."""
+  """A sample of records and the transform that the stages apply to them.
+
+  Args:
+    source: training images.
+    transform: training transform.
+    seed: seed of the run.
+    records: numbers of the records.
+    encoded: bytes of their image files; empty where the source has pixels.
+    draws: random numbers of every record's views; empty where the transform makes no views.
+  """
 
   source: Source
-  size: int
-  antialias: bool
-  on_host: bool
-  brightness_rule: str
+  transform: Transform
+  seed: int
   records: tuple[int, ...]
   encoded: tuple[bytes, ...]
   draws: tuple[tuple[distribution.Draws, ...], ...]
 
   @classmethod
   def of(cls, cfg: ConfigDict, source: Source) -> "Work":
-    """The first readable records of the first epoch."""
-    specs, stream = experiment.build_views(cfg), Stream(cfg.seed)
+    """The first readable records of the first epoch.
+
+    Raises:
+      TooManyFailuresError: no record can be read.
+    """
+    transform, stream = trainer.build_input(cfg, len(source.classes)), Stream(cfg.seed)
+    specs = transform.specs if isinstance(transform, Views) else ()
     records, encoded, draws, unreadable = [], [], [], ""
     for record in epoch_order(cfg.seed, 0, len(source)).tolist():
       try:
@@ -222,16 +235,12 @@ class Work:
         f"{source.name}: none of {len(source)} records can be read, the last one being"
         f" {unreadable}; expected images"
       )
-    return cls(
-      source,
-      cfg.views.size,
-      cfg.views.antialias,
-      cfg.views.placement == "host",
-      cfg.views.brightness_rule,
-      tuple(records),
-      tuple(encoded),
-      tuple(draws),
-    )
+    return cls(source, transform, cfg.seed, tuple(records), tuple(encoded), tuple(draws))
+
+  @property
+  def on_host(self) -> bool:
+    """Whether the colour work is a stage of its own: that of views, on the host."""
+    return isinstance(self.transform, Views) and not self.transform.on_device
 
   def image(self, i: int) -> np.ndarray:
     """Pixels of sample i, decoded from memory."""
@@ -240,18 +249,24 @@ class Work:
     return self.source[self.records[i]].image
 
   def crops(self, i: int, image: np.ndarray) -> list[np.ndarray]:
-    """Its views, without their colours."""
-    return [
-      resizing.crop_and_resize(image, drawn.crop, self.size, self.antialias)
-      for drawn in self.draws[i]
-    ]
+    """Its views without their colour work; of another transform its large arrays."""
+    if isinstance(self.transform, Views):
+      size, antialias = self.transform.size, self.transform.antialias
+      return [
+        resizing.crop_and_resize(image, drawn.crop, size, antialias) for drawn in self.draws[i]
+      ]
+    rows = {name: np.empty(x.shape, x.dtype) for name, x in self.transform.arrays.items()}
+    label = int(self.source.labels[self.records[i]])
+    random = Random(Stream(self.seed), self.records[i], 0)
+    self.transform(Example(image, label, ""), random, rows)
+    return [array for array in rows.values() if array.ndim]
 
   def colours(self, i: int, crops: list[np.ndarray]) -> list[np.ndarray]:
     """The colour work, if the host does it."""
     if not self.on_host:
       return crops
     return [
-      apply_host(crop, drawn, self.brightness_rule)
+      apply_host(crop, drawn, self.transform.brightness_rule)
       for crop, drawn in zip(crops, self.draws[i], strict=True)
     ]
 
@@ -260,7 +275,8 @@ def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
   """Each stage in turn, image by image, as in a pipeline without any overlap."""
   count = len(work.records)
   batch_size = min(count, loader.PART_ROWS)
-  views = [np.empty((batch_size, work.size, work.size, 3), np.uint8) for _ in work.draws[0]]
+  first = work.crops(0, work.image(0))
+  views = [np.empty((batch_size, *crop.shape), crop.dtype) for crop in first]
   mesh = sharding.make_mesh(1)
   spent: dict[str, list[float]] = {}
   done = 0
@@ -308,12 +324,9 @@ def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float)
   batch_size = min(cfg.train.batch_size, loader.PART_ROWS, len(source))
   batches = loader.train_batches(
     source,
-    experiment.build_views(cfg),
-    cfg.views.size,
+    trainer.build_input(cfg, len(source.classes)),
     batch_size,
     cfg.seed,
-    placement=cfg.views.placement,
-    antialias=cfg.views.antialias,
     workers=workers,
     threads=cfg.data.threads,
     max_failed_share=1.0,

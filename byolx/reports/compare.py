@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from byolx.core import text
-from byolx.core.fields import FIELDS
 from byolx.reports.measurements import Measurement
 from byolx.reports.paper import LEFT_OPEN, TABLES, Cell, Column, Condition, OneOf, Row, Table
+from byolx.runs import schema
 
 _PROTOCOLS = ("linear", "knn", "online_probe")
 _TASKS = ("linear", "finetune", "supervised", "pretrain")
@@ -305,9 +305,9 @@ def _departures(
   expected: Mapping[str, Any], flat: Mapping[str, Any], pretrain: bool
 ) -> list[Departure]:
   """Fields whose value is not the expected one. A missing field counts as its default."""
-  different = []
+  different, fields = [], schema.fields()
   for name, value in expected.items():
-    actual = flat[name] if name in flat else FIELDS[name].default if name in FIELDS else None
+    actual = flat[name] if name in flat else fields[name].default if name in fields else None
     choices = value.values if isinstance(value, OneOf) else (value,)
     if not any(_equal(actual, choice) for choice in choices):
       different.append(Departure(name, actual, value, pretrain))
@@ -336,10 +336,11 @@ def _equal(actual: Any, expected: Any) -> bool:
 
 def _identity(measurement: Measurement) -> str:
   """Key of a measurement: equal for those that differ at most in seeds, commits and workdirs."""
+  fields = schema.fields()
   config: Any = {
     name: value
     for name, value in measurement.config.items()
-    if name not in _NOT_COMPARED and (name not in FIELDS or not FIELDS[name].free)
+    if name not in _NOT_COMPARED and (name not in fields or not fields[name].free)
   }
   record = measurement.record
   pretrain = record.get("pretrain")

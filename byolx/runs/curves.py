@@ -3,66 +3,25 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from byolx.evaluation.metrics import STD_WARNING
 from byolx.evaluation.plots import BLUE, FAINT, INK, ORANGE, save, style
+from byolx.training.task import Panel
 
 
-class _Panel(NamedTuple):
-  """One pair of axes of the training curves."""
-
-  title: str
-  lines: tuple[tuple[str, str], ...]  # key of a row, name in the legend
-  scale: float = 1.0
-  marks: tuple[tuple[float, str], ...] = ()  # horizontal lines, and what they mean
-  from_zero: bool = True
-  top: float = -math.inf  # what the axis shows at least
-  noisy: bool = True
-  logarithmic: bool = False  # where values spread over a factor of 100
-
-
-PRETRAINING = (
-  _Panel("Loss", (("loss_byol", "BYOL"), ("loss_probe", "online probe"))),
-  _Panel("Online probe: top-1 (%)", (("top1", ""),), scale=100),
-  _Panel(
-    "Projection: normalised std",
-    (("std", ""),),
-    marks=((1.0, "isotropic"), (STD_WARNING, "collapse")),
-    top=1.0,
-  ),
-  _Panel("Projection: participation ratio", (("rank", ""),)),
-  _Panel("Representation: $\\ell_2$ norm", (("norm_representation", ""),), logarithmic=True),
-  _Panel("Projection: $\\ell_2$ norm", (("norm_projection", ""),), logarithmic=True),
-  _Panel("Target decay $\\tau$", (("tau", ""),), from_zero=False, noisy=False),
-  _Panel("Learning rate", (("rate", ""),), noisy=False),
-)
-"""Panels of a pretraining run."""
-
-CLASSIFICATION = (
-  _Panel("Loss", (("loss", ""),)),
-  _Panel("Training images: top-1 (%)", (("top1", ""),), scale=100),
-  _Panel("Gradient: $\\ell_2$ norm", (("norm_gradient", ""),), logarithmic=True),
-  _Panel("Learning rate", (("rate", ""),), noisy=False),
-)
-"""Panels of a classifier's run; of several, the mean loss and the best accuracy."""
-
-
-def curves(
-  rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[_Panel] = PRETRAINING
-) -> None:
-  """Training curves; of pretraining: losses, accuracy, collapse monitors, norms (Figure 7), schedules.
+def curves(rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[Panel]) -> None:
+  """Draws training curves; of pretraining: losses, accuracy, collapse monitors, norms (Figure 7), rates.
 
   Args:
     rows: of metrics.jsonl. A key that no row has gets no panel; a value that is missing or not
       finite leaves a gap.
     path: of the PNG.
-    panels: PRETRAINING or CLASSIFICATION.
+    panels: panels of the run's task.
   """
   panels = [p for p in panels if any(_finite(_column(rows, key)) for key, _ in p.lines)]
   across = min(4, max(1, len(panels)))
@@ -86,7 +45,7 @@ def curves(
 
 
 def _draw_panel(
-  ax: Axes, panel: _Panel, x: Float[np.ndarray, "n"], rows: Sequence[Mapping[str, Any]]
+  ax: Axes, panel: Panel, x: Float[np.ndarray, "n"], rows: Sequence[Mapping[str, Any]]
 ) -> None:
   style(ax, panel.title)
   every = []
@@ -118,7 +77,7 @@ def _draw_panel(
     ax.legend(fontsize=7.5, frameon=False, labelcolor=INK, handlelength=1.4)
 
 
-def _scale_y(ax: Axes, panel: _Panel, values: Float[np.ndarray, "n"]) -> None:
+def _scale_y(ax: Axes, panel: Panel, values: Float[np.ndarray, "n"]) -> None:
   low, high = values.min(), values.max()
   if panel.logarithmic and low > 0 and high > 100 * low:
     ax.set_yscale("log")

@@ -1,20 +1,22 @@
-"""From a config to everything that runs: a recipe and its images. In these two rooms, and nowhere else,
-a name in a config becomes an object."""
+"""An experiment: the recipe that a config describes, and its images."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
+from flax import nnx
 from ml_collections import ConfigDict
 
 from byolx.core import sharding
 from byolx.core.config import ConfigError
 from byolx.data import loader
-from byolx.data.augment import distribution, randaugment
 from byolx.data.sources import base
-from byolx.runs import trainer
+from byolx.runs import schema, trainer
 from byolx.runs.images import Sources, build_sources
 from byolx.runs.trainer import Recipe
+from byolx.tasks import TASKS
 from byolx.training import compile_cache, programs
 from byolx.training.state import TrainState, initialiser
 
@@ -24,14 +26,12 @@ class Experiment(Recipe):
   """What a config describes, built and checked: a recipe, and the images it is for.
 
   Args:
-    sources: images.
-    views: the distribution of each view.
-    named: unreadable files that were named so far.
-    kept: its programs.
+    sources: images by split.
+    named: unreadable files that were logged so far.
+    kept: cached programs.
   """
 
-  sources: "Sources"
-  views: tuple[distribution.ViewSpec, ...]
+  sources: Sources
   named: set[str] = dataclasses.field(default_factory=set)
   kept: programs.Kept = dataclasses.field(default_factory=programs.none)
 
@@ -72,116 +72,71 @@ class Experiment(Recipe):
   def train_batches(self, start_step: int) -> loader.Batches:
     """Training batches from a step on, see `loader.train_batches`."""
     c = self.config
+    transform = self.task.transform("train")
     return loader.train_batches(
-      self.train_source,
-      self.views,
-      c.views.size,
-      c.train.batch_size,
-      c.seed,
-      start_step=start_step,
-      placement=c.views.placement,
-      antialias=c.views.antialias,
-      workers=c.data.workers,
-      threads=c.data.threads,
-      host_index=jax.process_index(),
-      host_count=jax.process_count(),
-      max_failed_share=c.data.max_failed_share,
-      named=self.named,
-      prefetch=c.data.prefetch,
+      self.train_source, transform, c.train.batch_size, c.seed, start_step=start_step, **self._input
     )
 
   def evaluation_batches(self, source: base.Source) -> loader.Batches:
-    """Every image of a source in order, whole and centred, the last batch masked; this process's rows."""
-    c = self.config
-    return loader.evaluation_batches(
-      source,
-      c.views.size,
-      c.eval.resize,
-      c.eval.crop_rule,
-      c.eval.batch_size,
-      antialias=c.eval.antialias,
-      workers=c.data.workers,
-      threads=c.data.threads,
-      host_index=jax.process_index(),
-      host_count=jax.process_count(),
-      max_failed_share=c.data.max_failed_share,
-      named=self.named,
-      prefetch=c.data.prefetch,
-    )
+    """Every image of a source in order, the last batch masked; this process's rows of each batch."""
+    transform, rows = self.task.transform("test"), self.config.eval.batch_size
+    return loader.evaluation_batches(source, transform, rows, **self._input)
+
+  @property
+  def _input(self) -> dict[str, Any]:
+    """Arguments of both kinds of batches."""
+    data = self.config.data
+    return {
+      "workers": data.workers,
+      "threads": data.threads,
+      "host_index": jax.process_index(),
+      "host_count": jax.process_count(),
+      "max_failed_share": data.max_failed_share,
+      "named": self.named,
+      "prefetch": data.prefetch,
+    }
 
 
-def build(config: ConfigDict, kept: programs.Kept | None = None) -> Experiment:
-  """Builds and checks everything that a config says.
+def build(
+  config: ConfigDict,
+  kept: programs.Kept | None = None,
+  images: Sources | None = None,
+  network: Callable[[nnx.Rngs], nnx.Module] | None = None,
+) -> Experiment:
+  """Builds and checks everything that a config describes.
 
   Args:
     config: all fields.
-    kept: its programs, where they were looked for before, see `compile_cache.begin`.
+    kept: cached programs, where `compile_cache.begin` looked for them before.
+    images: the user's own images instead of those of the group `data`.
+    network: the user's own encoder, see `task.Setting`.
 
   Raises:
     ConfigError: fields that do not go together, or images that are not there.
   """
-  _check_origin(config)
-  images = build_sources(config)
+  check(config)
+  images = images or build_sources(config)
   devices = sharding.find_devices(config)
-  made = trainer.build(config, devices, len(images.train), len(images.train.classes))
+  made = trainer.build(config, devices, len(images.train), len(images.train.classes), network)
   _check_evaluation(config)
-  kept = kept or programs.of(config, made.mesh.devices.ravel().tolist())
-  return Experiment(**vars(made), sources=images, views=build_views(config), kept=kept)
+  if network is not None:
+    kept = programs.none()  # a cached program is known by the config, which does not describe it
+  kept = kept or programs.of(config, made.mesh.devices.ravel().tolist(), schema.task_source(config))
+  return Experiment(**vars(made), sources=images, kept=kept)
 
 
-def build_views(config: ConfigDict) -> tuple[distribution.ViewSpec, ...]:
-  """The distributions T and T' of pretraining (Table 6), or the one that a classifier is trained on.
+def check(config: ConfigDict) -> None:
+  """Refuses fields that do not go together, before any image is read.
 
   Raises:
-    ConfigError: RandAugment's settings are impossible.
+    ConfigError: what does not fit, and what would.
   """
-  rules = {
-    "crop_rule": config.views.crop_rule,
-    "brightness_rule": config.views.brightness_rule,
-  }
-  first = distribution.ViewSpec(**config.views.view1, **rules)
-  if config.task == "pretrain":
-    return first, distribution.ViewSpec(**config.views.view2, **rules)
-  if config.classify.views == "pretrain":
-    return (first,)
-  spatial = dataclasses.replace(
-    first,
-    jitter_probability=0.0,
-    grayscale_probability=0.0,
-    blur_probability=0.0,
-    solarise_probability=0.0,
-  )
-  if config.classify.views == "spatial":
-    return (spatial,)
-  try:
-    chosen = randaugment.RandAugment(**config.classify.randaugment)
-  except ValueError as error:
-    raise ConfigError(f"classify.randaugment: {error}") from None
-  return (dataclasses.replace(spatial, randaugment=chosen),)
-
-
-def _check_origin(config: ConfigDict) -> None:
-  """Where the encoder comes from has to go with what is trained."""
-  wanted, given = config.task in ("linear", "finetune"), config.init.workdir
-  if wanted and not given:
-    raise ConfigError(
-      f"task={config.task} without init.workdir: expected the workdir or checkpoint whose encoder is "
-      "evaluated (task=supervised starts from scratch)"
-    )
-  if config.task == "supervised" and given:
-    raise ConfigError(
-      f"task=supervised with init.workdir={given}: it starts from scratch; expected task=finetune, or "
-      "init.like to take only fields from that run"
-    )
-  if config.init.inherit and not (config.init.like or given):
+  if config.init.inherit and not (config.init.like or config.init.workdir):
     raise ConfigError(
       f"init.inherit={tuple(config.init.inherit)} without init.like or init.workdir: expected the run "
       "whose fields are taken"
     )
-  if config.task != "pretrain" and config.data.validation == "none" and not config.eval.test:
-    raise ConfigError(
-      "eval.test=False with data.validation=none: nothing would be measured; expected one of them"
-    )
+  TASKS[config.task].check(config)
 
 
 def _check_evaluation(config: ConfigDict) -> None:

@@ -18,11 +18,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from byolx.checkpoints import manager
-from byolx.core import config, distributed, sharding
+from byolx.core import distributed, sharding
 from byolx.core.config import ConfigError
 from byolx.core.signals import Stop, StoppedError
-from byolx.evaluation import metrics
-from byolx.runs import initial_state, metrics_log
+from byolx.runs import config, initial_state, metrics_log
 from byolx.runs.experiment import Experiment
 from byolx.runs.rollbacks import Rollbacks
 from byolx.runs.workdir import commit
@@ -89,9 +88,7 @@ def _stopped(stop: Stop, step: int, steps: int) -> StoppedError:
 
 def policy(c: ConfigDict) -> manager.Policy:
   """Which checkpoints a config keeps."""
-  return manager.Policy(
-    c.checkpoint.keep, c.checkpoint.keep_every, c.checkpoint.best, c.checkpoint.best_mode
-  )
+  return manager.Policy(**c.checkpoint)
 
 
 def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
@@ -158,7 +155,7 @@ def _open_log(exp: Experiment, workdir: Path, start: int) -> metrics_log.RunLog:
     start=start,
     every_seconds=exp.config.log.every_seconds,
     writer=distributed.is_writer(),
-    accuracy="online top-1" if exp.config.task == "pretrain" else "top-1",
+    accuracy=exp.task.accuracy,
   )
 
 
@@ -170,16 +167,14 @@ def _compile(exp: Experiment) -> Callable:
 
 
 def _writer(exp: Experiment, log: metrics_log.RunLog) -> Callable[[int, dict[str, float]], None]:
-  """Writes a row, and warns once when the representation collapses."""
+  """The function that writes a row of scalars, and prints the task's first warning."""
   warned = set()
 
   def write(step: int, scalars: dict[str, float]) -> None:
     log.write(step, {**scalars, "rate": exp.rate_at(step - 1)})
-    size = exp.config.byol.projection_size
-    if "std" not in scalars or warned or step <= exp.warmup_steps:
+    if warned or step <= exp.warmup_steps:
       return
-    warning = metrics.collapse_warning(scalars["std"], scalars["rank"], size)
-    if warning:
+    if warning := exp.task.warning(scalars):
       warned.add(step)
       print(f"warning: step {step}: {warning}", flush=True)
 

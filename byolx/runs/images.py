@@ -1,14 +1,74 @@
 """The images of a run: to train on, to choose by, to test on."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from byolx.core.config import ConfigError
+from byolx.core.fields import at_least, between, field, one_of
 from byolx.data import splits
 from byolx.data.sources import base, cifar, folders, prepared, small, tfds
+from byolx.tasks import TASKS
+
+SOURCES: dict[str, Callable[["DataSpec"], Callable[..., base.Source]]] = {
+  "digits": lambda data: functools.partial(small.digits, test_share=data.test_share),
+  "fashion_mnist": lambda data: functools.partial(small.fashion_mnist, data.folder),
+  "image_folder": lambda data: functools.partial(
+    folders.image_folder, data.folder, test_share=data.test_share
+  ),
+  "imagenet": lambda data: functools.partial(folders.imagenet, data.folder),
+  "places365": lambda data: functools.partial(folders.places365, data.folder),
+  "cifar10": lambda data: functools.partial(cifar.cifar10, data.folder),
+  "cifar100": lambda data: functools.partial(cifar.cifar100, data.folder),
+  "array_record": lambda data: functools.partial(
+    prepared.prepared, data.folder, test_share=data.test_share
+  ),
+  "tfds": lambda data: functools.partial(tfds.tfds, data.folder),
+}
+"""The function that opens a split, by data.source."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """The config group `data`: which images, and which of them for what."""
+
+  source: str = field("digits", "where images come from", one_of(*SOURCES))
+  folder: str = field(
+    "", "folder of the source, as it was unpacked or prepared; digits needs none", free=True
+  )
+  validation: str = field(
+    "none",
+    "training images kept apart, to choose by: ImageNet's of appendix D.1, or of the code; or a share",
+    one_of("none", "last_10009", "first_10000", "share"),
+  )
+  validation_share: float = field(
+    0.1, "of data.validation=share, the same of every class", between(0.001, 0.9)
+  )
+  labels: float = field(
+    1.0,
+    "share of the training images that is used, as many of every class; a smaller share lies inside a "
+    "larger one (Figure 4)",
+    between(1e-6, 1),
+  )
+  labels_seed: int = field(0, "chooses them", between(0, 2**32 - 1))
+  label_list: str = field(
+    "", "a file with the names of the training images to use instead, such as SimCLR's 1percent.txt"
+  )
+  test_share: float = field(
+    0.2, "share held out for testing, where the source has no test set", between(0.01, 0.9)
+  )
+  max_failed_share: float = field(
+    0.01, "share of files that may fail to decode before the run stops", between(0, 1)
+  )
+  workers: int = field(
+    0, "processes that make views; 0: this process; -1: one per core", at_least(-1), free=True
+  )
+  threads: int = field(1, "threads that make views, in each of them", at_least(1), free=True)
+  prefetch: int = field(2, "batches made ahead", at_least(1), free=True)
 
 
 class Sources(NamedTuple):
@@ -31,17 +91,18 @@ class Sources(NamedTuple):
 def build_sources(config: ConfigDict) -> Sources:
   """The images of a run.
 
-  With data.validation, pretraining is measured on the validation images and the test images need not
-  be there; data.labels and data.label_list choose among what is not held out.
+  With data.validation, a task that chooses nothing, such as pretraining, is measured on the validation
+  images, and the test images need not be there. data.labels and data.label_list choose among the
+  images that are not held out.
 
   Raises:
     ConfigError: they are not there, or not enough of them.
   """
-  make = _opener(config)
+  make, kind = SOURCES[config.data.source](DataSpec(**config.data)), TASKS[config.task]
   try:
     train = make(split="train")
     whole = config.data.validation == "none"
-    tested = whole or (config.task != "pretrain" and config.eval.test)
+    tested = whole or (kind.selects and config.eval.test)
     test = make(split="test") if tested else None
   except ValueError as error:
     raise ConfigError(str(error)) from None
@@ -50,7 +111,7 @@ def build_sources(config: ConfigDict) -> Sources:
     rest, held = _validation(config, train)
   used, held = _used(config, train, rest, held)
   validation = None if whole else base.subset(train, held)
-  if config.task != "pretrain":
+  if kind.needs_labels:
     for name, images in (("validation", validation), ("test", test)):
       if images is not None and not (images.labels >= 0).any():
         raise ConfigError(
@@ -62,25 +123,6 @@ def build_sources(config: ConfigDict) -> Sources:
     test,
     round(len(used) / len(train), 4) if config.data.label_list else config.data.labels,
   )
-
-
-def _opener(config: ConfigDict):
-  """The function that opens a split of a config's source."""
-  data = config.data
-  makers = {
-    "digits": functools.partial(small.digits, test_share=data.test_share),
-    "fashion_mnist": functools.partial(small.fashion_mnist, data.folder),
-    "image_folder": functools.partial(
-      folders.image_folder, data.folder, test_share=data.test_share
-    ),
-    "imagenet": functools.partial(folders.imagenet, data.folder),
-    "places365": functools.partial(folders.places365, data.folder),
-    "cifar10": functools.partial(cifar.cifar10, data.folder),
-    "cifar100": functools.partial(cifar.cifar100, data.folder),
-    "array_record": functools.partial(prepared.prepared, data.folder, test_share=data.test_share),
-    "tfds": functools.partial(tfds.tfds, data.folder),
-  }
-  return makers[data.source]
 
 
 def _validation(config: ConfigDict, train: base.Source) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from byolx.checkpoints import checksums, pretrained
-from byolx.core import config, distributed, files, sharding, text
+from byolx.core import distributed, files, sharding, text
+from byolx.runs import config
 from byolx.runs.experiment import Experiment
 from byolx.training.state import TrainState, state_shardings
 
@@ -31,12 +32,13 @@ def new_state(exp: Experiment, workdir: Path) -> TrainState:
     return state
   before = lineage(workdir)
   source = Path(before["path"] if before else init.workdir)
-  encoder = pretrained.read(source, init.encoder, sharding.replicated(exp.mesh), exp.config)
+  place, fits = sharding.replicated(exp.mesh), config.encoder_check(exp.config)
+  encoder = pretrained.read(source, init.encoder, place, fits)
   state, table = pretrained.apply(state, encoder)
   state = jax.device_put(state, state_shardings(exp.abstract_state))
   print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")
   _write(workdir / LINEAGE, encoder.lineage | _facts(encoder))
-  if exp.config.task == "linear":
+  if exp.task.frozen:
     _write(workdir / FROZEN, checksums.digests(pretrained.arrays_of(state)))
   return state
 

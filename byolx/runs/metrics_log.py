@@ -1,5 +1,6 @@
 """What a run writes: whole files, and while it trains metrics.jsonl, TensorBoard, progress lines."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -8,8 +9,17 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from byolx.core.fields import at_least, field
 from byolx.core.files import write_atomically
 from byolx.core.text import duration
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec:
+  """The config group `log`."""
+
+  every_steps: int = field(50, "between rows of metrics.jsonl", at_least(1), free=True)
+  every_seconds: float = field(10.0, "between progress lines", at_least(0), free=True)
 
 
 class RunLog:

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from byolx.core import sharding
+from byolx.core import sharding, text
 from byolx.runs.experiment import Experiment
 from byolx.runs.images import Sources
 from byolx.runs.trainer import Recipe
@@ -17,7 +17,7 @@ def describe(exp: Experiment, workdir: Path) -> str:
   """What will run, before the first step: devices, parameters, exclusions, steps, rates."""
   c = exp.config
   device = jax.devices()[0]
-  encoder, source = exp.task.encoder, exp.train_source
+  source = exp.train_source
   passes = f"{exp.passes} passes of {c.train.batch_size // exp.passes}"
   lines = [
     parameter_table(exp),
@@ -28,17 +28,27 @@ def describe(exp: Experiment, workdir: Path) -> str:
     f"state {c.mesh.state}, remat {c.train.remat}",
     f"images    {len(source):,} to train on, {_held_out(exp.sources)} "
     f"({source.name}, {len(source.classes)} classes)",
-    f"encoder   {c.model.arch} {c.model.width:g}x, {encoder.channels[-1]} features, "
-    f"computed in {c.model.dtype}",
+    f"encoder   {_encoder(exp)}",
     f"steps     {exp.steps:,} of {c.train.batch_size} images"
     + (f" in {passes}" if exp.passes > 1 else "")
     + f", {c.train.epochs:g} epochs",
     f"rate      {_rates(exp)}; {c.optim.name}",
-    *(_of_pretraining(exp) if c.task == "pretrain" else _of_classification(exp)),
+    *(f"{name:<9} {words}" for name, words in exp.task.summary()),
     f"workdir   {workdir}",
     "",
   ]
   return "\n".join(lines)
+
+
+def _encoder(exp: Experiment) -> str:
+  """The encoder: architecture, width, features and compute type; or the user's own network."""
+  model = exp.config.model
+  if exp.network is not None:
+    return f"{exp.network}, the user's own"
+  return (
+    f"{model.arch} {model.width:g}x, {exp.encoder.stages.channels[-1]} features, "
+    f"computed in {model.dtype}"
+  )
 
 
 def _held_out(images: Sources) -> str:
@@ -57,23 +67,6 @@ def _rates(exp: Experiment) -> str:
   return start + ("a cosine to 0" if o.schedule == "cosine" else "constant")
 
 
-def _of_pretraining(exp: Experiment) -> list[str]:
-  byol = exp.config.byol
-  return [f"target    {byol.target}, tau from {byol.tau_base:g} ({byol.tau_rule})"]
-
-
-def _of_classification(exp: Experiment) -> list[str]:
-  c, task = exp.config, exp.task
-  heads = f"{task.spec.heads} side by side, base rates {', '.join(f'{r:g}' for r in c.optim.rates)}"
-  origin = f"that of {c.init.workdir}" if c.init.workdir else "from scratch"
-  return [
-    f"training  {'the classifier alone' if task.frozen else 'everything'}; encoder {origin}",
-    *([f"heads     {heads}"] if task.spec.heads > 1 else []),
-    f"loss      cross-entropy, tclip {task.alpha:g}, logit penalty {task.beta:g}, "
-    f"label smoothing {task.smoothing:g}; {c.classify.views} views",
-  ]
-
-
 def parameter_table(exp: Experiment) -> str:
   """What is trained, part by part, and what of it takes neither decay nor trust ratio."""
   o = exp.config.optim
@@ -89,17 +82,16 @@ def parameter_table(exp: Experiment) -> str:
     excluded = [size for size, adapted in found if not adapted]
     numbers = f"{sum(excluded):,} in {len(excluded)} (biases, BatchNorm)" if excluded else "none"
     rows.append((part, f"{len(found):,}", f"{sum(size for size, _ in found):,}", numbers))
-  return _aligned(rows)
+  return text.aligned(rows, right=(1, 2))
 
 
 def placement_table(recipe: Recipe) -> str:
   """Where the state lives: part by part, its bytes and what each device holds of them."""
   state = recipe.abstract_state
-  target = nnx.filter_state(state.rest, nnx.Param)
-  still = "target network" if recipe.config.task == "pretrain" else "frozen parameters"
+  untrained = nnx.filter_state(state.rest, nnx.Param)
   parts = {
     "trained parameters": state.params,
-    still: target,
+    recipe.task.untrained: untrained,
     "optimiser": state.opt_state,
     "statistics": nnx.filter_state(state.rest, nnx.Not(nnx.Param)),
   }
@@ -112,16 +104,7 @@ def placement_table(recipe: Recipe) -> str:
     cut = sum(not x.sharding.is_fully_replicated for x in leaves)
     pieces = f"{cut:,} of {len(leaves):,} arrays" if cut else "none"
     rows.append((name, f"{whole:,}", f"{held:,}", pieces))
-  return _aligned(rows)
-
-
-def _aligned(rows: list[tuple[str, str, str, str]]) -> str:
-  """Four columns, the two in the middle to the right."""
-  widths = [max(len(row[i]) for row in rows) for i in range(4)]
-  return "\n".join(
-    f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}".rstrip()
-    for a, b, c, d in rows
-  )
+  return text.aligned(rows, right=(1, 2))
 
 
 def _part(path: tuple) -> str:
@@ -130,5 +113,7 @@ def _part(path: tuple) -> str:
   if names[0] == "online":
     names = names[1:]
   if names[0] == "encoder":
-    return f"encoder stage {int(names[2]) + 1}" if names[1] == "groups" else "encoder stem"
+    if names[1] == "groups":
+      return f"encoder stage {int(names[2]) + 1}"
+    return "encoder stem" if names[1] in ("stem", "stem_norm") else "encoder"
   return names[0]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -21,18 +20,14 @@ from ml_collections import ConfigDict
 
 from byolx.core import sharding
 from byolx.core.config import ConfigError
-from byolx.data.augment import distribution, on_device
-from byolx.models.byol import BYOLSpec
-from byolx.models.classifier import ClassifierSpec
-from byolx.models.layers import INITIALIZERS
-from byolx.models.resnet import ARCHITECTURES, STEMS, ResNetSpec, widen
-from byolx.tasks.classify import Classify
-from byolx.tasks.pretrain import Pretrain
+from byolx.data import transforms
+from byolx.data.augment import on_device
+from byolx.models.resnet import ResNetSpec
+from byolx.runs.config import fingerprint
+from byolx.tasks import TASKS
 from byolx.training import optimizers, schedules, state
 from byolx.training.step import compile_step
-from byolx.training.task import Batch
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from byolx.training.task import Batch, Setting, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +37,21 @@ class Recipe:
   Args:
     config: all fields.
     layout: the mesh, and where the state lives on it.
-    task: networks and loss.
+    encoder: the ResNet of the config's group `model`.
+    task: the training protocol.
     rate: learning rate by step.
     tx: the optimiser.
     abstract_untrained: shapes of a state without the optimiser's.
     steps, warmup_steps: optimiser steps.
     steps_per_epoch: not rounded.
     passes: forward passes per step.
+    network: the user's own encoder, see `task.Setting`; None without one.
   """
 
   config: ConfigDict
   layout: sharding.Layout
-  task: Pretrain | Classify
+  encoder: ResNetSpec
+  task: Task
   rate: schedules.Schedule
   tx: optax.GradientTransformation
   abstract_untrained: state.TrainState
@@ -61,11 +59,17 @@ class Recipe:
   warmup_steps: int
   steps_per_epoch: float
   passes: int
+  network: Callable[[nnx.Rngs], nnx.Module] | None
 
   @property
   def mesh(self) -> Mesh:
     """The devices."""
     return self.layout.mesh
+
+  @property
+  def fingerprint(self) -> str:
+    """Tells configs apart in what shapes results."""
+    return fingerprint(self.config)
 
   @property
   def encoder_key(self) -> Array:
@@ -85,7 +89,7 @@ class Recipe:
 
   def normalise(self, image: Array) -> Array:
     """uint8 images as the encoder takes them."""
-    return on_device.network_input(image, *_colours(self.config))
+    return on_device.network_input(image, self.config.views.mean, self.config.views.std)
 
   def initialise(self) -> state.TrainState:
     """The state at step 0, made where it lives."""
@@ -102,21 +106,18 @@ class Recipe:
     return self.abstract_untrained.params
 
   def abstract_batch(self) -> Batch:
-    """Shapes, types and shardings of what `loader.train_batches` makes and a step uses."""
-    rows, size = self.config.train.batch_size, self.config.views.size
-    spread = sharding.by_example(self.mesh)
+    """Shapes, types and shardings of the training batches that `loader.train_batches` makes."""
+    rows, spread = self.config.train.batch_size, sharding.by_example(self.mesh)
+    arrays = {name: transforms.Array((), np.int32) for name in ("label", "index")}
 
-    def shape_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-      return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=spread)
+    def abstract(array: transforms.Array) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((rows, *array.shape), array.dtype, sharding=spread)
 
-    batch = {name: shape_of((), np.int32) for name in ("label", "index")}
-    views = (1, 2) if self.config.task == "pretrain" else (1,)
-    batch |= {f"view{view}": shape_of((size, size, 3), np.uint8) for view in views}
-    if self.task.augment_on_device:
-      one = distribution.draw(distribution.ViewSpec(), np.random.default_rng(0), size, size)
-      drawn = jax.tree.map(lambda x: shape_of(np.shape(x), np.asarray(x).dtype), one)
-      batch |= {f"draws{view}": drawn for view in views}
-    return batch
+    def is_array(value: Any) -> bool:
+      return isinstance(value, transforms.Array)
+
+    arrays |= self.task.transform("train").arrays
+    return jax.tree.map(abstract, arrays, is_leaf=is_array)
 
   def lower(self) -> jax.stages.Lowered:
     """The train step as one program for the mesh's devices, attached or not; `compile` is next."""
@@ -143,14 +144,21 @@ class Recipe:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(self.mesh))
 
 
-def build(config: ConfigDict, devices: Sequence[Any], images: int, classes: int) -> Recipe:
+def build(
+  config: ConfigDict,
+  devices: Sequence[Any],
+  images: int,
+  classes: int,
+  network: Callable[[nnx.Rngs], nnx.Module] | None = None,
+) -> Recipe:
   """Builds and checks all that a config says of training.
 
   Args:
     config: all fields.
-    devices: to train on, attached or not.
-    images: to train on.
-    classes: of the online probe.
+    devices: devices of the run, attached or not.
+    images: number of training images.
+    classes: number of their classes.
+    network: the user's own encoder, see `task.Setting`.
 
   Raises:
     ConfigError: fields that do not go together.
@@ -159,12 +167,15 @@ def build(config: ConfigDict, devices: Sequence[Any], images: int, classes: int)
   passes = _check_batch(config, layout.mesh, images)
   steps, warmup_steps = count_steps(config, images)
   on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-  task = build_task(config, classes, steps, products=on_cpu)
+  encoder = build_encoder(config, products=on_cpu)
+  task = build_task(config, Setting(config, encoder, classes, steps, network))
   untrained = state.abstract_untrained(task)
-  rate, tx = build_optimiser(config, untrained.params, steps, warmup_steps)
+  optimizer = optimizers.OptimizerSpec(**config.optim)
+  rate, tx = optimizer.build(untrained.params, config.train.batch_size, steps, warmup_steps)
   return Recipe(
     config,
     layout,
+    encoder,
     task,
     rate,
     tx,
@@ -173,6 +184,7 @@ def build(config: ConfigDict, devices: Sequence[Any], images: int, classes: int)
     warmup_steps,
     images / config.train.batch_size,
     passes,
+    network,
   )
 
 
@@ -183,7 +195,7 @@ def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
     ConfigError: the devices cannot be cut as the config says.
   """
   try:
-    return sharding.lay_out(config.mesh, devices)
+    return sharding.lay_out(sharding.MeshSpec(**config.mesh), devices)
   except ValueError as error:
     raise ConfigError(str(error)) from None
 
@@ -206,158 +218,43 @@ def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
 
 
 def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpec:
-  """The encoder's shape; for `products` see `layers.Conv`."""
-  model = config.model
-  spec = ARCHITECTURES.get(model.arch)
-  custom = {name: tuple(model[name]) for name in ("blocks", "channels", "strides")}
-  if spec is None:
-    lengths = {len(values) for name, values in custom.items() if values or name != "strides"}
-    if len(lengths) != 1 or 0 in lengths:
-      given = ", ".join(f"model.{name}={values}" for name, values in custom.items())
-      raise ConfigError(f"model.arch=custom with {given}: expected one number per stage in each")
-    spec = ResNetSpec(**custom, bottleneck=model.bottleneck)
-  elif any(custom.values()):
-    given = ", ".join(f"model.{name}={values}" for name, values in custom.items() if values)
-    raise ConfigError(f"{given}: only for model.arch=custom; model.arch is {model.arch}")
-  spec = dataclasses.replace(
-    spec,
-    stem=STEMS[model.stem],
-    stem_channels=model.stem_channels,
-    padding=model.padding,
-    dilation=model.dilation,
-    bn_decay=model.bn_decay,
-    bn_eps=model.bn_eps,
-    bn_group=model.bn_group,
-    bn_debias=model.bn_debias,
-    bn_last_scale=model.bn_last_scale,
-    kernel_init=INITIALIZERS[model.kernel_init],
-    dtype=DTYPES[model.dtype],
-    products=products,
-  )
-  return widen(spec, model.width)
+  """The encoder; for `products` see `layers.Conv`.
+
+  Raises:
+    ConfigError: its stages do not go together.
+  """
+  try:
+    return ResNetSpec(**config.model, products=products)
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
 
 
-def build_task(
-  config: ConfigDict, classes: int, steps: int, products: bool | None = None
-) -> Pretrain | Classify:
-  """What a config trains; for `products` see `layers.Conv`.
+def build_task(config: ConfigDict, setting: Setting) -> Task:
+  """The task of a run.
 
   Raises:
     ConfigError: fields that do not go together.
   """
-  if config.optim.rates and config.task != "linear":
+  kind = TASKS[config.task]
+  if config.optim.rates and not kind.parallel_rates:
     raise ConfigError(
       f"optim.rates={tuple(config.optim.rates)} with task={config.task}: rates go side by side on a "
       "frozen encoder only (task=linear); expected optim.base_rate, or a sweep"
     )
-  if config.task == "pretrain":
-    return _pretraining(config, classes, steps, products)
-  return _classification(config, classes, products)
+  return kind.build(setting)
 
 
-def _colours(config: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  return tuple(config.views.mean), tuple(config.views.std)
+def build_input(config: ConfigDict, classes: int) -> transforms.Transform:
+  """The training transform of a config, for commands that look at the input alone.
 
+  Args:
+    config: all fields.
+    classes: number of classes of the images, 0 without labels.
 
-def _classification(config: ConfigDict, classes: int, products: bool | None) -> Classify:
-  c = config.classify
-  heads = max(1, len(config.optim.rates))
-  if classes < 2:
-    raise ConfigError(
-      f"task={config.task}: the images of data.source={config.data.source} have {classes} classes; "
-      "expected labels of at least two"
-    )
-  if heads > 1 and config.optim.name != "sgd":
-    raise ConfigError(
-      f"optim.rates={tuple(config.optim.rates)} with optim.name={config.optim.name}: its steps are not "
-      "proportional to the rate of one classifier alone; expected optim.name=sgd"
-    )
-  if heads > 1 and config.data.validation == "none":
-    raise ConfigError(
-      f"optim.rates={tuple(config.optim.rates)} with data.validation=none: expected validation images "
-      "to choose by, or one rate"
-    )
-  if c.views == "randaugment" and config.views.placement == "device":
-    raise ConfigError(
-      "classify.views=randaugment with views.placement=device: RandAugment is work of the host; "
-      "expected views.placement=host"
-    )
-  init = INITIALIZERS[config.model.kernel_init]
-  if c.head_init == "zeros":
-    init = nnx.initializers.zeros_init()
-  mean, std = _colours(config)
-  return Classify(
-    ClassifierSpec(build_encoder(config, products), classes, heads, init),
-    frozen=config.task == "linear",
-    mean=mean,
-    std=std,
-    alpha=c.tclip,
-    beta=c.logit_penalty,
-    smoothing=c.label_smoothing,
-    augment_on_device=config.views.placement == "device",
-    brightness_rule=config.views.brightness_rule,
-  )
-
-
-def _pretraining(config: ConfigDict, classes: int, steps: int, products: bool | None) -> Pretrain:
-  """Without labels there is no online probe."""
-  byol, views = config.byol, config.views
-  mean, std = _colours(config)
-  spec = BYOLSpec(
-    build_encoder(config, products),
-    projection_size=byol.projection_size,
-    projector_hidden=byol.projector_hidden,
-    projector_depth=byol.projector_depth,
-    predictor_hidden=byol.predictor_hidden,
-    predictor_depth=byol.predictor_depth,
-    output_bias=byol.output_bias,
-    predictor=byol.predictor,
-    target=byol.target,
-    target_init=byol.target_init,
-    classes=classes if byol.probe_weight else 0,
-  )
-  return Pretrain(
-    spec,
-    steps,
-    mean=mean,
-    std=std,
-    tau_base=byol.tau_base,
-    tau_rule=byol.tau_rule,
-    average_statistics=byol.average_statistics,
-    directions=byol.directions,
-    norm_guard=byol.norm_guard,
-    probe_weight=byol.probe_weight,
-    augment_on_device=views.placement == "device",
-    brightness_rule=views.brightness_rule,
-  )
-
-
-def build_optimiser(
-  config: ConfigDict, params: nnx.State, steps: int, warmup_steps: int
-) -> tuple[schedules.Schedule, optax.GradientTransformation]:
-  """The learning rate by step, and the optimiser of parameters, which may be shapes.
-
-  With several optim.rates the schedule is that of the first, and each head has its multiple of it.
+  Raises:
+    ConfigError: fields that do not go together.
   """
-  mask = optimizers.adapted(params)
-  o = config.optim
-  if not o.exclude:
-    mask = jax.tree.map(lambda _: True, mask)
-  rates = tuple(o.rates) or (o.base_rate,)
-  peak = rates[0] * (config.train.batch_size / 256 if o.batch_scaling else 1.0)
-  if o.schedule == "cosine":
-    rate = schedules.warmup_cosine(peak, warmup_steps, steps)
-  else:
-    rate = schedules.warmup_constant(peak, warmup_steps)
-  makers = {
-    "lars": functools.partial(optimizers.lars, rate, o.weight_decay, o.momentum, o.trust),
-    "sgd": functools.partial(optimizers.sgd, rate, o.weight_decay, o.momentum),
-    "adamw": functools.partial(optimizers.adamw, rate, o.weight_decay),
-  }
-  tx = makers[o.name](mask)
-  if len(rates) > 1:
-    tx = optax.chain(tx, optimizers.scale_each([one / rates[0] for one in rates]))
-  return rate, tx
+  return build_task(config, Setting(config, build_encoder(config), classes, 1)).transform("train")
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:

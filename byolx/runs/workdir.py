@@ -8,8 +8,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import byolx
-from byolx.core import config, distributed, files
+from byolx.core import distributed, files
 from byolx.core.config import ConfigError
+from byolx.runs import config
 
 
 @functools.cache

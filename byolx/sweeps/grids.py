@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from byolx.core import config
 from byolx.core.config import ConfigError
-from byolx.core.fields import FIELDS
+from byolx.runs import config, schema
 
 Cell = Mapping[str, Any]
 """Values of one run of a grid: a mapping from names of config fields to values."""
@@ -117,8 +116,9 @@ def named(name: str) -> Grid:
   """
   if name not in GRIDS:
     raise ConfigError(f"--grid={name}: unknown grid; expected one of {', '.join(GRIDS)}")
+  fields = schema.fields()
   for cell in GRIDS[name].cells:
-    if unknown := [field for field in cell if field not in FIELDS]:
+    if unknown := [field for field in cell if field not in fields]:
       raise ConfigError(
         f"--grid={name}: unknown field {unknown[0]}; `byolx fields` lists the known fields"
       )

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from byolx.core import config, files
+from byolx.core import files
 from byolx.core.config import ConfigError
-from byolx.runs import results
+from byolx.runs import config, results
 from byolx.sweeps.jobs import Run
 from byolx.sweeps.sweep import Choice, Sweep, tested
 

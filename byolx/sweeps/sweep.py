@@ -13,12 +13,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from byolx.core.config import ConfigError, flatten, load
-from byolx.core.fields import FIELDS
-from byolx.runs import results
+from byolx.core.config import ConfigError, flatten
+from byolx.runs import results, schema
+from byolx.runs.config import load
 from byolx.sweeps import grids, selection
 from byolx.sweeps.jobs import Run
 from byolx.sweeps.selection import By
+from byolx.tasks import TASKS
 
 ALL = "all"
 """Name of the only group, if there are no grouping fields."""
@@ -144,16 +145,17 @@ def build(
 
 
 def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) -> None:
-  """Refuses what would be found out only after the cells have run."""
-  if cell.task == "pretrain" and not retrain:
+  """Check a cell's config for errors that would otherwise appear only after the cells have run."""
+  kind = TASKS[cell.task]
+  if not (kind.selects or retrain):
     raise ConfigError(
-      "task=pretrain: a run with validation images is measured on these; expected --retrain, which "
+      f"task={cell.task}: a run with validation images is measured on these; expected --retrain, which "
       "tests what was trained on all training images"
     )
-  if cell.task == "pretrain" and {key for key, _ in by.only} != {"protocol", "encoder", "labels"}:
+  if kind.record_keys and {key for key, _ in by.only} != set(kind.record_keys):
     raise ConfigError(
-      f"--select={by}: a pretraining run has records of several probes; expected such as "
-      "--select=top1:protocol=linear,encoder=online,labels=1.0"
+      f"--select={by}: a run of task={cell.task} has several records of a metric; expected values of "
+      f"{', '.join(kind.record_keys)}, such as --select=top1:protocol=linear,encoder=online,labels=1.0"
     )
   if retrain and (cell.data.labels < 1 or cell.data.label_list):
     raise ConfigError(
@@ -202,7 +204,7 @@ def cell_run(sweep: Sweep, cell: Cell) -> Run:
 
 
 def _train(sweep: Sweep, name: str, workdir: Path, overrides: Sequence[str]) -> Run:
-  if sweep.base.compile.cache == FIELDS["compile.cache"].default:
+  if sweep.base.compile.cache == schema.fields()["compile.cache"].default:
     # One compilation cache for the sweep: final runs compile the same programs as their cells.
     cache = os.path.relpath(sweep.workdir / "compiled", workdir)
     overrides = (*overrides, f"--config.compile.cache={cache}")
@@ -261,7 +263,7 @@ def _final(sweep: Sweep, group: str, choice: Choice, seed: int) -> Run:
   name, cell = f"{group}, seed {seed}", choice.cell
   if seed == cell.config.seed and not sweep.retrain:  # the cell's run is already trained
     workdir = sweep.workdir / "cells" / cell.label
-    arguments = ("eval", f"--from={workdir}", "--test")
+    arguments = ("eval", f"--from={workdir}", "--test", f"--tasks={sweep.config.partition(':')[0]}")
     return Run(name, workdir, arguments, cell.config, tests=True)
   overrides = [*sweep.overrides, *grids.overrides(cell.fields)]
   overrides += [f"--config.seed={seed}", "--config.eval.test=True"]

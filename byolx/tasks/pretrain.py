@@ -1,6 +1,7 @@
 """Pretraining: BYOL (Algorithm 1), and the variants of Table 19 that need no negatives."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import jax
@@ -10,13 +11,15 @@ from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from byolx.core.fields import Field, at_least, between, field, fields_of, one_of
 from byolx.data.augment import on_device
+from byolx.data.transforms import Centre, Transform, Views
 from byolx.evaluation import metrics
+from byolx.evaluation.context import Finished
 from byolx.models.byol import BYOL, BYOLSpec, Outputs
 from byolx.models.remat import VIEWS
-from byolx.models.resnet import ResNetSpec
 from byolx.training import losses, schedules
-from byolx.training.task import Batch
+from byolx.training.task import Batch, Panel, Record, Setting, Task
 
 
 @struct.dataclass
@@ -28,43 +31,76 @@ class ProbeMetrics(clu_metrics.Collection):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrain:
+class Pretrain(Task):
   """One pretraining run.
 
   Args:
     spec: the networks.
     steps: K, all optimiser steps.
-    mean, std: colour normalisation, applied after augmentation.
-    tau_base, tau_rule: of the target's moving average, see `schedules.tau`.
-    average_statistics: let the moving average take BatchNorm's averages too.
+    mean, std: colour normalisation of each channel, applied after augmentation.
+    views: the two training views; None where no input is made.
+    centre: the evaluation view; None where no input is made.
+    tau_base, tau_rule: schedule of the target's moving average, see `schedules.tau`.
+    average_statistics: whether the moving average takes BatchNorm's running averages too.
     directions: "sum" of the two directions' losses (the paper), or their "mean".
-    norm_guard: see `losses.regression_loss`.
-    probe_weight: of the online probe's cross-entropy, whose gradient stops at the representation.
-    augment_on_device: batches hold crops and draws; the colour work happens inside the step.
-    brightness_rule: see `distribution.ViewSpec`, for the device's colour work.
+    norm_guard: smallest squared norm, see `losses.regression_loss`.
+    probe_weight: weight of the online probe's cross-entropy, whose gradient stops at the
+      representation.
   """
+
+  group = "byol"
+  own_size = True
+  record_keys = ("protocol", "encoder", "labels")
+  accuracy = "online top-1"
+  untrained = "target network"
+  curves = (
+    Panel("Loss", (("loss_byol", "BYOL"), ("loss_probe", "online probe"))),
+    Panel("Online probe: top-1 (%)", (("top1", ""),), scale=100),
+    Panel(
+      "Projection: normalised std",
+      (("std", ""),),
+      marks=((1.0, "isotropic"), (metrics.STD_WARNING, "collapse")),
+      top=1.0,
+    ),
+    Panel("Projection: participation ratio", (("rank", ""),)),
+    Panel("Representation: $\\ell_2$ norm", (("norm_representation", ""),), logarithmic=True),
+    Panel("Projection: $\\ell_2$ norm", (("norm_projection", ""),), logarithmic=True),
+    Panel("Target decay $\\tau$", (("tau", ""),), from_zero=False, noisy=False),
+    Panel("Learning rate", (("rate", ""),), noisy=False),
+  )
+  trainable: ClassVar[nnx.filterlib.Filter] = nnx.All(
+    nnx.Param, nnx.Not(nnx.PathContains("target"))
+  )
 
   spec: BYOLSpec
   steps: int
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
-  tau_base: float = 0.996
-  tau_rule: str = "cosine"
-  average_statistics: bool = False
-  directions: str = "sum"
-  norm_guard: float = 1e-12
-  probe_weight: float = 1.0
-  augment_on_device: bool = False
-  brightness_rule: str = "additive"
-
-  trainable: ClassVar[nnx.filterlib.Filter] = nnx.All(
-    nnx.Param, nnx.Not(nnx.PathContains("target"))
+  views: Views | None = None
+  centre: Centre | None = None
+  tau_base: float = field(0.996, "tau at step 0", between(0, 1))
+  tau_rule: str = field("cosine", "tau rises to 1, or is constant", one_of("cosine", "constant"))
+  average_statistics: bool = field(False, "the moving average takes BatchNorm's averages too")
+  directions: str = field("sum", "the two directions' losses together", one_of("sum", "mean"))
+  norm_guard: float = field(1e-12, "smallest squared norm in the loss; 0: none", at_least(0))
+  probe_weight: float = field(
+    1.0, "weight of the online probe's loss; 0 leaves the probe out", at_least(0)
   )
 
-  @property
-  def encoder(self) -> ResNetSpec:
-    """The encoder's shape."""
-    return self.spec.encoder
+  @classmethod
+  def fields(cls) -> dict[str, Field]:
+    """The sizes of the networks, and what the loss and the moving average take."""
+    return fields_of(BYOLSpec) | fields_of(cls)
+
+  @classmethod
+  def build(cls, setting: Setting) -> "Pretrain":
+    """The task of a run; without labels there is no online probe."""
+    group = dict(setting.config[cls.group])
+    networks = {name: group.pop(name) for name in fields_of(BYOLSpec)}
+    classes = setting.classes if group["probe_weight"] else 0
+    spec = BYOLSpec(setting.encoder, **networks, classes=classes, network=setting.network)
+    views = setting.views(*setting.distributions)
+    return cls(spec, setting.steps, **setting.colours, views=views, centre=setting.centre, **group)
 
   def init(self, rngs: nnx.Rngs) -> BYOL:
     return BYOL(self.spec, rngs=rngs)
@@ -74,7 +110,7 @@ class Pretrain:
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Loss of both directions, plus the probe's; and the collapse monitors of Figure 7."""
     del key  # every random number of a view is data, see byolx.data.augment.distribution
-    x = self._views(batch)
+    x = self._both_views(batch)
     online = model.online(x, train=True, views=2)
     prediction = _by_view(model.predict(online.projection, train=True, views=2))
     z = _by_view(self._targets(model, x, online))
@@ -102,6 +138,28 @@ class Pretrain:
     model.follow(tau, statistics=self.average_statistics)
     return {"tau": tau}
 
+  def warning(self, scalars: Mapping[str, float]) -> str | None:
+    """A warning where the projections of a batch have collapsed."""
+    return metrics.collapse_warning(scalars["std"], scalars["rank"], self.spec.projection_size)
+
+  def transform(self, split: str) -> Transform:
+    return self.views if split == "train" else self.centre
+
+  def summary(self) -> list[tuple[str, str]]:
+    return [("target", f"{self.spec.target}, tau from {self.tau_base:g} ({self.tau_rule})")]
+
+  def conclude(self, finished: Finished) -> list[Record]:
+    """k-NN and linear probes of the encoders, beside untrained and raw pixels."""
+    from byolx.evaluation import encoders  # scikit-learn and matplotlib take seconds to import
+
+    return encoders.compare(self, finished)
+
+  @classmethod
+  def table(cls, records: Sequence[Record]) -> str:
+    from byolx.evaluation import probes
+
+    return probes.format_table(records)
+
   def evaluate(self, model: BYOL, batch: Batch) -> ProbeMetrics:
     """Top-1 and cross-entropy of the online probe; labelled, unmasked images only."""
     x = on_device.network_input(batch["image"], self.mean, self.std)
@@ -111,7 +169,7 @@ class Pretrain:
     loss = losses.cross_entropy(logits, batch["label"])
     return ProbeMetrics.single_from_model_output(top1=correct, loss=loss, mask=counted)
 
-  def _views(self, batch: Batch) -> Float[Array, "b2 s s 3"]:
+  def _both_views(self, batch: Batch) -> Float[Array, "b2 s s 3"]:
     """Both views, normalised and interleaved: row 2 * b + v is view v of image b."""
     # Each view in the compute type before they are interleaved: half the bytes to move.
     views = [
@@ -120,13 +178,18 @@ class Pretrain:
         self.mean,
         self.std,
         self.spec.encoder.dtype,
-        batch[f"draws{number}"] if self.augment_on_device else None,
-        self.brightness_rule,
+        *self._colour_work(batch, number),
       )
       for number in (1, 2)
     ]
     x = jnp.stack(views, axis=1)
     return checkpoint_name(x.reshape(-1, *x.shape[2:]), VIEWS)
+
+  def _colour_work(self, batch: Batch, number: int) -> tuple:
+    """Draws and brightness rule of a view whose colour work is part of the step."""
+    if self.views is None or not self.views.on_device:
+      return ()
+    return batch[f"draws{number}"], self.views.brightness_rule
 
   def _targets(self, model: BYOL, x: Array, online: Outputs) -> Float[Array, "b2 p"]:
     """z': what the prediction is compared with, for every row."""

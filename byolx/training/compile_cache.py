@@ -1,6 +1,7 @@
 """Compiled programs on disk, so that what was compiled once is not compiled again."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from byolx.core import sharding, text
+from byolx.core.fields import field
 from byolx.training import programs
 
 SECONDS_PER_MEGABYTE = {"cpu": 8.0, "gpu": 15.0, "tpu": 40.0}
@@ -19,7 +21,19 @@ a CPU and for TPU v3 ahead of time, within a factor of two; a GPU's is a guess."
 _ours: set[str] = set()
 
 
-def begin(config: ConfigDict, workdir: Path) -> programs.Kept:
+@dataclasses.dataclass(frozen=True)
+class CompileSpec:
+  """The config group `compile`."""
+
+  cache: str = field(
+    "../compiled",
+    "folder of compiled programs, seen from the workdir: what was compiled once is not compiled "
+    "again; empty: none",
+    free=True,
+  )
+
+
+def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
   """The programs of a run, kept in its folder; its step, the slowest of them, begins to load.
 
   Takes little time and imports little, to come before all that takes some. What is wrong with a config
@@ -27,10 +41,10 @@ def begin(config: ConfigDict, workdir: Path) -> programs.Kept:
   """
   keep_in(config.compile.cache, workdir)
   try:
-    mesh = sharding.lay_out(config.mesh, sharding.find_devices(config)).mesh
+    mesh = sharding.lay_out(sharding.MeshSpec(**config.mesh), sharding.find_devices(config)).mesh
   except ValueError:
     return programs.none()
-  kept = programs.of(config, mesh.devices.ravel().tolist())
+  kept = programs.of(config, mesh.devices.ravel().tolist(), source)
   kept.begin("step")
   return kept
 

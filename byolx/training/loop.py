@@ -1,5 +1,6 @@
 """The one loop: steps until the end, rows for the log, saves, and refusal of divergence."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -7,12 +8,42 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from byolx.core.fields import above, at_least, field, one_of
+from byolx.models.remat import KEPT
 from byolx.training.state import Scalars, TrainState
 from byolx.training.step import StepFunction
 from byolx.training.task import Batch
 
 IN_FLIGHT = 2
 """Steps that may be under way at once; each holds a batch on the devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+  """The config group `train`."""
+
+  epochs: float = field(1000.0, "passes over the training images", above(0))
+  batch_size: int = field(4096, "images per optimiser step, over all devices", at_least(1))
+  micro_batch: int = field(
+    0, "images per forward pass, gradients averaged over passes; 0: all", at_least(0)
+  )
+  remat: str = field(
+    "none",
+    "what the forward pass keeps for the backward pass, which computes the rest again: none (all), or "
+    "outputs of every convolution, block, stage",
+    one_of(*KEPT),
+    free=True,
+  )
+  max_gradient_norm: float = field(
+    0.0, "a gradient norm above this counts as divergence; 0: only what is not finite", at_least(0)
+  )
+  on_divergence: str = field(
+    "stop",
+    "stop, or go back to the last checkpoint and leave out the batches since",
+    one_of("stop", "rollback"),
+    free=True,
+  )
+  max_rollbacks: int = field(3, "after so many, a divergence stops the run", at_least(0), free=True)
 
 
 class DivergedError(RuntimeError):

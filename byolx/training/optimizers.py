@@ -1,16 +1,74 @@
 """Optimisers: LARS in the authors' order, SGD and AdamW, with exclusions decided by role."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from byolx.core.fields import above, at_least, between, each, field, one_of
 from byolx.models.roles import Role
-from byolx.training.schedules import Schedule
+from byolx.training.schedules import Schedule, warmup_constant, warmup_cosine
 
 Mask = nnx.State
+
+OPTIMIZERS: dict[str, Callable[["OptimizerSpec", Schedule, Mask], optax.GradientTransformation]] = {
+  "lars": lambda o, rate, mask: lars(rate, o.weight_decay, o.momentum, o.trust, mask),
+  "sgd": lambda o, rate, mask: sgd(rate, o.weight_decay, o.momentum, mask),
+  "adamw": lambda o, rate, mask: adamw(rate, o.weight_decay, mask),
+}
+"""By optim.name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+  """The config group `optim` (appendix A)."""
+
+  name: str = field("lars", "optimiser", one_of(*OPTIMIZERS))
+  base_rate: float = field(0.2, "peak learning rate per 256 images of a batch", above(0))
+  weight_decay: float = field(1.5e-6, "of kernels", at_least(0))
+  momentum: float = field(0.9, "lars, sgd", between(0, 1))
+  trust: float = field(1e-3, "lars: eta of the trust ratio", above(0))
+  warmup_epochs: float = field(10.0, "of linear warm-up; a cosine to 0 follows", at_least(0))
+  rates: tuple[float, ...] = field(
+    (),
+    "linear: base rates of classifiers that are trained side by side, the best of which is chosen on "
+    "the validation images; empty: optim.base_rate alone. One that diverges stops them all",
+    each(above(0)),
+  )
+  batch_scaling: bool = field(True, "base rates are per 256 images of a batch, or as they are")
+  schedule: str = field(
+    "cosine", "of the rate after warm-up: a cosine to 0, or none", one_of("cosine", "constant")
+  )
+  exclude: bool = field(True, "no decay, no trust ratio for biases and normalisations")
+
+  def build(
+    self, params: nnx.State, batch_size: int, steps: int, warmup_steps: int
+  ) -> tuple[Schedule, optax.GradientTransformation]:
+    """The learning rate by step, and the optimiser.
+
+    With several rates the schedule is that of the first, and each head has its multiple of it.
+
+    Args:
+      params: arrays or shapes.
+      batch_size: images of a step, by which the peak rate is scaled.
+      steps, warmup_steps: optimiser steps, all of them and those of warm-up.
+    """
+    mask = adapted(params)
+    if not self.exclude:
+      mask = jax.tree.map(lambda _: True, mask)
+    rates = self.rates or (self.base_rate,)
+    peak = rates[0] * (batch_size / 256 if self.batch_scaling else 1.0)
+    if self.schedule == "cosine":
+      rate = warmup_cosine(peak, warmup_steps, steps)
+    else:
+      rate = warmup_constant(peak, warmup_steps)
+    tx = OPTIMIZERS[self.name](self, rate, mask)
+    if len(rates) > 1:
+      tx = optax.chain(tx, scale_each([one / rates[0] for one in rates]))
+    return rate, tx
 
 
 def adapted(params: nnx.State) -> Mask:

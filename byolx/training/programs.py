@@ -197,7 +197,7 @@ def none() -> Kept:
   return Kept(None, {}, ())
 
 
-def of(config: ConfigDict, devices: Sequence[Any]) -> Kept:
+def of(config: ConfigDict, devices: Sequence[Any], source: str = "") -> Kept:
   """The programs of an experiment, in the folder that jax has; arguments as for `facts`.
 
   Several processes keep none: each of them would have to find the same, or none.
@@ -206,18 +206,19 @@ def of(config: ConfigDict, devices: Sequence[Any]) -> Kept:
   if not folder or "://" in folder or jax.process_count() > 1:
     return none()
   try:
-    return Kept(Path(folder), facts(config, devices), devices)
+    return Kept(Path(folder), facts(config, devices, source), devices)
   except Exception as error:  # a backend may not say what it is: then programs are traced, as ever
     _log.info("no programs are kept: %s: %s", type(error).__name__, error)
     return none()
 
 
-def facts(config: ConfigDict, devices: Sequence[Any]) -> dict[str, Any]:
+def facts(config: ConfigDict, devices: Sequence[Any], source: str = "") -> dict[str, Any]:
   """What an experiment's programs are made from, but for the number of its images and classes.
 
   Args:
     config: all fields.
-    devices: of the mesh, in its order.
+    devices: devices of the mesh, in its order.
+    source: digest of the user's own code that the programs are traced from; empty without any.
   """
   fields = configs.flatten(config)
   first = devices[0]
@@ -234,7 +235,7 @@ def facts(config: ConfigDict, devices: Sequence[Any]) -> dict[str, Any]:
     "processor": _processor() if first.platform == "cpu" else "",
     "versions": {name: _version(name) for name in _PACKAGES}
     | {"python": platform.python_version()},
-    "source": SOURCE,
+    "source": [SOURCE, source],
     "flags": {name: os.environ.get(name, "") for name in _FLAGS},
     "jax": {
       name: repr(value)

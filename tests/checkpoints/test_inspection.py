@@ -12,8 +12,7 @@ import pytest
 from byolx import cli
 from byolx.checkpoints import inspection, storage
 from byolx.checkpoints.manager import CheckpointError, Checkpoints
-from byolx.core import config
-from byolx.core.fields import ENCODER
+from byolx.runs import config, schema
 
 CONFIG = {**config.flatten(config.defaults()), "seed": 3, "optim.base_rate": 0.4, "views.size": 64}
 LINEAGE = {
@@ -21,6 +20,11 @@ LINEAGE = {
   "fingerprint": "f00d", "from": None,
 }  # fmt: skip
 META = {"commit": "c6887dc", "fingerprint": "0123456789ab", "config": CONFIG, "lineage": LINEAGE}
+
+
+def inspect(path, **options):
+  defaults, names = config.flatten(config.defaults()), list(schema.encoder_fields())
+  return inspection.inspect(path, defaults, names, **options)
 
 
 def state_of(step):
@@ -53,7 +57,7 @@ def workdir(saved, tmp_path):
 
 
 def test_a_page_says_what_there_is(workdir):
-  page = inspection.inspect(workdir)
+  page = inspect(workdir)
   assert [(step.step, step.problem, step.verified) for step in page.steps] == [
     (1200, "", False), (2400, "", False),
   ]  # fmt: skip
@@ -71,12 +75,12 @@ def test_a_page_says_what_there_is(workdir):
     "seed": [0, 3], "optim.base_rate": [0.2, 0.4], "views.size": [224, 64],
   }  # fmt: skip
   assert (page.commit, page.fingerprint, page.lineage) == ("c6887dc", "0123456789ab", LINEAGE)
-  assert page.encoder == {name: CONFIG[name] for name in ENCODER}
+  assert page.encoder == {name: CONFIG[name] for name in schema.encoder_fields()}
   assert not page.damaged
 
 
 def test_the_text_is_one_page(workdir):
-  said = inspection.inspect(workdir).text()
+  said = inspect(workdir).text()
   lines = said.splitlines()
   assert len(lines) < 40
   assert max(map(len, lines)) <= 100 + len(str(workdir))
@@ -94,22 +98,22 @@ def test_the_text_is_one_page(workdir):
 
 @pytest.mark.parametrize("where", ["checkpoints", "checkpoints/1200"])
 def test_a_checkpoint_alone_is_enough(workdir, where):
-  page = inspection.inspect(workdir / where)
+  page = inspect(workdir / where)
   assert [step.step for step in page.steps] == ([1200] if where[-1] == "0" else [1200, 2400])
   assert page.commit == "c6887dc"
 
 
 def test_a_checkpoint_with_another_name_is_read(workdir):
   (workdir / "checkpoints" / "1200").rename(workdir / "best")
-  (step,) = inspection.inspect(workdir / "best", verify=True).steps
+  (step,) = inspect(workdir / "best", verify=True).steps
   assert (step.step, step.verified) == (1200, True)
 
 
 def test_arrays_are_read_only_to_verify(workdir, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(storage, "read_arrays", None)
-    inspection.inspect(workdir)
-  page = inspection.inspect(workdir, verify=True)
+    inspect(workdir)
+  page = inspect(workdir, verify=True)
   assert [step.verified for step in page.steps] == [True, True]
   assert page.text().count("verified") == 2
 
@@ -137,7 +141,7 @@ def test_damage_is_said(workdir, capsys):
 def test_json_says_the_same(workdir, tmp_path, capsys):
   path = tmp_path / "new" / "page.json"
   assert cli.main(["inspect", str(workdir), f"--json={path}"]) == 0
-  page = inspection.inspect(workdir)
+  page = inspect(workdir)
   assert json.loads(path.read_text()) == json.loads(json.dumps(dataclasses.asdict(page)))
   assert capsys.readouterr().out == page.text() + "\n"
 
@@ -145,7 +149,7 @@ def test_json_says_the_same(workdir, tmp_path, capsys):
 def test_where_there_is_nothing_there_is_an_error(tmp_path, capsys):
   for path in (tmp_path, tmp_path / "missing"):
     with pytest.raises(CheckpointError, match=f"{path}: expected a workdir, or a checkpoint"):
-      inspection.inspect(path)
+      inspect(path)
     assert cli.main(["inspect", str(path)]) == 1
     said = capsys.readouterr().err
     assert said == f"byolx: error: {path}: expected a workdir, or a checkpoint\n"

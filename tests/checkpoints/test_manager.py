@@ -15,13 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from byolx.checkpoints.manager import CheckpointError, Checkpoints, Policy, named
 from byolx.core import sharding
 from byolx.models.byol import BYOLSpec
-from byolx.models.resnet import STEMS, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 from byolx.tasks.pretrain import Pretrain
 from byolx.training import optimizers
 from byolx.training.state import abstract_state
 
 COLOURS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-ENCODER = ResNetSpec((1, 1), (4, 8), False, stem=STEMS["small"], stem_channels=4)
+ENCODER = ResNetSpec("custom", blocks=(1, 1), channels=(4, 8), stem="small", stem_channels=4)
 HIDDEN = 12
 
 

@@ -11,13 +11,13 @@ from byolx.checkpoints.manager import CheckpointError, Checkpoints, named
 from byolx.core import sharding
 from byolx.core.config import ConfigError
 from byolx.models.byol import BYOLSpec
-from byolx.models.resnet import STEMS, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 from byolx.tasks.pretrain import Pretrain
 from byolx.training import optimizers
 from byolx.training.state import abstract_state
 
 COLOURS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-ENCODER = ResNetSpec((1, 1), (8, 16), False, stem=STEMS["small"], stem_channels=8)
+ENCODER = ResNetSpec("custom", blocks=(1, 1), channels=(8, 16), stem="small", stem_channels=8)
 META = {"commit": "c6887dc", "fingerprint": "0123456789ab"}
 OTHER = {"hidden": 20, "classes": 3, "size": 6, "adam": True}
 
@@ -177,11 +177,11 @@ def test_a_damaged_checkpoint_is_passed_over(workdir, caplog):
 @pytest.mark.parametrize(
   ("encoder", "difference"),
   [
-    (ResNetSpec((1, 1), (8, 12), False, stem=STEMS["small"], stem_channels=8),
+    (ResNetSpec("custom", blocks=(1, 1), channels=(8, 12), stem="small", stem_channels=8),
      r"groups\.1\.0\.\S+ is float32\[.*16\] there, float32\[.*12\] here; "),
-    (ResNetSpec((1, 2), (8, 16), False, stem=STEMS["small"], stem_channels=8),
+    (ResNetSpec("custom", blocks=(1, 2), channels=(8, 16), stem="small", stem_channels=8),
      r"groups\.1\.1\.\S+ is missing there, float32\[.*\] here; "),
-    (ResNetSpec((1,), (8,), False, stem=STEMS["small"], stem_channels=8),
+    (ResNetSpec("custom", blocks=(1,), channels=(8,), stem="small", stem_channels=8),
      r"groups\.1\.0\.\S+ is float32\[.*\] there, no such array here; "),
   ],
 )  # fmt: skip

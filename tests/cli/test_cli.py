@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from byolx import cli
-from byolx.core import config
-from byolx.core.fields import FIELDS
+from byolx.runs import config, schema
 from byolx.training import state, step
 
+FIELDS = schema.fields()
 ROOT = Path(__file__).parents[2]
 
 COMMANDS = ["train", "eval", "sweep", "report", "plan", "show-views", "prepare", "bench", "fields"]

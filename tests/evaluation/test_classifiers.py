@@ -10,10 +10,9 @@ from tiny import config_text
 
 from byolx import cli
 from byolx.checkpoints import manager, pretrained
-from byolx.core import config
 from byolx.core.config import ConfigError
 from byolx.evaluation import classifiers
-from byolx.runs import experiment, fit, initial_state, rollbacks
+from byolx.runs import config, experiment, fit, initial_state, rollbacks
 from byolx.runs.images import build_sources
 
 pytestmark = pytest.mark.usefixtures("compiled")

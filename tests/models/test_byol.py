@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from byolx.models.byol import BYOL, Branch, BYOLSpec
-from byolx.models.resnet import STEMS, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 
 
 def numpy_init(key, shape, dtype=jnp.float32):
@@ -19,7 +19,7 @@ def numpy_init(key, shape, dtype=jnp.float32):
 
 
 ENCODER = ResNetSpec(
-  (1,), (4,), bottleneck=False, stem=STEMS["small"], stem_channels=4, kernel_init=numpy_init
+  "custom", blocks=(1,), channels=(4,), stem="small", stem_channels=4, kernel_init=numpy_init
 )
 SPEC = BYOLSpec(
   ENCODER, projection_size=6, projector_hidden=8, predictor_hidden=10, output_bias=True, classes=5

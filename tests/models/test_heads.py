@@ -20,7 +20,7 @@ def numpy_init(key, shape, dtype=jnp.float32):
   return jnp.asarray(np.random.default_rng(seed).normal(scale=0.5, size=shape), dtype)
 
 
-SPEC = ResNetSpec((1,), (4,), bottleneck=False, kernel_init=numpy_init)
+SPEC = ResNetSpec("custom", blocks=(1,), channels=(4,), kernel_init=numpy_init)
 
 
 def head(depth, spec=SPEC, **options):

@@ -8,11 +8,10 @@ import pytest
 from photographs import write_jpegs
 
 from byolx import cli
-from byolx.core import config
 from byolx.data.decode import decode
 from byolx.data.sampler import epoch_order
 from byolx.planning import input_speed
-from byolx.runs import experiment, images
+from byolx.runs import config, experiment, images
 
 STAGES = {"host": ["decode", "crop, resize", "colour", "batch", "transfer"]}
 STAGES["device"] = [stage for stage in STAGES["host"] if stage != "colour"]

@@ -9,11 +9,11 @@ import pytest
 import tiny
 
 from byolx import cli
-from byolx.core import config, sharding
+from byolx.core import sharding
 from byolx.core.config import ConfigError
 from byolx.planning import ahead_of_time, plan, tpu
 from byolx.planning import page as planning_page
-from byolx.runs import trainer
+from byolx.runs import config, trainer
 
 KEYS = {
   "topology", "cores", "fits", "peak_bytes", "argument_bytes", "temp_bytes", "flops",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from byolx.core import config
 from byolx.core.config import ConfigError
-from byolx.core.fields import FIELDS
 from byolx.reports.paper import OneOf, settings
+from byolx.runs import config, schema
 
+FIELDS = schema.fields()
 ROOT = next(path for path in Path(__file__).parents if (path / "pyproject.toml").is_file())
 CONFIGS = ROOT / "configs"
 NAME = re.compile(r"`([a-z]+(?:\.[a-z0-9_]+)+)`")

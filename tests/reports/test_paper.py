@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from byolx.core.fields import FIELDS
 from byolx.reports.paper import (
   MEASURABLE,
   NOT_MEASURABLE,
@@ -18,6 +17,9 @@ from byolx.reports.paper import (
   settings,
 )
 from byolx.reports.paper.table import NETWORK, row
+from byolx.runs import schema
+
+FIELDS = schema.fields()
 
 # Of each table: rows, bold numbers, the sum of every column, the sum of all intervals. Counted by a
 # script that read the appendices' own text.

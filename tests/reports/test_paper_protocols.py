@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from made_runs import FINETUNE, LINEAR, SUPERVISED, fields, record
 
-from byolx.core import config
-from byolx.core.fields import FIELDS
 from byolx.reports import compare
 from byolx.reports.measurements import Measurement
 from byolx.reports.paper import LEFT_OPEN, TABLES, OneOf, settings
+from byolx.runs import config, schema
 
+FIELDS = schema.fields()
 ROOT = next(path for path in Path(__file__).parents if (path / "pyproject.toml").is_file())
 CONFIGS = ROOT / "configs"
 TASKS = ("linear", "finetune", "supervised")

@@ -10,14 +10,13 @@ import jax
 import pytest
 from flax import nnx
 
-from byolx.core import config
 from byolx.core.config import ConfigError
-from byolx.core.fields import FIELDS
 from byolx.data.augment import distribution
 from byolx.data.augment.randaugment import RandAugment
-from byolx.runs import experiment, trainer
-from byolx.training import state
+from byolx.runs import config, experiment, schema, trainer
+from byolx.training import optimizers, state
 
+FIELDS = schema.fields()
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.joinpath("configs").glob("*.py"))
 IMAGENET, PLACES365 = 1_281_167, 1_803_460
@@ -225,7 +224,8 @@ def test_a_file_describes_something_that_can_be_built(file):
   cfg = load(file.name)
   task = trainer.build_task(cfg, 10, steps=1000)
   params = state.abstract_untrained(task).params
-  rate, tx = trainer.build_optimiser(cfg, params, steps=1000, warmup_steps=100)
+  optimizer = optimizers.OptimizerSpec(**cfg.optim)
+  rate, tx = optimizer.build(params, cfg.train.batch_size, steps=1000, warmup_steps=100)
   assert {path[0] for path, _ in nnx.to_flat_state(params)} == TRAINED[cfg.task]
   momenta = [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
   assert momenta == [x.shape for x in jax.tree.leaves(params)]
@@ -310,8 +310,8 @@ def test_arguments_of_the_papers_networks():
   cfg = load("pretrain_imagenet.py:arch=resnet200,width=2,batch=1024")
   assert (cfg.model.arch, cfg.model.width, cfg.train.batch_size) == ("resnet200", 2.0, 1024)
   spec = trainer.build_encoder(cfg)
-  assert spec.blocks == (3, 24, 36, 3)
-  assert spec.channels == (512, 1024, 2048, 4096)
+  assert spec.stages.blocks == (3, 24, 36, 3)
+  assert spec.stages.channels == (512, 1024, 2048, 4096)
   # The base rate is per 256 images, so it stays.
   assert cfg.optim.base_rate == load("pretrain_imagenet.py").optim.base_rate
 

@@ -14,11 +14,12 @@ from tiny import config_text
 
 from byolx import cli
 from byolx.checkpoints import manager, pretrained
-from byolx.core import config, sharding
+from byolx.core import sharding
 from byolx.core.config import ConfigError
-from byolx.core.fields import ENCODER, FIELDS
-from byolx.runs import experiment, fit, initial_state, rollbacks, workdir
+from byolx.runs import config, experiment, fit, initial_state, rollbacks, schema, workdir
 
+FIELDS = schema.fields()
+ENCODER = schema.encoder_fields()
 pytestmark = pytest.mark.usefixtures("compiled")
 
 FUNCTION = {"padding": "torch", "bn_eps": 0.1}
@@ -224,7 +225,8 @@ def test_the_command_refuses_before_anything_is_written(folder, tmp_path, capsys
 
 
 def read(path, cfg):
-  return pretrained.read(path, "online", sharding.replicated(sharding.make_mesh(1)), cfg)
+  check = config.encoder_check(cfg)
+  return pretrained.read(path, "online", sharding.replicated(sharding.make_mesh(1)), check)
 
 
 @pytest.mark.parametrize("start", ["pretrained", "far/away/alone"])

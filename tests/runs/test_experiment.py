@@ -8,12 +8,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from byolx.core import config
 from byolx.core.config import ConfigError
 from byolx.data import splits
 from byolx.data.augment import resizing
 from byolx.data.sources.base import EncodedSource
-from byolx.runs import experiment
+from byolx.runs import config, experiment
 from byolx.runs.images import build_sources
 
 WNIDS = ("n01440764", "n01443537", "n01484850")

@@ -23,8 +23,7 @@ import pytest
 from tiny import config_text
 
 from byolx.checkpoints import manager
-from byolx.core import config
-from byolx.runs import experiment
+from byolx.runs import config, experiment
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled")]
 

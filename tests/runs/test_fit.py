@@ -18,8 +18,8 @@ import pytest
 from tiny import config_text
 
 from byolx.checkpoints import manager, pretrained
-from byolx.core import config, sharding
-from byolx.runs import experiment, fit, initial_state, rollbacks
+from byolx.core import sharding
+from byolx.runs import config, experiment, fit, initial_state, rollbacks
 from byolx.runs.workdir import claim
 from byolx.training import loop
 from byolx.training import step as training_step

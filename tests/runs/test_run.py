@@ -20,8 +20,7 @@ from sklearn.datasets import load_sample_image
 
 from byolx import cli
 from byolx.checkpoints import manager
-from byolx.core import config
-from byolx.runs import experiment
+from byolx.runs import config, experiment
 from byolx.runs import fit as fitting
 from byolx.runs.workdir import claim
 

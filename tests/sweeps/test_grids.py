@@ -2,10 +2,11 @@
 
 import pytest
 
-from byolx.core import config
 from byolx.core.config import ConfigError
-from byolx.core.fields import FIELDS
+from byolx.runs import config, schema
 from byolx.sweeps import grids
+
+FIELDS = schema.fields()
 
 
 @pytest.mark.parametrize("name", grids.GRIDS)

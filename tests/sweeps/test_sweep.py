@@ -15,8 +15,8 @@ import fake_byolx
 import pytest
 
 from byolx import cli
-from byolx.core import config
 from byolx.core.config import ConfigError
+from byolx.runs import config
 from byolx.sweeps import jobs, selection
 
 FAKE = Path(fake_byolx.__file__)

@@ -10,10 +10,10 @@ import scipy.special
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from byolx.core import config, sharding
+from byolx.core import sharding
 from byolx.core.config import ConfigError
 from byolx.evaluation import inference
-from byolx.runs import trainer
+from byolx.runs import config, trainer
 from byolx.training import losses
 from byolx.training.state import TrainState, state_shardings
 from byolx.training.step import compile_step

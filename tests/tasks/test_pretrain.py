@@ -13,7 +13,7 @@ from byolx.data import loader
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.sources import small
 from byolx.models.byol import BYOL, BYOLSpec
-from byolx.models.resnet import STEMS, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 from byolx.tasks.pretrain import Pretrain
 from byolx.training.task import Task
 
@@ -28,7 +28,15 @@ def numpy_init(key, shape, dtype=jnp.float32):
   return jnp.asarray(np.random.default_rng(seed).normal(scale=scale, size=shape), dtype)
 
 
-ENCODER = ResNetSpec((1,), (8,), False, (2,), STEMS["small"], 4, kernel_init=numpy_init)
+ENCODER = ResNetSpec(
+  "custom",
+  blocks=(1,),
+  channels=(8,),
+  strides=(2,),
+  stem="small",
+  stem_channels=4,
+  kernel_init=numpy_init,
+)
 SPEC = BYOLSpec(ENCODER, 6, projector_hidden=10, predictor_hidden=10, classes=10)
 TASK = Pretrain(SPEC, steps=100, mean=MEAN, std=STD, tau_base=0.9)
 VIEWS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))

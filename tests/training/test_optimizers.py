@@ -216,7 +216,7 @@ def test_adamw_moves_by_the_sign_and_decays_kernels_only():
 @pytest.fixture(scope="module")
 def byol():
   """Shapes of a BYOL with twelve blocks in a stage, deep heads with output biases, and a probe."""
-  encoder = ResNetSpec((12, 1), (8, 16), bottleneck=True, stem_channels=8)
+  encoder = ResNetSpec("custom", blocks=(12, 1), channels=(8, 16), bottleneck=True, stem_channels=8)
   spec = BYOLSpec(encoder, 8, 16, 3, 16, 2, output_bias=True, classes=10)
   return nnx.eval_shape(lambda: BYOL(spec, rngs=nnx.Rngs(0)))
 

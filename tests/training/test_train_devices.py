@@ -11,7 +11,7 @@ from byolx.data import loader
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.sources import small
 from byolx.models.byol import BYOLSpec
-from byolx.models.resnet import STEMS, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 from byolx.tasks.pretrain import Pretrain
 from byolx.training import optimizers, schedules
 from byolx.training.state import new_state
@@ -32,7 +32,13 @@ def numpy_init(key, shape, dtype=jnp.float32):
 def byol_runs():
   """{devices: (start, end, scalars of each step, compilations)} of 20 LARS steps on digits."""
   encoder = ResNetSpec(
-    (1,), (8,), False, (2,), STEMS["small"], stem_channels=8, kernel_init=numpy_init
+    "custom",
+    blocks=(1,),
+    channels=(8,),
+    strides=(2,),
+    stem="small",
+    stem_channels=8,
+    kernel_init=numpy_init,
   )
   spec = BYOLSpec(
     encoder, 8, projector_hidden=16, predictor_hidden=16, target_init="online", classes=10

@@ -11,7 +11,7 @@ from byolx.data import loader
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.sources import small
 from byolx.models.byol import BYOLSpec
-from byolx.models.resnet import STEMS, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 from byolx.tasks.pretrain import Pretrain
 from byolx.training import optimizers, schedules
 from byolx.training.state import TrainState, abstract_state, initialise, new_state
@@ -45,7 +45,13 @@ def small_pieces():
 def parts(small_pieces):
   """Task, optimiser, first state and ten batches of digits."""
   encoder = ResNetSpec(
-    (1, 1), (8, 16), False, (2, 1), STEMS["small"], stem_channels=8, kernel_init=numpy_init
+    "custom",
+    blocks=(1, 1),
+    channels=(8, 16),
+    strides=(2, 1),
+    stem="small",
+    stem_channels=8,
+    kernel_init=numpy_init,
   )
   spec = BYOLSpec(
     encoder, 8, projector_hidden=16, predictor_hidden=16, target_init="online", classes=10
@@ -169,7 +175,9 @@ def test_what_is_not_kept_is_computed_again(run, remat):
 
 
 def test_the_compiled_step_takes_and_gives_the_layouts_shardings(parts):
-  encoder = ResNetSpec((1,), (8,), False, (1,), STEMS["small"], stem_channels=8)
+  encoder = ResNetSpec(
+    "custom", blocks=(1,), channels=(8,), strides=(1,), stem="small", stem_channels=8
+  )
   task = Pretrain(BYOLSpec(encoder, 8, 16, 1), STEPS, mean=(0.5,) * 3, std=(0.5,) * 3)
   params = nnx.eval_shape(lambda: nnx.split(task.init(nnx.Rngs(0)), task.trainable, ...)[1])
   tx = optimizers.sgd(lambda step: 0.1, 0.0, 0.9, optimizers.adapted(params))

@@ -16,8 +16,10 @@ from byolx.training.step import compile_step
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 ENCODERS = {
-  "tiny": ResNetSpec((1, 1, 1, 1), (8, 8, 8, 8), bottleneck=False),
-  "bottleneck": ResNetSpec((1, 2, 1, 1), (16, 32, 48, 64), bottleneck=True),
+  "tiny": ResNetSpec("custom", blocks=(1, 1, 1, 1), channels=(8, 8, 8, 8)),
+  "bottleneck": ResNetSpec(
+    "custom", blocks=(1, 2, 1, 1), channels=(16, 32, 48, 64), bottleneck=True
+  ),
 }
 NETWORKS = {"tiny": "tiny_res_net", "bottleneck": "bottleneck_net"}
 # tests/golden/README.md: the reference against itself with its input perturbed by 3e-7.

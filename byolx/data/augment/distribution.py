@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
+from byolx.core.fields import above, at_least, between, each, field, fields_of, interval, one_of
 from byolx.data.augment.randaugment import RandAugment
 
 CROP_RULES = ("one_draw", "retry")
@@ -25,11 +26,21 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _TRIES = {"one_draw": 1, "retry": 10}
 
 
+def check_brightness_rule(rule: str) -> None:
+  """Raises ValueError unless `rule` is one of `BRIGHTNESS_RULES`."""
+  _check_choice("brightness_rule", rule, BRIGHTNESS_RULES)
+
+
+def _check_choice(name, value, choices):
+  if value not in choices:
+    raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True)
 class ViewSpec:
   """One distribution of views; the defaults are T of Table 6.
 
-  T' differs in two fields: `ViewSpec(blur_probability=0.1, solarise_probability=0.2)`.
+  T' differs in two fields: `ViewsSpec.view2`.
 
   Attributes:
     crop_probability: otherwise the whole image is the crop.
@@ -52,49 +63,65 @@ class ViewSpec:
     ValueError: if a field is outside its range.
   """
 
-  crop_probability: float = 1.0
-  crop_area: tuple[float, float] = (0.08, 1.0)
-  crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+  crop_probability: float = field(1.0, "share of images that are cropped", between(0, 1))
+  crop_area: tuple[float, float] = field(
+    (0.08, 1.0), "area of the crop as a share of the image's", interval(1e-4, 1, "the whole image")
+  )
+  crop_aspect: tuple[float, float] = field(
+    (3 / 4, 4 / 3), "width over height, drawn on a log scale", interval(0.01, 100)
+  )
+  flip_probability: float = field(0.5, "left-right flip", between(0, 1))
+  jitter_probability: float = field(
+    0.8, "colour jitter, its four operations in random order", between(0, 1)
+  )
+  brightness: float = field(0.4, "largest brightness change", between(0, 1))
+  contrast: float = field(0.4, "largest contrast change", between(0, 1))
+  saturation: float = field(0.2, "largest saturation change", between(0, 1))
+  hue: float = field(0.1, "largest hue shift, in turns", between(0, 0.5))
+  grayscale_probability: float = field(0.2, "colour dropping", between(0, 1))
+  blur_probability: float = field(1.0, "Gaussian blur", between(0, 1))
+  blur_sigma: tuple[float, float] = field(
+    (0.1, 2.0), "its standard deviation, in pixels", interval(1e-3, 100)
+  )
+  solarise_probability: float = field(0.0, "solarisation", between(0, 1))
   crop_rule: str = "one_draw"
-  flip_probability: float = 0.5
-  jitter_probability: float = 0.8
-  brightness: float = 0.4
-  contrast: float = 0.4
-  saturation: float = 0.2
-  hue: float = 0.1
-  grayscale_probability: float = 0.2
-  blur_probability: float = 1.0
-  blur_sigma: tuple[float, float] = (0.1, 2.0)
-  solarise_probability: float = 0.0
   brightness_rule: str = "additive"
   randaugment: RandAugment | None = None
 
   def __post_init__(self):
-    bounded = {
-      "crop_probability": (self.crop_probability, 1),
-      "flip_probability": (self.flip_probability, 1),
-      "jitter_probability": (self.jitter_probability, 1),
-      "brightness": (self.brightness, 1),
-      "contrast": (self.contrast, 1),
-      "saturation": (self.saturation, 1),
-      "hue": (self.hue, 0.5),
-      "grayscale_probability": (self.grayscale_probability, 1),
-      "blur_probability": (self.blur_probability, 1),
-      "solarise_probability": (self.solarise_probability, 1),
-    }
-    for name, (value, most) in bounded.items():
-      if not 0 <= value <= most:
-        raise ValueError(f"{name} is {value}; expected a number from 0 to {most}")
-    ranges = {
-      "crop_area": (self.crop_area, 1),
-      "crop_aspect": (self.crop_aspect, math.inf),
-      "blur_sigma": (self.blur_sigma, math.inf),
-    }
-    for name, ((low, high), most) in ranges.items():
-      if not (0 < low <= high <= most and math.isfinite(high)):
-        raise ValueError(f"{name} is {(low, high)}; expected 0 < low <= high <= {most}")
+    for name, declared in fields_of(self).items():
+      value = getattr(self, name)
+      if wanted := declared.check(value):
+        raise ValueError(f"{name} is {value}; expected {wanted}")
     _check_choice("crop_rule", self.crop_rule, CROP_RULES)
     check_brightness_rule(self.brightness_rule)
+
+
+@dataclass(frozen=True)
+class ViewsSpec:
+  """The config group `views`: both distributions, and what they have in common (Table 6)."""
+
+  size: int = field(224, "side of a view, pixels", at_least(4), encoder=True)
+  crop_rule: str = field(
+    ViewSpec.crop_rule,
+    "one draw clamped to the image, or ten tries as torchvision",
+    one_of(*CROP_RULES),
+  )
+  antialias: bool = field(False, "antialias when a crop is made smaller")
+  brightness_rule: str = field(
+    ViewSpec.brightness_rule, "x + d, or x * (1 + d) as torch ports", one_of(*BRIGHTNESS_RULES)
+  )
+  placement: str = field(
+    "host", "where colours are worked: input threads or the step", one_of("host", "device")
+  )
+  mean: tuple[float, float, float] = field(
+    (0.485, 0.456, 0.406), "subtracted after augmentation", each(between(0, 1), 3), encoder=True
+  )
+  std: tuple[float, float, float] = field(
+    (0.229, 0.224, 0.225), "divided by after augmentation", each(above(0), 3), encoder=True
+  )
+  view1: ViewSpec = ViewSpec()
+  view2: ViewSpec = ViewSpec(blur_probability=0.1, solarise_probability=0.2)
 
 
 class Draws(NamedTuple):
@@ -188,13 +215,3 @@ def blur_radius(size: int) -> int:
   The reference's rule, and the paper's 23 x 23. Views under 20 pixels have one tap: no blur.
   """
   return int(size / 10 / 2)
-
-
-def check_brightness_rule(rule: str) -> None:
-  """Raises ValueError unless `rule` is one of `BRIGHTNESS_RULES`."""
-  _check_choice("brightness_rule", rule, BRIGHTNESS_RULES)
-
-
-def _check_choice(name, value, choices):
-  if value not in choices:
-    raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")

@@ -20,6 +20,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 from PIL import Image
 
+from byolx.core.fields import at_least, field, one_of, whole
+
 OPERATIONS = (
   "identity",
   "shear_x",
@@ -63,10 +65,12 @@ class RandAugment:
     ValueError: if a field is outside its range.
   """
 
-  operations: int = 2
-  magnitude: int | float = 9
-  bins: int = 31
-  interpolation: str = "nearest"
+  operations: int = field(2, "N, operations one after another", whole(1))
+  magnitude: int | float = field(9.0, "M, strength in bins", at_least(0))
+  bins: int = field(31, "number of strengths, from 0 to the largest", whole(2))
+  interpolation: str = field(
+    "nearest", "interpolation of shears and rotations", one_of("nearest", "bilinear")
+  )
 
   def __post_init__(self):
     if self.operations < 1:

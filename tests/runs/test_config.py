@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from byolx.core import config
 from byolx.core.config import ConfigError
-from byolx.core.fields import FIELDS
+from byolx.runs import config, schema
 
+FIELDS = schema.fields()
 FLOATS = sorted(name for name, field in FIELDS.items() if isinstance(field.default, float))
 
 

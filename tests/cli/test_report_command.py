@@ -140,8 +140,8 @@ def test_a_run_that_has_not_ended(byolx, tmp_path):
   code, _, err = byolx(folder)
   assert code == 2
   assert err == (
-    f"byolx: error: {folder}: no results yet; `byolx eval --from={folder}` makes them, or the `byolx "
-    "train` that made it when it ends\n"
+    f"byolx: error: {folder}: no results yet; run `byolx eval --from={folder}`, or let its `byolx "
+    "train` finish\n"
   )
 
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-import byolx
 from byolx.core.config import ConfigError
 from byolx.core.text import duration
+from byolx.core.version import VERSION
 from byolx.data.prepare import collect
 from byolx.data.prepare.collect import Collection, Inputs
 from byolx.data.prepare.shards import (
@@ -353,7 +353,7 @@ def _publish(
       len(kept), IndexFile(file, len(index), sha256), tuple(done.shard for done in files)
     )
   described = encode.describe() if encode else None
-  manifest = Manifest(name, byolx.__version__, described, collection.classes, splits)
+  manifest = Manifest(name, VERSION, described, collection.classes, splits)
   write_durably(to / MANIFEST, manifest.to_json().encode())
 
 

@@ -14,12 +14,8 @@ from sklearn.datasets import load_sample_image
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.loader import evaluation_batches, evaluation_images, train_batches
 from byolx.data.sources.folders import image_folder
-<<<<<<< HEAD
-from byolx.data.unreadable import MIN_SEEN, TOLERATED, Failure, FailureLog
-=======
 from byolx.data.transforms import Centre, Views
-from byolx.data.unreadable import ENOUGH, HANDFUL, Failure, FailureLog
->>>>>>> h8
+from byolx.data.unreadable import MIN_SEEN, TOLERATED, Failure, FailureLog
 
 SPECS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
 

@@ -18,12 +18,8 @@ from byolx.data.prepare import write
 from byolx.data.sources import base, retry
 from byolx.data.sources.folders import image_folder
 from byolx.data.sources.prepared import prepared
-<<<<<<< HEAD
 from byolx.data.sources.retry import FolderLostError, with_retries
-=======
-from byolx.data.sources.retry import FolderLostError, patiently
 from byolx.data.transforms import Views
->>>>>>> h8
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
   kept = None if arguments.seeds else compile_cache.begin(cfg, workdir, schema.task_source(cfg))
-  # Imported only now: programs load meanwhile.
+  # Imported only now, as all that follows runs while programs load.
   from byolx.runs import run
 
   if arguments.seeds:

@@ -36,8 +36,8 @@ class CompileSpec:
 def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
   """The programs of a run, kept in its folder; its step, the slowest of them, begins to load.
 
-  Takes little time and imports little, to come before all that takes some. What is wrong with a config
-  is told by whoever builds it.
+  Takes little time, to come before images are read and networks are traced. Errors of the config are
+  raised by the functions that build from it.
   """
   keep_in(config.compile.cache, workdir)
   try:

@@ -54,8 +54,23 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     ConfigError: missing file, unknown field or argument, impossible value; file or overrides say of
       an encoder what its checkpoint does not.
   """
-  given = _read(path)
-  config = merge(given, path)
+  return complete(_read(path), overrides, path)
+
+
+def complete(
+  given: ConfigDict, overrides: Sequence[str] = (), origin: str = "config"
+) -> ConfigDict:
+  """Merges fields into the defaults, applies overrides, takes inherited fields, checks values.
+
+  Args:
+    given: some fields, by group.
+    overrides: `--config.FIELD=VALUE`, applied in order.
+    origin: name of the source of the fields, for messages.
+
+  Raises:
+    ConfigError: see `load`.
+  """
+  config = merge(given, origin)
   for flag in overrides:
     _override(config, flag)
   named = {flag.removeprefix("--config.").partition("=")[0] for flag in overrides}

@@ -3,8 +3,9 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -83,6 +84,40 @@ def train_run(
   state = fit.fit(exp, workdir)
   with fit.Stop(at_once="in the evaluation; the training is finished and saved"):
     return conclude(exp, state, workdir)
+
+
+def train(
+  fields: ConfigDict | Mapping[str, Any] | str,
+  workdir: str | Path,
+  overrides: Sequence[str] = (),
+  *,
+  images: Sources | None = None,
+  network: Callable[[nnx.Rngs], nnx.Module] | None = None,
+) -> list[Record]:
+  """One run from Python: trains, or goes on where the workdir stopped, and evaluates.
+
+    byolx.train("configs/quickstart.py", "runs/quickstart", ["--config.train.epochs=10"])
+
+  Args:
+    fields: config file `FILE[:ARGS]`, or fields by group; other fields have their defaults.
+    workdir: folder of the run.
+    overrides: `--config.FIELD=VALUE`, applied in order.
+    images: the user's own images instead of those of the group `data`: objects with the attributes
+      of `sources.base.Source`, for the training, for choosing and for the test.
+    network: the user's own encoder: a function from `nnx.Rngs` to a module with `features` (int),
+      called as `module(x, train=..., views=...)` on normalised images.
+
+  Returns:
+    The records of `results.json`.
+
+  Raises:
+    ConfigError: a field, or a combination of fields, that cannot run.
+  """
+  if isinstance(fields, str):
+    cfg = config.load(fields, overrides)
+  else:
+    cfg = config.complete(ConfigDict(fields), overrides)
+  return train_run(cfg, Path(workdir), images=images, network=network)
 
 
 def conclude(exp: Experiment, state: TrainState, workdir: Path) -> list[Record]:

@@ -31,7 +31,8 @@ from byolx.training.task import Task
 def _task_name(value: str) -> str | None:
   if value in TASKS:
     return None
-  return f"one of {', '.join(TASKS)}; a protocol of your own is registered by the file in --config or --tasks"
+  names = ", ".join(TASKS)
+  return f"one of {names}; a protocol of your own is registered by the file in --config or --tasks"
 
 
 @dataclasses.dataclass(frozen=True)

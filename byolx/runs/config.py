@@ -56,11 +56,14 @@ def load(path: str, overrides: Sequence[str] = (), workdir: Path | None = None) 
     ConfigError: missing file, unknown field or argument, impossible value; file or overrides say of
       an encoder what its checkpoint does not.
   """
-  return complete(_read(path), overrides, path)
+  return complete(_read(path), overrides, path, workdir)
 
 
 def complete(
-  given: ConfigDict, overrides: Sequence[str] = (), origin: str = "config"
+  given: ConfigDict,
+  overrides: Sequence[str] = (),
+  origin: str = "config",
+  workdir: Path | None = None,
 ) -> ConfigDict:
   """Merges fields into the defaults, applies overrides, takes inherited fields, checks values.
 

@@ -48,7 +48,7 @@ def test_its_fields_are_fields_of_every_config(example):
   made = config.load(f"{example}:epochs=2", ["--config.rotation.smoothing=0.25"])
   assert (made.task, made.rotation.smoothing, made.train.epochs) == ("rotation", 0.25, 2.0)
   assert schema.fields()["rotation.smoothing"].default == 0.0
-  with pytest.raises(config.ConfigError, match="rotation.smoothing=2.0: expected a number from 0 to"):
+  with pytest.raises(config.ConfigError, match=r"rotation\.smoothing=2\.0: expected a number"):
     config.load(str(example), ["--config.rotation.smoothing=2"])
   # Registering a task changes no other task's identity.
   assert config.fingerprint(config.load(str(ROOT / "configs" / "quickstart.py"))) == before

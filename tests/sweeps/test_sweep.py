@@ -479,7 +479,10 @@ def run_lines(sweeps, lines):
   [
     (["--grid=optim.base_rat=1,2"], "unknown field optim.base_rat: did you mean optim.base_rate?"),
     (["--grid=table99"], "--grid=table99: unknown grid; expected one of table9, seeds"),
-    (["--grid=seeds"], "--grid: seed cannot be compared; expected --seeds, the seeds of the final runs"),
+    (
+      ["--grid=seeds"],
+      "--grid: seed cannot be compared; expected --seeds, the seeds of the final runs",
+    ),
     (["--grid=optim.base_rate=1,1.0"], "two cells are called base-rate-1p0; expected different"),
     (
       [RATES, "--per=model.width"],

@@ -8,7 +8,9 @@ byolx.Task, byolx.field       what a protocol inherits from, and how it declares
 
 from typing import Any
 
-__version__ = "0.1.0"
+from byolx.core.version import VERSION
+
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

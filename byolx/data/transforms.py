@@ -8,7 +8,7 @@ image is read.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -60,6 +60,7 @@ class Random(NamedTuple):
     return self.stream.at(purpose, self.record, self.epoch, number)
 
 
+@runtime_checkable
 class Transform(Protocol):
   """One example in, one row of every declared array out. It is pickled into worker processes.
 

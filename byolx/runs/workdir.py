@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-import byolx
 from byolx.core import distributed, files
 from byolx.core.config import ConfigError
+from byolx.core.version import VERSION
 from byolx.runs import config
 
 
@@ -28,7 +28,7 @@ def commit() -> str:
     changed = git("status", "--porcelain", "--untracked-files=no", ".")
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
   except (OSError, subprocess.SubprocessError):
-    return f"v{byolx.__version__}"
+    return f"v{VERSION}"
 
 
 SHARED_SECONDS = 60

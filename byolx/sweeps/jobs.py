@@ -20,8 +20,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from byolx.core import text
-from byolx.core.config import ConfigError, differences, flatten, from_json
+from byolx.core.config import ConfigError, flatten
 from byolx.runs import results
+from byolx.runs.config import differences, from_json
 
 BYOLX = (sys.executable, "-m", "byolx")
 """Command that starts `byolx`. Tests replace it."""

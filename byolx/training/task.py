@@ -9,7 +9,7 @@ name. docs/adding_a_protocol.md is an example in full.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from clu import metrics
 from flax import nnx
@@ -98,6 +98,7 @@ class Setting:
     return Centre(c.views.size, c.eval.resize, c.eval.crop_rule, c.eval.antialias)
 
 
+@runtime_checkable
 class Task(Protocol):
   """One training protocol: a frozen dataclass.
 

@@ -271,7 +271,7 @@ def test_from_scratch_with_randaugment_over_two_seeds(folder):
     ),
     (
       ["--config.init.workdir={folder}/pretrained", "--config.data.label_list={folder}/tiny.py"],
-      "listed images are not there, such as",
+      "listed images are missing, such as",
     ),
   ],
 )  # fmt: skip

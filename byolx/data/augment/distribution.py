@@ -89,7 +89,7 @@ class ViewSpec:
   randaugment: RandAugment | None = None
 
   def __post_init__(self):
-    for name, declared in fields_of(self).items():
+    for name, declared in fields_of(ViewSpec).items():
       value = getattr(self, name)
       if wanted := declared.check(value):
         raise ValueError(f"{name} is {value}; expected {wanted}")

@@ -18,7 +18,12 @@ from byolx.data.prepare import write
 from byolx.data.sources import base, retry
 from byolx.data.sources.folders import image_folder
 from byolx.data.sources.prepared import prepared
+<<<<<<< HEAD
 from byolx.data.sources.retry import FolderLostError, with_retries
+=======
+from byolx.data.sources.retry import FolderLostError, patiently
+from byolx.data.transforms import Views
+>>>>>>> h8
 
 
 @pytest.fixture
@@ -103,7 +108,7 @@ def test_a_folder_that_is_gone_is_named_and_one_that_returns_is_read_on(
   said = rf"data\.folder {folder} is gone, and did not come back in 0 s"
   with pytest.raises(FolderLostError, match=said):
     [source[i] for i in range(len(source))]
-  batches = train_batches(source, (ViewSpec(),), 8, 4, 0)
+  batches = train_batches(source, Views((ViewSpec(),), 8), 4, 0)
   with batches, pytest.raises(FolderLostError, match="is gone"):
     next(batches)
 
@@ -113,7 +118,9 @@ def test_a_record_that_begins_to_fail_later_is_replaced_from_then_on(photos):
   assert isinstance(source, base.FileSource)
 
   def epochs(count, start):
-    with train_batches(source, (ViewSpec(),), 8, 4, 0, start_step=start, prefetch=0) as batches:
+    with train_batches(
+      source, Views((ViewSpec(),), 8), 4, 0, start_step=start, prefetch=0
+    ) as batches:
       return [next(batches)["index"].tolist() for _ in range(3 * count)]
 
   whole = epochs(8, 0)

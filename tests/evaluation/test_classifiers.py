@@ -263,7 +263,7 @@ def test_from_scratch_with_randaugment_over_two_seeds(folder):
     (["--config.init.workdir={folder}"], "expected a workdir of `byolx train`, with a config.json"),
     (
       ["--config.init.workdir={folder}/pretrained", "--config.model.channels=(16,)"],
-      "another function here (model.channels: (8,) there, (16,) here); expected",
+      "another function (model.channels: (16,), but the encoder has (8,)); expected",
     ),
     (
       ["--config.init.workdir={folder}/pretrained", "--config.data.label_list={folder}/none.txt"],

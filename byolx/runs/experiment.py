@@ -121,7 +121,9 @@ def build(
   _check_evaluation(config)
   if network is not None:
     kept = programs.none()  # the cache is looked up by config, which does not describe this network
-  kept = kept or programs.of(config, recipe.mesh.devices.ravel().tolist(), schema.task_source(config))
+  kept = kept or programs.of(
+    config, recipe.mesh.devices.ravel().tolist(), schema.task_source(config)
+  )
   return Experiment(**vars(recipe), sources=images, kept=kept)
 
 

@@ -36,9 +36,7 @@ SOURCES: dict[str, Callable[["DataSpec"], Callable[..., base.Source]]] = {
 class DataSpec:
   """The config group `data`: images, their split, and how they are loaded."""
 
-  source: str = field(
-    "digits", "data set, or format of the user's own images", one_of(*SOURCES)
-  )
+  source: str = field("digits", "data set, or format of the user's own images", one_of(*SOURCES))
   folder: str = field(
     "", "folder of the images, unpacked or prepared; not needed for digits", free=True
   )
@@ -67,7 +65,9 @@ class DataSpec:
     "file with the names of the training images to use, such as SimCLR's 1percent.txt; empty: no list",
   )
   test_share: float = field(
-    0.2, "share of the images held out for the test if the source has no test set", between(0.01, 0.9)
+    0.2,
+    "share of the images held out for the test if the source has no test set",
+    between(0.01, 0.9),
   )
   max_failed_share: float = field(
     0.01, "largest share of unreadable images; above it, the run stops", between(0, 1)

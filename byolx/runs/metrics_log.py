@@ -19,9 +19,7 @@ class LogSpec:
   """The config group `log`: intervals of the metrics log."""
 
   every_steps: int = field(50, "steps between rows of metrics.jsonl", at_least(1), free=True)
-  every_seconds: float = field(
-    10.0, "least seconds between progress lines", at_least(0), free=True
-  )
+  every_seconds: float = field(10.0, "least seconds between progress lines", at_least(0), free=True)
 
 
 class RunLog:

@@ -118,7 +118,7 @@ def test_everything_is_in_the_workdir(linear):
   }  # fmt: skip
   assert "1,293 for training, 144 for validation, 360 for the test (digits, 10 classes)" in out
   assert "the frozen encoder is unchanged, bit for bit" in out
-  assert "heads     2 side by side, base rates 8, 0.4" in out
+  assert "heads     2 in parallel, base rates 8, 0.4" in out
   assert "top-1" in err
   assert "online top-1" not in err
 
@@ -203,7 +203,7 @@ def test_fine_tuning_on_a_share_of_the_labels(folder):
   )
   assert code == 0, err
   assert "144 for training, 144 for validation, 360 for the test" in out
-  assert "training  everything; encoder that of" in out
+  assert "training  classifier and encoder; encoder of" in out
   assert {r["labels"] for r in results(workdir)} == {0.1}
   assert {r["task"] for r in results(workdir)} == {"finetune"}
   assert not (workdir / "frozen_encoder.json").exists()

@@ -217,7 +217,9 @@ def test_the_command_refuses_before_anything_is_written(folder, tmp_path, capsys
   words += ["--config.model.padding=same", "--config.model.bn_eps=1e-5"]
   assert cli.main(["train", *words, f"--workdir={tmp_path}/run"]) == 2
   said = capsys.readouterr().err
-  differing = "model.padding: 'same', but the encoder has 'torch'; model.bn_eps: 1e-05, but the encoder"
+  differing = (
+    "model.padding: 'same', but the encoder has 'torch'; model.bn_eps: 1e-05, but the encoder"
+  )
   assert f"({differing} has 0.1)" in said
   assert said.count("\n") == 1
   assert not (tmp_path / "run").exists()

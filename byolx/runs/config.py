@@ -38,7 +38,7 @@ def defaults() -> ConfigDict:
   return config
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load(path: str, overrides: Sequence[str] = (), workdir: Path | None = None) -> ConfigDict:
   """Loads a config file, applies overrides and checks all values.
 
   Fields of the groups in init.inherit are copied from another run if neither the file nor an override
@@ -49,16 +49,21 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   Args:
     path: config file, `FILE.py`, or `FILE.py:key=value,...` with arguments of its `get_config`.
     overrides: `--config.FIELD=VALUE`, applied in order.
+    workdir: folder of the run. If it is resumed after the other run was deleted, the copied fields are
+      read from its own config.json.
 
   Raises:
     ConfigError: the file is missing, a field or argument is unknown, a value is impossible, or the
       file or an override sets a field of the encoder to another value than its run.
   """
-  return complete(_read(path), overrides, path)
+  return complete(_read(path), overrides, path, workdir)
 
 
 def complete(
-  settings: ConfigDict, overrides: Sequence[str] = (), origin: str = "config"
+  settings: ConfigDict,
+  overrides: Sequence[str] = (),
+  origin: str = "config",
+  workdir: Path | None = None,
 ) -> ConfigDict:
   """Completes a partial config: merges it into the defaults, applies overrides, inherits, checks.
 
@@ -66,6 +71,7 @@ def complete(
     settings: values of some fields, by group.
     overrides: `--config.FIELD=VALUE`, applied in order.
     origin: name of the source of `settings`, for error messages.
+    workdir: folder of the run, as in `load`.
 
   Raises:
     ConfigError: see `load`.
@@ -75,8 +81,8 @@ def complete(
     _override(config, flag)
   explicit = {flag.removeprefix("--config.").partition("=")[0] for flag in overrides}
   explicit |= flatten(settings).keys()
-  _inherit(config, explicit)
-  _take_encoder_fields(config, explicit)
+  _inherit(config, explicit, workdir)
+  _take_encoder_fields(config, explicit, workdir)
   check(config)
   return config
 
@@ -93,7 +99,7 @@ def of_run(path: str | Path) -> ConfigDict:
   file = file_of(Path(path))
   if file is None:
     raise ConfigError(f"{path}: expected a workdir of `byolx train`, with a config.json")
-  return from_json(file.read_text())
+  return from_json(file.read_text(), str(file))
 
 
 def of_encoder(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +174,10 @@ def merge(settings: ConfigDict, origin: str) -> ConfigDict:
   flat = flatten(settings)
   # The task first: if it is unknown, its fields are unknown too, and their error would mislead.
   if (task := flat.get("task")) is not None:
-    _check_field("task", task)
+    try:
+      _check_field("task", task)
+    except ConfigError as error:
+      raise ConfigError(f"{origin}: {error}") from None
   for name, value in flat.items():
     if name not in fields:
       raise ConfigError(f"{origin}: {_unknown(name)}")
@@ -242,8 +251,12 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(flatten(config), indent=2) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, origin: str = "config.json") -> ConfigDict:
   """Reads a config from the JSON of `to_json`.
+
+  Args:
+    text: JSON of a flat config.
+    origin: name of the file of the text, for error messages.
 
   Raises:
     ConfigError: this version does not have a field, or a value is impossible.
@@ -257,8 +270,11 @@ def from_json(text: str) -> ConfigDict:
         node[group] = ConfigDict()
       node = node[group]
     node[leaf] = tuple(value) if isinstance(value, list) else value
-  config = merge(nested, "config.json")
-  check(config)
+  config = merge(nested, origin)
+  try:
+    check(config)
+  except ConfigError as error:
+    raise ConfigError(f"{origin}: {error}") from None
   return config
 
 
@@ -278,24 +294,28 @@ def _override(config: ConfigDict, flag: str) -> None:
     raise ConfigError(f"{name}={value!r}: expected {_kind(fields[name])}") from None
 
 
-def _inherit(config: ConfigDict, explicit: Set[str]) -> None:
+def _inherit(config: ConfigDict, explicit: Set[str], workdir: Path | None) -> None:
   """Copies the groups of init.inherit from the other run, except for fields set explicitly."""
   run = config.init.like or config.init.workdir
   if not (config.init.inherit and run):
     return
   check(config)
+  if stored(run) is None and workdir is not None and (workdir / "config.json").is_file():
+    run = str(workdir)
   for name, value in flatten(_config_of(run)).items():
     group, dot, _ = name.partition(".")
     if dot and group in config.init.inherit and name not in explicit:
       _set(config, name, value)
 
 
-def _take_encoder_fields(config: ConfigDict, explicit: Set[str]) -> None:
+def _take_encoder_fields(config: ConfigDict, explicit: Set[str], workdir: Path | None) -> None:
   """Copies the encoder's fields from init.workdir; refuses explicit values that differ."""
   if not config.init.workdir:
     return
   check(config)
   pretrained = stored(config.init.workdir)
+  if pretrained is None and workdir is not None and (workdir / "config.json").is_file():
+    pretrained = stored(workdir)
   if pretrained is None:
     return
   run = {name: value for name, value in flatten(config).items() if name in explicit}

@@ -1,6 +1,6 @@
 """Tasks: the training protocols, and the registry of their names.
 
-A user's own task is registered in the same dict: `byolx.TASKS["rotation"] = Rotation`.
+A user's own task is registered in the same dict: `byolx.TASKS["name"] = MyTask`.
 """
 
 from byolx.tasks.classify import FineTune, Linear, Supervised

@@ -273,7 +273,9 @@ def test_protocols_of_imagenet_take_the_network_from_the_encoder(name, tmp_path)
     cfg = config.load(f"{ROOT}/configs/{name}{arguments}", given)
     assert config.flatten(cfg.model) == config.flatten(encoder.model)
     assert (cfg.views.size, cfg.eval.resize) == (192, 256)
-  with pytest.raises(ConfigError, match=r"\(model\.arch: 'resnet200' there, 'resnet50' here\)"):
+  with pytest.raises(
+    ConfigError, match=r"\(model\.arch: 'resnet50', but the encoder has 'resnet200'\)"
+  ):
     config.load(f"{ROOT}/configs/{name}:arch=resnet50", given)
   # Without an encoder, as for `byolx plan`, the arguments say it.
   cfg = load(f"{name}:arch=resnet101,width=3")

@@ -50,8 +50,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx.training import compile_cache
 
   options.join(arguments)
-  cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
+  cfg = config.load(arguments.config, overrides, workdir)
   programs = None if arguments.seeds else compile_cache.begin(cfg, workdir, schema.task_source(cfg))
   # Imported late, because cached programs load meanwhile.
   from byolx.runs import run

@@ -84,7 +84,7 @@ def cycles(program: Program, *, loops: bool = True) -> int:
 def loop_factor(program: Program, weight: Callable[[Program, str, Instruction], float]) -> float:
   """Ratio, at least 1, of a count with all executions of loops to a count with each loop once.
 
-  XLA's own cost analysis counts a loop once if it does not know the trip count.
+  XLA's own cost analysis counts a loop once if its trip count is unknown.
 
   Args:
     program: parsed program.

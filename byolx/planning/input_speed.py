@@ -39,7 +39,7 @@ SAMPLE = 512
 """Number of records in the sample, at most; their bytes are held in memory."""
 
 ROUNDS = 3
-"""Number of measurements of each kind; the report has their median."""
+"""Number of measurements of the bare functions and of each pipeline; the report has the medians."""
 
 V3_CORE_FLOPS = tpu.GENERATIONS["v3"].flops
 """Peak bfloat16 operations per second of a TPU v3 core."""

@@ -62,7 +62,7 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The compiler's estimates for one config on one slice, and what follows from them.
+  """The compiler's estimates for one config on one slice, and numbers derived from them.
 
   Args:
     config: name of the config.

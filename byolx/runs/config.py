@@ -39,12 +39,14 @@ def defaults() -> ConfigDict:
   return config
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load(path: str, overrides: Sequence[str] = (), workdir: Path | None = None) -> ConfigDict:
   """Reads `FILE.py[:key=value,...]`, merges it into the defaults, applies overrides, checks values.
 
   Args:
     path: a config file, with an optional argument for its `get_config` after a colon.
     overrides: `--config.field=value` in the order given.
+    workdir: folder of the run: a run that goes on has inherited fields there, also where the run that
+      it took them from was deleted since.
 
   Fields of the groups in init.inherit that neither file nor overrides set are those of another run.
   With init.workdir, the fields that go with an encoder (`schema.encoder_fields`) are always those of that
@@ -55,11 +57,14 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     ConfigError: missing file, unknown field or argument, impossible value; file or overrides say of
       an encoder what its checkpoint does not.
   """
-  return complete(_read(path), overrides, path)
+  return complete(_read(path), overrides, path, workdir)
 
 
 def complete(
-  given: ConfigDict, overrides: Sequence[str] = (), origin: str = "config"
+  given: ConfigDict,
+  overrides: Sequence[str] = (),
+  origin: str = "config",
+  workdir: Path | None = None,
 ) -> ConfigDict:
   """Merges fields into the defaults, applies overrides, takes inherited fields, checks values.
 
@@ -67,6 +72,7 @@ def complete(
     given: some fields, by group.
     overrides: `--config.FIELD=VALUE`, applied in order.
     origin: name of the source of the fields, for messages.
+    workdir: see `load`.
 
   Raises:
     ConfigError: see `load`.
@@ -76,8 +82,8 @@ def complete(
     _override(config, flag)
   named = {flag.removeprefix("--config.").partition("=")[0] for flag in overrides}
   named |= flatten(given).keys()
-  _inherit(config, named)
-  _take_encoder_fields(config, named)
+  _inherit(config, named, workdir)
+  _take_encoder_fields(config, named, workdir)
   check(config)
   return config
 
@@ -91,7 +97,7 @@ def of_run(path: str | Path) -> ConfigDict:
   file = file_of(Path(path))
   if file is None:
     raise ConfigError(f"{path}: expected a workdir of `byolx train`, with a config.json")
-  return from_json(file.read_text())
+  return from_json(file.read_text(), str(file))
 
 
 def of_encoder(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +160,10 @@ def merge(given: ConfigDict, origin: str) -> ConfigDict:
   config, fields = defaults(), schema.fields()
   flat = flatten(given)
   if (task := flat.get("task")) is not None:  # fields of an unknown task are unknown too
-    _check_field("task", task)
+    try:
+      _check_field("task", task)
+    except ConfigError as error:
+      raise ConfigError(f"{origin}: {error}") from None
   for name, value in flat.items():
     if name not in fields:
       raise ConfigError(f"{origin}: {_unknown(name)}")
@@ -218,8 +227,12 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(flatten(config), indent=2) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, origin: str = "config.json") -> ConfigDict:
   """The config that `to_json` wrote.
+
+  Args:
+    text: JSON of a flat config.
+    origin: file that the text comes from, for messages.
 
   Raises:
     ConfigError: a field that this version does not know, or an impossible value.
@@ -233,8 +246,11 @@ def from_json(text: str) -> ConfigDict:
         node[group] = ConfigDict()
       node = node[group]
     node[leaf] = tuple(value) if isinstance(value, list) else value
-  config = merge(nested, "config.json")
-  check(config)
+  config = merge(nested, origin)
+  try:
+    check(config)
+  except ConfigError as error:
+    raise ConfigError(f"{origin}: {error}") from None
   return config
 
 
@@ -254,24 +270,28 @@ def _override(config: ConfigDict, flag: str) -> None:
     raise ConfigError(f"{name}={value!r}: expected {_kind(fields[name])}") from None
 
 
-def _inherit(config: ConfigDict, given: Set[str]) -> None:
+def _inherit(config: ConfigDict, given: Set[str], workdir: Path | None) -> None:
   """Sets the fields of init.inherit that are not given as the other run has them."""
   run = config.init.like or config.init.workdir
   if not (config.init.inherit and run):
     return
   check(config)
+  if stored(run) is None and workdir is not None and (workdir / "config.json").is_file():
+    run = str(workdir)
   for name, value in flatten(_config_of(run)).items():
     group, dot, _ = name.partition(".")
     if dot and group in config.init.inherit and name not in given:
       _set(config, name, value)
 
 
-def _take_encoder_fields(config: ConfigDict, given: Set[str]) -> None:
+def _take_encoder_fields(config: ConfigDict, given: Set[str], workdir: Path | None) -> None:
   """Sets the fields that go with the encoder of init.workdir; refuses given ones that differ."""
   if not config.init.workdir:
     return
   check(config)
   there = stored(config.init.workdir)
+  if there is None and workdir is not None and (workdir / "config.json").is_file():
+    there = stored(workdir)
   if there is None:
     return
   here = {name: value for name, value in flatten(config).items() if name in given}

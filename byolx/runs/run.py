@@ -113,11 +113,12 @@ def train(
   Raises:
     ConfigError: a field, or a combination of fields, that cannot run.
   """
+  workdir = Path(workdir)
   if isinstance(fields, str):
-    cfg = config.load(fields, overrides)
+    cfg = config.load(fields, overrides, workdir)
   else:
-    cfg = config.complete(ConfigDict(fields), overrides)
-  return train_run(cfg, Path(workdir), images=images, network=network)
+    cfg = config.complete(ConfigDict(fields), overrides, workdir=workdir)
+  return train_run(cfg, workdir, images=images, network=network)
 
 
 def conclude(exp: Experiment, state: TrainState, workdir: Path) -> list[Record]:

@@ -25,7 +25,6 @@ from byolx.tasks import BUILT_IN, TASKS
 from byolx.training.compile_cache import CompileSpec
 from byolx.training.loop import TrainSpec
 from byolx.training.optimizers import OptimizerSpec
-from byolx.training.task import Task
 
 
 def _task_name(value: str) -> str | None:
@@ -99,7 +98,7 @@ def task_source(config: ConfigDict) -> str:
 
 
 @functools.lru_cache
-def _assembled(tasks: tuple[type[Task], ...]) -> Mapping[str, Field]:
+def _assembled(tasks: tuple[type, ...]) -> Mapping[str, Field]:
   groups = {name: fields_of(kind) for name, kind in _BEFORE_TASKS.items()}
   groups |= {kind.group: kind.fields() for kind in tasks}
   groups |= {name: fields_of(kind) for name, kind in _AFTER_TASKS.items()}

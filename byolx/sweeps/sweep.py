@@ -122,6 +122,7 @@ def build(
   Raises:
     ConfigError: a grid, field or value is invalid, or two cells have the same label.
   """
+  base = load(path, overrides)  # first, as the file may register a task whose fields the grid has
   grid = grids.read(specs)
   per = tuple(dict.fromkeys([*grid.per, *per]))
   varied = list(dict.fromkeys(name for cell in grid.cells for name in cell))
@@ -135,7 +136,6 @@ def build(
   if unknown := [name for name in per if name not in varied]:
     raise ConfigError(f"--per={unknown[0]}: expected a field of the grid: {', '.join(varied)}")
   cells = tuple(_cell(path, overrides, fields, per) for fields in grid.cells)
-  base = load(path, overrides)
   for cell in cells:
     _check_cell(cell.config, varied, by, retrain)
   _check_labels(cells, per)

@@ -1,6 +1,6 @@
 """Tasks: the training protocols, one file each, and the only list of their names.
 
-A protocol of one's own enters by the same door: `byolx.TASKS["rotation"] = Rotation`.
+A protocol of one's own enters by the same door: `byolx.TASKS["name"] = MyTask`.
 """
 
 from byolx.tasks.classify import FineTune, Linear, Supervised

@@ -21,9 +21,11 @@ from byolx.data.augment.distribution import ViewSpec
 from byolx.data.loader import evaluation_batches, train_batches
 from byolx.data.sampler import epoch_order
 from byolx.data.sources.folders import image_folder
+from byolx.data.transforms import PLACEMENTS, Centre, Views
 
-VIEWS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
+SPECS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
 SIZE, BATCH, STEPS, SEED = 32, 12, 8, 11
+VIEWS = {placement: Views(SPECS, SIZE, placement) for placement in PLACEMENTS}
 RECORDS = 41  # a batch divides neither them nor two epochs of them
 BROKEN = (3, 17, 30)
 
@@ -50,16 +52,16 @@ def small_parts(monkeypatch):
   monkeypatch.setattr(loader, "PART_ROWS", 3)
 
 
-def first(count, source, **kwargs):
+def first(count, source, placement="host", **kwargs):
   """The first batches, with copies of their arrays."""
-  with train_batches(source, VIEWS, SIZE, BATCH, SEED, **kwargs) as batches:
+  with train_batches(source, VIEWS[placement], BATCH, SEED, **kwargs) as batches:
     return [jax.tree.map(np.array, batch) for batch in itertools.islice(batches, count)]
 
 
 @pytest.fixture(scope="module")
 def plain(source):
   """What every arrangement has to equal: made one after the other in this thread."""
-  return {p: first(STEPS, source, placement=p, prefetch=0) for p in loader.PLACEMENTS}
+  return {p: first(STEPS, source, placement=p, prefetch=0) for p in PLACEMENTS}
 
 
 def assert_equal(one, other):
@@ -89,7 +91,7 @@ def check(source, plain, workers, hosts, threads, placement, start):
 
 
 @pytest.mark.parametrize("start", [0, 5])
-@pytest.mark.parametrize("placement", loader.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("hosts", [1, 2, 3])
 def test_hosts_and_threads_change_nothing(source, plain, hosts, threads, placement, start):
@@ -110,7 +112,7 @@ def test_workers_change_nothing(source, plain, workers, hosts, threads, placemen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", loader.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("hosts", [1, 2, 3])
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -136,7 +138,7 @@ def _only_arrays(self, loan):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_waits_for_who_is_slow(source, workers):
   """Workers are done long before their last batches are read."""
-  settings = {"size": SIZE, "resize": 36, "rule": "paper", "batch_size": BATCH}
+  settings = {"transform": Centre(SIZE, 36, "paper"), "batch_size": BATCH}
   expected = list(evaluation_batches(source, **settings, prefetch=0))
   assert [int(batch["mask"].sum()) for batch in expected] == [11, 11, 11, 5]
   with evaluation_batches(source, **settings, workers=workers, prefetch=8) as batches:
@@ -204,14 +206,14 @@ import jax, numpy as np
 from byolx.data import loader
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.sources.folders import image_folder
+from byolx.data.transforms import Views
 
 loader.PART_ROWS = 3
-views = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
+specs = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
+views = Views(specs, 32, "device")
 source = image_folder(sys.argv[1], "train")
 start = int(sys.argv[2])
-batches = loader.train_batches(
-  source, views, 32, 12, 11, start_step=start, placement="device", workers=2
-)
+batches = loader.train_batches(source, views, 12, 11, start_step=start, workers=2)
 for step, batch in enumerate(batches, start):
   digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(batch)))
   print(step, digest.hexdigest(), flush=True)
@@ -277,7 +279,7 @@ def test_killed_at_any_moment_it_goes_on_exactly(root, source):
     assert comes_true(lambda pids=started: not any(map(is_alive, pids)))
     left = set(os.listdir("/dev/shm")) - shared
     assert comes_true(lambda left=left: not left & set(os.listdir("/dev/shm")))
-  expected = train_batches(source, VIEWS, SIZE, BATCH, SEED, placement="device", prefetch=0)
+  expected = train_batches(source, VIEWS["device"], BATCH, SEED, prefetch=0)
   with expected as batches:
     for step, (line, batch) in enumerate(zip(printed, batches)):
       assert line == f"{step} {digest(batch).hexdigest()}\n"
@@ -285,7 +287,7 @@ def test_killed_at_any_moment_it_goes_on_exactly(root, source):
 
 def test_a_killed_worker_ends_the_run_with_an_error(source):
   before = set(descendants(os.getpid()))
-  with train_batches(source, VIEWS, SIZE, BATCH, SEED, workers=1) as batches:
+  with train_batches(source, VIEWS["host"], BATCH, SEED, workers=1) as batches:
     next(batches)
     workers = [pid for pid in descendants(os.getpid()) if pid not in before and is_worker(pid)]
     assert len(workers) == 1
@@ -316,7 +318,7 @@ def all_memory():
 
 def growth(source, workers, warm_up, batches, batch_size=BATCH, size=SIZE):
   """(how much RSS grew after the warm-up as a share, bytes of a batch)."""
-  made = train_batches(source, VIEWS, size, batch_size, SEED, workers=workers)
+  made = train_batches(source, Views(SPECS, size), batch_size, SEED, workers=workers)
   with made:
     for batch in itertools.islice(made, warm_up):
       sent = jax.device_put(batch)
@@ -346,7 +348,7 @@ def test_memory_of_workers_does_not_grow_with_the_batch(source):
   own = []
   for batch_size in (12, 480):
     before = set(descendants(os.getpid()))
-    with train_batches(source, VIEWS, 64, batch_size, SEED, workers=1) as batches:
+    with train_batches(source, Views(SPECS, 64), batch_size, SEED, workers=1) as batches:
       for batch in itertools.islice(batches, 4):
         assert batch["view1"].shape == (batch_size, 64, 64, 3)
       (pid,) = (p for p in descendants(os.getpid()) if p not in before and is_worker(p))

@@ -14,9 +14,10 @@ from sklearn.datasets import load_sample_image
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.loader import evaluation_batches, evaluation_images, train_batches
 from byolx.data.sources.folders import image_folder
+from byolx.data.transforms import Centre, Views
 from byolx.data.unreadable import MIN_SEEN, TOLERATED, Failure, FailureLog
 
-VIEWS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
+SPECS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
 
 # The log
 
@@ -134,12 +135,12 @@ def rough_folder(tmp_path):
 
 def test_rough_folder_trains_and_names_bad_files_once(rough_folder, caplog):
   assert len(rough_folder) == 8
-  first(6, rough_folder, VIEWS, 16, 8, 0)
+  first(6, rough_folder, Views(SPECS, 16), 8, 0)
   messages = warnings_of(caplog)
   assert len(messages) == 3
   for name in ("truncated.jpg", "empty.png", "text.jpg"):
     assert sum(name in message for message in messages) == 1
-  images, labels, indices = evaluation_images(rough_folder, 16, 18, "paper")
+  images, labels, indices = evaluation_images(rough_folder, Centre(16, 18, "paper"))
   assert len(images) == len(labels) == len(indices) == 5
   messages = warnings_of(caplog)
   assert len(messages) == 3
@@ -147,8 +148,8 @@ def test_rough_folder_trains_and_names_bad_files_once(rough_folder, caplog):
 
 
 def test_worker_processes_change_nothing(rough_folder, caplog):
-  args = (rough_folder, VIEWS, 160, 4, 3)  # views large enough for shared memory
-  kwargs = {"placement": "device", "start_step": 5}
+  views = Views(SPECS, 160, "device")  # large enough for shared memory
+  args, kwargs = (rough_folder, views, 4, 3), {"start_step": 5}
   expected = first(7, *args, **kwargs)
   messages = warnings_of(caplog)
   assert len(messages) == 3
@@ -166,7 +167,7 @@ def test_worker_processes_change_nothing(rough_folder, caplog):
 def test_replacements_depend_on_seed_and_record_only(tmp_path):
   bad = [3, 11, 30]
   good, broken = (
-    first(8, folder_of(tmp_path / name, 40, records), VIEWS, 5, 10, 1)
+    first(8, folder_of(tmp_path / name, 40, records), Views(SPECS, 5), 10, 1)
     for name, records in (("good", []), ("broken", bad))
   )
   replaced = {}
@@ -188,7 +189,7 @@ def test_label_and_pixels_are_those_of_the_replacement(tmp_path):
     (path / f"{i}.png").write_bytes(b"")
   Image.new("RGB", (6, 5), (9, 9, 9)).save(tmp_path / "b" / "5.png")
   source = image_folder(tmp_path, "train", 0.0)
-  (batch,) = first(1, source, VIEWS, 4, 24, 0, placement="device", max_failed_share=1.0)
+  (batch,) = first(1, source, Views(SPECS, 4, "device"), 24, 0, max_failed_share=1.0)
   assert {source.files[index] for index in batch["index"]} == {"b/5.png"}
   assert batch["label"].tolist() == [1] * 24
   assert (batch["view1"] == 9).all()
@@ -197,11 +198,11 @@ def test_label_and_pixels_are_those_of_the_replacement(tmp_path):
 
 def test_too_many_unreadable_files_stop_the_run(tmp_path):
   source = folder_of(tmp_path / "images", 400, range(0, 400, 10))
-  with train_batches(source, VIEWS, 4, 50, 0, max_failed_share=0.02) as batches:
+  with train_batches(source, Views(SPECS, 4), 50, 0, max_failed_share=0.02) as batches:
     with pytest.raises(ValueError, match=r"\d+ of the \d+ records seen .*max_failed_share = 0\.02"):
       list(itertools.islice(batches, 100))
     assert not list(batches)
-  assert len(first(16, source, VIEWS, 4, 50, 0, max_failed_share=0.2)) == 16
+  assert len(first(16, source, Views(SPECS, 4), 50, 0, max_failed_share=0.2)) == 16
 
 
 def test_nothing_but_unreadable_files(tmp_path):
@@ -209,10 +210,10 @@ def test_nothing_but_unreadable_files(tmp_path):
   with pytest.raises(
     ValueError, match=r"3 records in a row cannot be read.*\.png: the file is emp"
   ):
-    first(1, source, VIEWS, 4, 2, 0)
+    first(1, source, Views(SPECS, 4), 2, 0)
   with pytest.raises(ValueError, match="no record can be read"):
-    evaluation_images(source, 4, 4, "paper")
+    evaluation_images(source, Centre(4, 4, "paper"))
   with pytest.raises(ValueError, match="1 records in a row"):
-    first(1, folder_of(tmp_path / "one", 1, [0]), VIEWS, 4, 2, 0)
+    first(1, folder_of(tmp_path / "one", 1, [0]), Views(SPECS, 4), 2, 0)
   with pytest.raises(ValueError, match="3 of the 3 records seen"):
-    list(evaluation_batches(source, 4, 4, "paper", 8, max_failed_share=0.0))
+    list(evaluation_batches(source, Centre(4, 4, "paper"), 8, max_failed_share=0.0))

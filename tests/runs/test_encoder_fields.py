@@ -148,8 +148,9 @@ def test_groups_are_inherited_from_a_checkpoint_that_lies_alone(folder):
   assert cfg.views.view1.jitter_probability == 0.0
 
 
-def test_a_run_that_is_not_there_yet_gives_no_fields(folder):
-  cfg = load(folder, start="later")
+@pytest.mark.parametrize("start", ["later", "a" * 300])
+def test_a_run_that_is_not_there_yet_gives_no_fields(folder, start):
+  cfg = load(folder, start=start)
   assert config.flatten(cfg.model) == config.flatten(config.defaults().model)
 
 
@@ -163,6 +164,12 @@ def test_a_field_that_an_older_version_did_not_have_is_its_default(folder, tmp_p
 
 
 # Refused
+
+
+def test_a_file_that_is_no_config_is_refused(folder, tmp_path):
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ConfigError, match=r"config\.json: expected the fields of a run as JSON"):
+    config.load(str(folder / "linear.py"), [f"--config.init.workdir={tmp_path}"])
 
 
 @pytest.mark.parametrize("start", ["pretrained", "far/away/alone"])

@@ -19,6 +19,7 @@ from byolx.data.sources import base, retry
 from byolx.data.sources.folders import image_folder
 from byolx.data.sources.prepared import prepared
 from byolx.data.sources.retry import FolderLostError, with_retries
+from byolx.data.transforms import Views
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_a_folder_that_is_gone_is_named_and_one_that_returns_is_read_on(
   said = rf"data\.folder {folder} is gone, and did not come back in 0 s"
   with pytest.raises(FolderLostError, match=said):
     [source[i] for i in range(len(source))]
-  batches = train_batches(source, (ViewSpec(),), 8, 4, 0)
+  batches = train_batches(source, Views((ViewSpec(),), 8), 4, 0)
   with batches, pytest.raises(FolderLostError, match="is gone"):
     next(batches)
 
@@ -113,7 +114,9 @@ def test_a_record_that_begins_to_fail_later_is_replaced_from_then_on(photos):
   assert isinstance(source, base.FileSource)
 
   def epochs(count, start):
-    with train_batches(source, (ViewSpec(),), 8, 4, 0, start_step=start, prefetch=0) as batches:
+    with train_batches(
+      source, Views((ViewSpec(),), 8), 4, 0, start_step=start, prefetch=0
+    ) as batches:
       return [next(batches)["index"].tolist() for _ in range(3 * count)]
 
   whole = epochs(8, 0)

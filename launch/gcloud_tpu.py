@@ -1,4 +1,4 @@
-"""Trains on a Cloud TPU: creates it, installs, runs on all hosts, again after preemptions, deletes."""
+"""Train on a Cloud TPU: create it, install the code, run on all hosts, restart, delete the TPU."""
 
 import argparse
 import re
@@ -25,12 +25,12 @@ from byolx.planning import tpu
 PROGRAM = "launch/gcloud_tpu.py"
 
 _DESCRIPTION = """\
-Train on a Cloud TPU, of one host or of many: ask for it, install this checkout's commit on all hosts,
-start `byolx train --distributed`, show its log, start it again after preemptions until it is done, and
-delete the TPU.
+Train on a Cloud TPU of one or more hosts: request the TPU, install this checkout's commit on all
+hosts, start `byolx train --distributed`, print its log, restart the run after preemptions until it
+is done, and delete the TPU.
 
-The run does not depend on this program: end it, start the same command again, and it finds what is
-there and goes on showing it. See docs/launch.md.
+The run does not depend on this program. If you end the program and start the same command again, it
+finds the TPU and the run and continues to print the log. See docs/launch.md.
 """
 _EXAMPLES = """\
   python launch/gcloud_tpu.py --config=configs/pretrain_imagenet.py:arch=resnet200,width=2 \\
@@ -39,7 +39,7 @@ _EXAMPLES = """\
   python launch/gcloud_tpu.py --config=configs/pretrain_imagenet.py --grid=seeds --cell=1 \\
     --name=seed1 --spot --zone=us-central2-b --accelerator_type=v4-32 \\
     --workdir=gs://bucket/runs/seeds --config.data.folder=gs://bucket/imagenet
-  ... --stop      save, end, and delete the TPU"""
+  ... --stop      save and end the run, and delete the TPU"""
 
 
 def main(
@@ -47,41 +47,77 @@ def main(
   root: Path | None = None,
   sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-  """Launches; returns `byolx`'s exit code: 0 done, 1 failed, 2 wrong command, 75 start it again."""
+  """Launch a run, and follow it to its end.
+
+  Args:
+    argv: arguments; None: those of this process.
+    root: root of the checkout; None: that of this file.
+    sleep: function that waits for a number of seconds.
+
+  Returns:
+    The exit code of `byolx`: 0 done, 1 failed, 2 usage, 75 to be started again, 130 interrupted.
+  """
   parser = _parser()
   arguments, overrides = jobs.parse(parser, sys.argv[1:] if argv is None else argv)
-  here = root or Path(__file__).resolve().parent.parent
-  return jobs.run(PROGRAM, lambda: _launch(arguments, overrides, here, sleep))
+  checkout_root = root or Path(__file__).resolve().parent.parent
+  return jobs.run(PROGRAM, lambda: _launch(arguments, overrides, checkout_root, sleep))
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
   add = parser.add_argument
-  add("--name", required=True, help="of the TPU; the same name finds it again")
-  add("--zone", required=True, help="such as europe-west4-a")
-  add("--accelerator_type", required=True, help="such as v3-512, v4-32, v5litepod-16")
-  add("--project", default="", help="default: gcloud's")
-  add("--runtime_version", help="software of the hosts; default: the usual one of the type")
-  add("--spot", action="store_true", help="cheaper; may be taken away at any time")
-  add("--direct", action="store_true", help="ask for the TPU itself, not for a queued resource")
-  add("--service_account", default="", help="what the hosts act as; default: the project's")
-  add("--create_flag", action="append", default=[], help="one more flag of gcloud's create")
-  add("--ssh_flag", action="append", default=[], help="one more of its ssh, as --internal-ip")
-  add("--repo", help="address that hosts clone; default: the remote `origin`")
-  add("--commit", help="default: HEAD")
-  add("--upload", action="store_true", help="copy the commit from here: for private code")
-  add("--setup", default="", metavar="COMMAND", help="for every host, before the run, in bash")
+  add("--name", required=True, help="name of the TPU; the same name finds it again")
+  add("--zone", required=True, help="zone, such as europe-west4-a")
+  add(
+    "--accelerator_type",
+    required=True,
+    help="type of the TPU, such as v3-512, v4-32 or v5litepod-16",
+  )
+  add("--project", default="", help="Google Cloud project; default: gcloud's")
+  add("--runtime_version", help="software of the hosts; default: the usual version for the type")
+  add(
+    "--spot",
+    action="store_true",
+    help="request a spot TPU, which is cheaper and may be preempted at any time",
+  )
+  add("--direct", action="store_true", help="create the TPU itself, without a queued resource")
+  add("--service_account", default="", help="service account of the hosts; default: the project's")
+  add(
+    "--create_flag",
+    action="append",
+    default=[],
+    help="further flag of gcloud's create; may be repeated",
+  )
+  add(
+    "--ssh_flag",
+    action="append",
+    default=[],
+    help="further flag of gcloud's ssh, such as --internal-ip; may be repeated",
+  )
+  add("--repo", help="git address that hosts clone; default: the remote `origin`")
+  add("--commit", help="commit to launch; default: HEAD")
+  add("--upload", action="store_true", help="copy the commit from this machine, for private code")
+  add("--setup", default="", metavar="COMMAND", help="bash command for every host, before the run")
   add(
     "--data_cache_gb",
     type=numbers.index,
     default=0,
-    help="memory of every host that keeps images read from gs://; default: 0",
+    help="GiB of each host's memory for a cache of images from gs://; default: 0",
   )
-  add("--cell", type=numbers.index, metavar="I", help="of --grid only this run, from 0")
-  add("--max_restarts", type=numbers.index, default=50, help="default: 50")
-  add("--keep", action="store_true", help="do not delete the TPU when it is done")
-  add("--keep_on_failure", action="store_true", help="do not delete it when the run failed")
-  add("--poll", type=numbers.seconds, default=30.0, help="seconds between looks; default: 30")
+  add(
+    "--cell",
+    type=numbers.index,
+    metavar="I",
+    help="index of the only run of --grid to launch, from 0",
+  )
+  add(
+    "--max_restarts", type=numbers.index, default=50, help="restarts of a run, at most; default: 50"
+  )
+  add("--keep", action="store_true", help="do not delete the TPU at the end")
+  add("--keep_on_failure", action="store_true", help="do not delete the TPU if the run fails")
+  add(
+    "--poll", type=numbers.seconds, default=30.0, help="seconds between status queries; default: 30"
+  )
   add("--stop", action="store_true", help="save and end the run, and delete the TPU")
   return parser
 
@@ -111,8 +147,9 @@ def _launch(
       return error.code
     except KeyboardInterrupt:
       print(
-        f"\n{PROGRAM}: the TPU and the run go on, and cost money; the same command shows the run "
-        f"again, with --stop it saves, ends and deletes; or delete it: {launcher.still_there()}",
+        f"\n{PROGRAM}: the run goes on, and the TPU costs money; the same command shows the run "
+        "again; with --stop it ends the run and deletes the TPU; to delete the TPU at once: "
+        f"{launcher.delete_command()}",
         file=sys.stderr,
       )
       return INTERRUPTED
@@ -125,20 +162,25 @@ def _plan(
   folder: Path,
   topology: tpu.Topology,
 ) -> Plan:
-  """What the arguments ask for; everything that can be wrong with them is found here."""
+  """Build the plan of a launch, and check all arguments.
+
+  Raises:
+    ConfigError: an argument is not valid.
+  """
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", arguments.name):
     raise ConfigError(
-      f"--name={arguments.name}: expected at most 40 small letters, digits and dashes, a letter first"
+      f"--name={arguments.name}: expected at most 40 lower-case letters, digits and dashes, and a "
+      "letter first"
     )
   commit = checkout.commit(root, arguments.commit)
   config = checkout.relative_config(root, arguments.config, commit)
-  wanted = jobs.jobs(arguments, overrides)
+  selected = jobs.jobs(arguments, overrides)
   if arguments.cell is not None:
-    if arguments.cell >= len(wanted):
-      raise ConfigError(f"--cell={arguments.cell}: expected 0 to {len(wanted) - 1}")
-    wanted = [wanted[arguments.cell]]
-  for job in wanted:
-    _check_places(job, arguments, topology)
+    if arguments.cell >= len(selected):
+      raise ConfigError(f"--cell={arguments.cell}: expected 0 to {len(selected) - 1}")
+    selected = [selected[arguments.cell]]
+  for job in selected:
+    _check_folders(job, arguments, topology)
   return Plan(
     tpu=tpu_commands.Tpu(
       name=arguments.name,
@@ -152,7 +194,7 @@ def _plan(
       create_flags=tuple(arguments.create_flag),
       ssh_flags=tuple(arguments.ssh_flag),
     ),
-    jobs=tuple(wanted),
+    jobs=tuple(selected),
     config=config,
     source="" if arguments.upload else checkout.source(root, arguments.repo, commit),
     commit=commit,
@@ -174,19 +216,23 @@ def _topology(accelerator_type: str) -> tpu.Topology:
     raise ConfigError(reason) from None
 
 
-def _check_places(job: Job, arguments: argparse.Namespace, topology: tpu.Topology) -> None:
-  """Refuses folders that the hosts will not have, or that are gone with the TPU."""
+def _check_folders(job: Job, arguments: argparse.Namespace, topology: tpu.Topology) -> None:
+  """Check that all hosts can use the folders, and that the workdir outlives the TPU.
+
+  Raises:
+    ConfigError: a folder is not valid.
+  """
   fields = job.moved(lambda name, address: address).text_fields()
   if not job.workdir.startswith("gs://"):
-    kept = arguments.setup or (arguments.keep and topology.hosts == 1)
-    if not job.workdir.startswith("/") or not kept:
+    permanent = arguments.setup or (arguments.keep and topology.hosts == 1)
+    if not job.workdir.startswith("/") or not permanent:
       raise ConfigError(
-        f"--workdir={job.workdir}: expected gs://BUCKET/FOLDER, which all {topology.hosts} hosts see "
-        "and which stays when the TPU is deleted; or an absolute folder and a --setup that mounts it"
+        f"--workdir={job.workdir}: expected gs://BUCKET/FOLDER, which all {topology.hosts} hosts "
+        "share and which outlives the TPU; or an absolute folder and a --setup that mounts it"
       )
   folder = fields["data.folder"]
-  there = folder.startswith("gs://") or (folder.startswith("/") and arguments.setup)
-  if fields["data.source"] != "digits" and not there:
+  usable = folder.startswith("gs://") or (folder.startswith("/") and arguments.setup)
+  if fields["data.source"] != "digits" and not usable:
     raise ConfigError(
       f"data.folder={folder!r}: expected gs://BUCKET/FOLDER, or an absolute folder and a --setup "
       "that mounts or fills it on every host"

@@ -1,4 +1,4 @@
-"""What a launcher starts: one `byolx train` or, of a grid, several; checked before it costs money."""
+"""Jobs of a launcher, each a `byolx train` with a checked config: one, or one per grid cell."""
 
 import argparse
 import dataclasses
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from byolx.core.config import ConfigError, flatten, load
+from byolx.core.config import ConfigError, flatten
+from byolx.runs.config import load
 from byolx.sweeps import grids
 
 FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
-"""Exit codes of `byolx`, which are the launchers' as well; 75: the same command again."""
+"""Exit codes of `byolx` and of the launchers; after 75 the same command continues the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,10 @@ class Job:
   """One run.
 
   Args:
-    name: of the cell of a grid; empty for a single run.
-    config: FILE[:ARGS].
-    overrides: `--config.FIELD=VALUE`, the grid's after those of the command line.
-    workdir: a folder or gs://BUCKET/FOLDER.
+    name: name of the grid's cell; empty for a single run.
+    config: config file and its arguments, FILE[:ARGS].
+    overrides: arguments `--config.FIELD=VALUE`; those of the grid come last.
+    workdir: folder, or gs://BUCKET/FOLDER.
   """
 
   name: str
@@ -32,29 +33,29 @@ class Job:
   workdir: str
 
   def train(self) -> list[str]:
-    """The arguments of `byolx`."""
+    """Arguments of `byolx` for this run."""
     return ["train", f"--config={self.config}", *self.overrides, f"--workdir={self.workdir}"]
 
   def text_fields(self) -> dict[str, str]:
-    """The config's fields that hold text."""
+    """Values of the config's text fields, by name."""
     flat = flatten(load(self.config, self.overrides))
     return {name: value for name, value in flat.items() if isinstance(value, str)}
 
   def moved(self, folder: Callable[[str, str], str]) -> "Job":
-    """The job with another folder for every gs:// address.
+    """Job with a folder in place of every gs:// address.
 
     Args:
-      folder: from the name of a field, or `workdir`, and an address, to what stands in its place.
+      folder: function from the name of a field, or `workdir`, and its address to the folder.
 
     Raises:
-      ConfigError: an address that is none.
+      ConfigError: an address that begins with gs: is not gs://BUCKET/FOLDER.
     """
-    given = {name: value for name, value in self.text_fields().items() if value[:3] == "gs:"}
-    for name, value in {"--workdir": self.workdir, **given}.items():
+    addresses = {name: value for name, value in self.text_fields().items() if value[:3] == "gs:"}
+    for name, value in {"--workdir": self.workdir, **addresses}.items():
       if value[:3] == "gs:" and not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+/[^\s\"'`$\\]+", value):
         raise ConfigError(f"{name}={value}: expected gs://BUCKET/FOLDER")
-    kept = [word for word in self.overrides if _field(word) not in given]
-    new = [f"--config.{name}={folder(name, value)}" for name, value in given.items()]
+    kept = [word for word in self.overrides if _field(word) not in addresses]
+    new = [f"--config.{name}={folder(name, value)}" for name, value in addresses.items()]
     workdir = self.workdir
     if workdir[:3] == "gs:":
       workdir = folder("workdir", workdir)
@@ -66,67 +67,75 @@ def _field(override: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line; argparse would print the usage before it."""
+  """Parser that prints an error in one line, without argparse's usage before it."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
-  """A parser with the arguments that all launchers take."""
-  made = _Parser(
+  """Parser with the arguments that all launchers have."""
+  parser = _Parser(
     prog=program,
     description=description,
     epilog=f"examples:\n{examples}\n\ngrids: {', '.join(grids.GRIDS)}",
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  made.add_argument(
+  parser.add_argument(
     "--config",
     required=True,
     metavar="FILE[:ARGS]",
-    help="as for `byolx train`; --config.FIELD=VALUE changes a field",
+    help="config file and arguments, as for `byolx train`; --config.FIELD=VALUE changes a field",
   )
-  made.add_argument(
-    "--workdir", required=True, help="of the run; of a grid: of its runs, one folder each"
+  parser.add_argument(
+    "--workdir", required=True, help="folder of the run; with --grid, each run has a folder in it"
   )
-  made.add_argument("--grid", metavar="NAME", help="several runs: see byolx/sweeps/grids.py")
-  made.add_argument("--dry_run", action="store_true", help="print what would be done, do nothing")
-  return made
+  parser.add_argument(
+    "--grid", metavar="NAME", help="named grid of runs, see byolx/sweeps/grids.py"
+  )
+  parser.add_argument(
+    "--dry_run", action="store_true", help="print the actions without performing them"
+  )
+  return parser
 
 
 def parse(
-  made: argparse.ArgumentParser, argv: Sequence[str]
+  parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-  """Arguments, and apart from them every `--config.FIELD=VALUE`."""
-  arguments, rest = made.parse_known_args(list(argv))
+  """Parsed arguments, and the list of the arguments `--config.FIELD=VALUE`."""
+  arguments, rest = parser.parse_known_args(list(argv))
   for word in rest:
     if not word.startswith("--config."):
-      made.error(f"unknown argument {word}")
+      parser.error(f"unknown argument {word}")
     if "=" not in word:
-      made.error(f"{word}: expected --config.FIELD=VALUE")
+      parser.error(f"{word}: expected --config.FIELD=VALUE")
   return arguments, rest
 
 
 def jobs(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Job]:
-  """The runs that the arguments ask for, each with a config that is known to load.
+  """Jobs of a command, after loading the config of each.
+
+  Args:
+    arguments: arguments of `parser`.
+    overrides: arguments `--config.FIELD=VALUE`.
 
   Raises:
-    ConfigError: unknown grid, or a config that cannot be.
+    ConfigError: the grid is unknown, or a config is not valid.
   """
   cells = grids.named(arguments.grid).cells if arguments.grid else [{}]
-  made = []
+  result = []
   for cell in cells:
     name = grids.label(cell)
     workdir = f"{arguments.workdir.rstrip('/')}/{name}" if name else arguments.workdir
     job = Job(name, arguments.config, (*overrides, *grids.overrides(cell)), workdir)
     load(job.config, job.overrides)
-    made.append(job)
-  return made
+    result.append(job)
+  return result
 
 
 def run(program: str, launch: Callable[[], int]) -> int:
-  """Calls a launcher; a user's mistake is one line and exit code 2."""
+  """Run a launcher and return its exit code; a ConfigError gives one line and exit code 2."""
   try:
     return launch()
   except ConfigError as error:
@@ -135,10 +144,10 @@ def run(program: str, launch: Callable[[], int]) -> int:
 
 
 def xmanager() -> tuple[ModuleType, ModuleType]:
-  """xmanager's modules `xm` and `xm_local`, ready for use without an absl main.
+  """Import the modules `xm` and `xm_local` of xmanager, for use without an absl main.
 
   Raises:
-    ConfigError: it is not installed.
+    ConfigError: xmanager is not installed.
   """
   try:
     from absl import flags

@@ -1,11 +1,11 @@
-"""The commands of gcloud that a launch needs, as argument lists, and what its answers mean."""
+"""gcloud's commands for a launch, as argument lists, and parsers of gcloud's output."""
 
 import dataclasses
 import json
 from typing import Any, NamedTuple
 
 OWNER = "byolx-launch"
-"""Label of what this launcher creates; nothing without it is ever deleted."""
+"""Label of every resource that this launcher creates; it deletes no resource without the label."""
 
 RUNTIMES = {
   "v2": "tpu-ubuntu2204-base",
@@ -15,28 +15,29 @@ RUNTIMES = {
   "v5p": "v2-alpha-tpuv5",
   "v6e": "v2-alpha-tpuv6e",
 }
+"""Usual software version of the hosts, by TPU generation."""
 
 READY, ABSENT = "READY", "ABSENT"
 STOPPED_STATES = ("STOPPED",)
 BROKEN_STATES = ("PREEMPTED", "TERMINATED", "SUSPENDED", "FAILED", "HIDDEN")
-"""Of a TPU or a queued resource that comes back only if it is deleted and asked for again."""
+"""States of a TPU or queued resource that has to be deleted and requested again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """A TPU VM to be asked for.
+  """Options of a TPU VM; the methods return gcloud's commands for it.
 
   Args:
-    name: of the TPU, and of the queued resource.
-    zone: such as europe-west4-a.
-    accelerator_type: such as v3-512.
-    runtime_version: software of its hosts.
-    project: empty: gcloud's own.
-    queued: ask for a queued resource; else for the TPU at once.
-    spot: cheaper, and taken away when others want it.
-    service_account: what its hosts act as; empty: the project's default.
-    create_flags: more flags for the command that creates.
-    ssh_flags: more flags for ssh and scp.
+    name: name of the TPU and of the queued resource.
+    zone: zone, such as europe-west4-a.
+    accelerator_type: type of the TPU, such as v3-512.
+    runtime_version: software version of the hosts.
+    project: Google Cloud project; empty: gcloud's default.
+    queued: whether the TPU is requested as a queued resource; False creates it directly.
+    spot: whether the TPU is a spot TPU, which is cheaper and may be preempted.
+    service_account: service account of the hosts; empty: the project's default.
+    create_flags: further flags of the command that creates the TPU.
+    ssh_flags: further flags of ssh and scp.
   """
 
   name: str
@@ -51,7 +52,7 @@ class Tpu:
   ssh_flags: tuple[str, ...] = ()
 
   def create(self) -> list[str]:
-    """Asks for it."""
+    """Command that requests the TPU."""
     flags = [f"--accelerator-type={self.accelerator_type}", f"--labels={OWNER}={self.name}"]
     flags += ["--spot"] if self.spot else []
     flags += [f"--service-account={self.service_account}"] if self.service_account else []
@@ -62,42 +63,42 @@ class Tpu:
     return self._vm("create", f"--version={self.runtime_version}", *flags)
 
   def describe(self) -> list[str]:
-    """Prints its state as JSON."""
+    """Command that prints the state of the TPU as JSON."""
     return self._vm("describe", "--format=json")
 
   def describe_queued(self) -> list[str]:
-    """Prints the queued resource's state as JSON."""
+    """Command that prints the state of the queued resource as JSON."""
     return self._queue("describe", "--format=json")
 
   def boot(self) -> list[str]:
-    """Starts one that was stopped."""
+    """Command that starts a stopped TPU."""
     return self._vm("start")
 
   def delete(self) -> list[str]:
-    """Deletes the TPU."""
+    """Command that deletes the TPU."""
     return self._vm("delete", "--quiet")
 
   def delete_queued(self) -> list[str]:
-    """Deletes the queued resource, and the TPU with it."""
+    """Command that deletes the queued resource together with the TPU."""
     return self._queue("delete", "--force", "--quiet")
 
   def ssh(self, script: str, worker: str = "all") -> list[str]:
-    """Runs a script on one worker, or on all at the same time."""
+    """Command that runs a script on one worker, by its index, or on all at the same time."""
     flags = (f"--worker={worker}", "--quiet", *self.ssh_flags)
     return self._vm("ssh", *flags, f"--command={script}")
 
   def upload(self, file: str) -> list[str]:
-    """Copies a file to the home directory on all workers."""
-    there = (f"{self.name}:", *self._where(), "--worker=all", "--quiet")
-    return [*_TPUS, "tpu-vm", "scp", file, *there, *self.ssh_flags]
+    """Command that copies a file to the home directory of all workers."""
+    target = (f"{self.name}:", *self._location(), "--worker=all", "--quiet")
+    return [*_TPUS, "tpu-vm", "scp", file, *target, *self.ssh_flags]
 
   def _vm(self, verb: str, *flags: str) -> list[str]:
-    return [*_TPUS, "tpu-vm", verb, self.name, *self._where(), *flags]
+    return [*_TPUS, "tpu-vm", verb, self.name, *self._location(), *flags]
 
   def _queue(self, verb: str, *flags: str) -> list[str]:
-    return [*_TPUS, "queued-resources", verb, self.name, *self._where(), *flags]
+    return [*_TPUS, "queued-resources", verb, self.name, *self._location(), *flags]
 
-  def _where(self) -> list[str]:
+  def _location(self) -> list[str]:
     return [*([f"--project={self.project}"] if self.project else []), f"--zone={self.zone}"]
 
 
@@ -105,26 +106,38 @@ _TPUS = ("gcloud", "compute", "tpus")
 
 
 class Described(NamedTuple):
-  """What `describe` said: a state, or ABSENT; whether this launcher created it; why it failed."""
+  """State of a TPU or a queued resource.
+
+  Args:
+    state: gcloud's state, or ABSENT.
+    owned: whether it has this launcher's label.
+    accelerator_type: type of the TPU; empty for a queued resource.
+    reason: message of a failed request; empty without one.
+  """
 
   state: str
-  ours: bool = False
+  owned: bool = False
   accelerator_type: str = ""
   reason: str = ""
 
 
 def described(text: str, name: str) -> Described:
-  """Reads the JSON of a TPU or of a queued resource."""
-  found: dict[str, Any] = json.loads(text)
-  state = found.get("state") or {}
-  labels = found.get("labels") or {}
+  """Parse gcloud's JSON description of a TPU or of a queued resource.
+
+  Args:
+    text: JSON.
+    name: name of the TPU, the expected value of the label OWNER.
+  """
+  resource: dict[str, Any] = json.loads(text)
+  state = resource.get("state") or {}
+  labels = resource.get("labels") or {}
   reason = ""
   if isinstance(state, dict):
-    nodes = found.get("tpu", {}).get("nodeSpec", [])
+    nodes = resource.get("tpu", {}).get("nodeSpec", [])
     labels = {key: value for spec in nodes for key, value in _labels(spec).items()} | labels
     reason = (state.get("failedData") or {}).get("error", {}).get("message", "")
     state = state.get("state", "UNKNOWN")
-  return Described(state, labels.get(OWNER) == name, found.get("acceleratorType", ""), reason)
+  return Described(state, labels.get(OWNER) == name, resource.get("acceleratorType", ""), reason)
 
 
 def _labels(spec: dict[str, Any]) -> dict[str, str]:
@@ -133,7 +146,12 @@ def _labels(spec: dict[str, Any]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """A kind of failure: words of gcloud that tell it, and what to do next; empty: try it again."""
+  """A kind of failure.
+
+  Args:
+    words: lower-case texts, one of which is in gcloud's message.
+    next: command or advice for the user.
+  """
 
   words: tuple[str, ...]
   next: str = ""
@@ -167,7 +185,7 @@ FAILURES = (
     "launch/gcloud_tpu.py --help",
   ),
 )
-"""Those that trying again does not help."""
+"""Failures for which a retry does not help."""
 
 _ABSENT_WORDS = ("not_found", "was not found", "could not be found", "not found")
 _EXISTS_WORDS = ("already_exists", "already exists")
@@ -175,27 +193,27 @@ _FULL_WORDS = ("no more capacity", "resource_exhausted", "stockout", "insufficie
 
 
 def permanent(message: str) -> Failure | None:
-  """What kind of failure trying again does not help, or None: of gcloud itself, not of a host."""
+  """Failure of gcloud for which a retry does not help; None for others, such as of a host."""
   lower = message.lower().partition("error: (gcloud")[2]
   return next((kind for kind in FAILURES if any(word in lower for word in kind.words)), None)
 
 
 def is_absent(message: str) -> bool:
-  """Whether gcloud says that there is no such thing."""
+  """Whether gcloud's message means that the resource does not exist."""
   return any(word in message.lower() for word in _ABSENT_WORDS)
 
 
 def exists(message: str) -> bool:
-  """Whether gcloud says that it was created before."""
+  """Whether gcloud's message means that the resource exists already."""
   return any(word in message.lower() for word in _EXISTS_WORDS)
 
 
 def is_full(message: str) -> bool:
-  """Whether the zone has no such TPU to spare now."""
+  """Whether gcloud's message means that the zone has no capacity now."""
   return any(word in message.lower() for word in _FULL_WORDS)
 
 
 def last_line(message: str) -> str:
-  """The last line that says something."""
+  """Last line of a message that is not blank."""
   lines = [line.strip() for line in message.splitlines() if line.strip()]
   return lines[-1] if lines else "no message"

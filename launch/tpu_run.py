@@ -1,4 +1,4 @@
-"""A run on a TPU, from nothing to its end: bring up, install, start, follow, again after preemptions."""
+"""Run a plan on a TPU: request it, install, start, follow the log, restart, delete."""
 
 import shlex
 import subprocess
@@ -16,7 +16,13 @@ from tpu_plan import Plan
 
 
 class LaunchError(Exception):
-  """What cannot go on: what happened, and the next action."""
+  """A launch that cannot continue.
+
+  Args:
+    happened: description of the failure.
+    next_action: command or advice for the user.
+    code: exit code of the launcher.
+  """
 
   def __init__(self, happened: str, next_action: str, code: int = FAILED):
     super().__init__(f"{happened}; next: {next_action}")
@@ -24,7 +30,7 @@ class LaunchError(Exception):
 
 
 class Answer(NamedTuple):
-  """Of a command: exit code, stdout and stderr."""
+  """Result of a command: exit code, stdout and stderr."""
 
   code: int
   out: str
@@ -32,15 +38,15 @@ class Answer(NamedTuple):
 
 
 def call(argv: Sequence[str]) -> Answer:
-  """Runs a command to its end."""
+  """Run a command to its end, without stdin."""
   done = subprocess.run(
     argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
   )
   return Answer(done.returncode, done.stdout, done.stderr)
 
 
-def stream(argv: Sequence[str], hear: Callable[[bytes], None]) -> Answer:
-  """Runs a command and hands over its lines of stdout as they come."""
+def stream(argv: Sequence[str], on_line: Callable[[bytes], None]) -> Answer:
+  """Run a command and call `on_line` with each line of stdout; the result has no stdout."""
   with (
     tempfile.TemporaryFile() as errors,
     subprocess.Popen(
@@ -49,7 +55,7 @@ def stream(argv: Sequence[str], hear: Callable[[bytes], None]) -> Answer:
   ):
     try:
       for line in process.stdout or ():
-        hear(line)
+        on_line(line)
     except BaseException:
       process.terminate()
       raise
@@ -59,29 +65,33 @@ def stream(argv: Sequence[str], hear: Callable[[bytes], None]) -> Answer:
 
 
 class Launcher:
-  """Runs a plan.
+  """Launcher that runs a plan.
 
   Args:
-    plan: what and how.
-    sleep: waits for so many seconds.
-    say: tells the user one line.
+    plan: plan of the launch.
+    sleep: function that waits for a number of seconds.
+    report: function that prints one line for the user.
   """
 
   def __init__(
     self,
     plan: Plan,
     sleep: Callable[[float], None] = time.sleep,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
   ):
     self._plan, self._tpu = plan, plan.tpu
-    self._sleep, self._say = sleep, say
-    self._ours = self._created = self._started = False
+    self._sleep, self._report = sleep, report
+    self._owned = self._created = self._started = False
     self._replaced = 0
     self._log = Log()
-    self._said = ""
+    self._status = ""
 
   def run(self) -> int:
-    """All jobs, one after another; deletes the TPU at the end; returns an exit code."""
+    """Run all jobs one after another, delete the TPU unless it is kept; return an exit code.
+
+    Raises:
+      LaunchError: the launch cannot continue.
+    """
     try:
       for job in self._plan.jobs:
         code = self._run(job)
@@ -90,7 +100,7 @@ class Launcher:
       else:
         code = 0
     except LaunchError:
-      # What this launcher asked for in vain costs money for nothing; a run that goes on does not.
+      # A TPU without a run costs money for nothing; a run that has started may go on.
       if self._created and not self._started and not self._plan.keep_on_failure:
         self._abandon()
       raise
@@ -98,16 +108,20 @@ class Launcher:
     return code
 
   def stop(self) -> int:
-    """Asks all jobs to save and to end, waits for that, and deletes the TPU."""
+    """Make all jobs save and end, wait for them, delete the TPU unless it is kept; return 0.
+
+    Raises:
+      LaunchError: a command fails.
+    """
     if self._state().state == READY:
       for job in self._plan.jobs:
-        self._must("stopping the run", self._plan.stop(job))
-        self._must("waiting for the run to end", self._plan.settle(job))
+        self._require("stopping the run", self._plan.stop(job))
+        self._require("waiting for the run to end", self._plan.settle(job))
     self._conclude(failed=False)
     return 0
 
-  def still_there(self) -> str:
-    """How to delete the TPU by hand."""
+  def delete_command(self) -> str:
+    """Shell command that deletes the TPU."""
     return shlex.join(self._tpu.delete_queued() if self._tpu.queued else self._tpu.delete())
 
   def _run(self, job: Job) -> int:
@@ -124,10 +138,10 @@ class Launcher:
       else:
         end = self._follow(job)
       if end == 0:
-        self._say(f"{self._plan.name(job)}: done; results are in {job.workdir}")
+        self._report(f"{self._plan.name(job)}: done; results are in {job.workdir}")
         return 0
       if end not in (STOPPED, None):
-        self._explain(job, end)
+        self._report_failure(job, end)
         return end
       restarts += 1
       if restarts > self._plan.max_restarts:
@@ -136,48 +150,48 @@ class Launcher:
           "the same command goes on where it stopped",
           STOPPED,
         )
-      self._say(f"restart {restarts} of at most {self._plan.max_restarts}")
+      self._report(f"restart {restarts} of at most {self._plan.max_restarts}")
 
   def _prepare(self, job: Job, again: bool) -> None:
-    """Installs and starts; where that was done, it finds so."""
+    """Install and start a job; both do nothing on hosts where they are done."""
     for command in self._plan.install():
-      self._must("installing", command)
+      self._require("installing", command)
     if again:
-      self._must("waiting for the last run to end", self._plan.settle(job))
+      self._require("waiting for the last run to end", self._plan.settle(job))
     self._start(job)
     self._started = True
 
   def _bring_up(self) -> None:
-    """Until the TPU is ready: waits for it, asks for it, deletes it when it was taken away."""
-    asked = False
+    """Wait until the TPU is ready; request an absent TPU and replace a broken one."""
+    requested = False
     while True:
-      found = self._state()
-      if found.state == READY:
-        self._check_type(found)
+      tpu = self._state()
+      if tpu.state == READY:
+        self._check_type(tpu)
         return
-      if found.state == ABSENT:
-        self._tell(f"asking for {self._tpu.accelerator_type} {self._tpu.name}")
+      if tpu.state == ABSENT:
+        self._report_status(f"requesting {self._tpu.accelerator_type} {self._tpu.name}")
         self._create()
-        asked = True
-      elif found.state in STOPPED_STATES:
-        self._must("starting the TPU", self._tpu.boot())
-      elif found.state in BROKEN_STATES:
-        self._replace(found, asked)
+        requested = True
+      elif tpu.state in STOPPED_STATES:
+        self._require("starting the TPU", self._tpu.boot())
+      elif tpu.state in BROKEN_STATES:
+        self._replace(tpu, requested)
         continue
       else:
-        self._tell(f"{self._tpu.name} is {found.state}: waiting")
+        self._report_status(f"{self._tpu.name} is {tpu.state}: waiting")
       self._sleep(self._plan.poll)
 
   def _state(self) -> Described:
-    """Of the TPU; while there is none, of the queued resource that will make it."""
+    """State of the TPU; without a TPU, state of the queued resource that will create it."""
     node = self._describe(self._tpu.describe())
-    self._ours |= node.ours
+    self._owned |= node.owned
     if not self._tpu.queued or node.state == READY:
       return node
     queue = self._describe(self._tpu.describe_queued())
-    self._ours |= queue.ours
+    self._owned |= queue.owned
     if queue.state == "ACTIVE" and node.state == ABSENT:
-      # It may have come between the two looks. What was given and is not there was taken away.
+      # The TPU may have become ready after the first query. If still absent, it was preempted.
       node = self._describe(self._tpu.describe())
       return queue._replace(state="TERMINATED") if node.state == ABSENT else node
     return node if queue.state in (ABSENT, "ACTIVE") else queue
@@ -188,14 +202,14 @@ class Launcher:
       return tpu_commands.described(answer.out, self._tpu.name)
     if tpu_commands.is_absent(answer.error):
       return Described(ABSENT)
-    raise self._error("looking at the TPU", command, answer)
+    raise self._error("describing the TPU", command, answer)
 
-  def _check_type(self, found: Described) -> None:
-    wanted = self._tpu.accelerator_type
-    if found.accelerator_type and found.accelerator_type != wanted:
+  def _check_type(self, tpu: Described) -> None:
+    requested = self._tpu.accelerator_type
+    if tpu.accelerator_type and tpu.accelerator_type != requested:
       raise LaunchError(
-        f"{self._tpu.name} is a {found.accelerator_type}, not the {wanted} that was asked for",
-        f"another --name, or --accelerator_type={found.accelerator_type}",
+        f"{self._tpu.name} is a {tpu.accelerator_type}, expected {requested}",
+        f"another --name, or --accelerator_type={tpu.accelerator_type}",
         USAGE,
       )
 
@@ -207,30 +221,31 @@ class Launcher:
       )
       if answer.code == 0 or tpu_commands.exists(answer.error):
         self._created |= answer.code == 0
-        self._ours |= self._created
+        self._owned |= self._created
         return
       if not tpu_commands.is_full(answer.error) or tpu_commands.permanent(answer.error):
-        raise self._error("asking for the TPU", self._tpu.create(), answer)
-      self._tell(f"{self._tpu.zone} has none to spare: trying again")
+        raise self._error("requesting the TPU", self._tpu.create(), answer)
+      self._report_status(f"{self._tpu.zone} has no capacity now: trying again")
       self._sleep(self._plan.poll)
 
-  def _replace(self, found: Described, asked: bool) -> None:
-    reason = f": {found.reason}" if found.reason else ""
-    if asked and found.state == "FAILED":
-      raise LaunchError(f"the request for the TPU failed{reason}", self.still_there())
-    if not self._ours:
+  def _replace(self, tpu: Described, requested: bool) -> None:
+    """Delete a broken TPU of this launcher, at most `max_restarts` times."""
+    reason = f": {tpu.reason}" if tpu.reason else ""
+    if requested and tpu.state == "FAILED":
+      raise LaunchError(f"the request for the TPU failed{reason}", self.delete_command())
+    if not self._owned:
       raise LaunchError(
-        f"{self._tpu.name} is {found.state}, and was not created by this launcher",
-        f"{self.still_there()}  # or another --name",
+        f"{self._tpu.name} is {tpu.state}, and was not created by this launcher",
+        f"{self.delete_command()}  # or another --name",
       )
     self._replaced += 1
     if self._replaced > self._plan.max_restarts:
       raise LaunchError(
-        f"{self._tpu.name} was taken away {self._replaced} times, more than --max_restarts allows",
+        f"{self._tpu.name} was lost {self._replaced} times, more than --max_restarts allows",
         "the same command goes on where it stopped",
         STOPPED,
       )
-    self._say(f"{self._tpu.name} is {found.state}{reason}: deleting it, to ask for it again")
+    self._report(f"{self._tpu.name} is {tpu.state}{reason}: deleting it, to request it again")
     self._delete()
     self._log = Log()
 
@@ -255,16 +270,16 @@ class Launcher:
       raise self._error("starting the run", command, answer)
 
   def _follow(self, job: Job) -> int | None:
-    """Prints the log until the run ends: its exit code, or None where the machine is gone."""
+    """Print the log until the run ends; return its exit code, or None if the run was lost."""
     log, failures = self._log, 0
     while True:
-      answer = stream(self._plan.follow(job, log.next_byte), log.hear)
+      answer = stream(self._plan.follow(job, log.next_byte), log.add)
       mark = log.take_mark()
       if mark.startswith("ended"):
         return self._ended(int(mark.split()[1]))
       state = self._state().state
       if mark == "lost" or state != READY:
-        self._say(f"the run on {self._tpu.name} ({state}) was lost")
+        self._report(f"the run on {self._tpu.name} ({state}) was lost")
         return None
       failures = 0 if mark == "running" else failures + 1
       if failures > self._plan.tries:
@@ -278,79 +293,81 @@ class Launcher:
         self._sleep(self._plan.poll)
 
   def _ended(self, code: int) -> int | None:
-    """An exit code, or None where the TPU is being taken away, which may end a run with any."""
+    """Exit code of a run, or None during a preemption, which can end a run with any exit code."""
     if code in (0, STOPPED, USAGE):
       return code
     self._sleep(self._plan.poll)
     return code if self._state().state == READY else None
 
-  def _explain(self, job: Job, code: int) -> None:
+  def _report_failure(self, job: Job, code: int) -> None:
     name = self._plan.name(job)
-    self._say(f"{name}: failed with exit code {code}; the last errors of all hosts:")
+    self._report(f"{name}: failed with exit code {code}; the last errors of all hosts:")
     answer = call(self._plan.errors(job))
-    self._say(answer.out.rstrip() or "none in the logs")
-    self._say(f"whole logs are in {job.workdir}/logs; the same command tries again from there")
+    self._report(answer.out.rstrip() or "no errors in the logs")
+    self._report(f"complete logs are in {job.workdir}/logs; the same command starts the run again")
 
   def _conclude(self, failed: bool) -> None:
-    if not self._ours:
+    if not self._owned:
       if self._started:
-        self._say(f"{self._tpu.name} was not created by this launcher: it is left as it is")
+        self._report(f"{self._tpu.name} was not created by this launcher: it is not deleted")
       return
     if self._plan.keep or (failed and self._plan.keep_on_failure):
-      self._say(f"{self._tpu.name} is kept and costs money; to delete it: {self.still_there()}")
+      self._report(
+        f"{self._tpu.name} is kept and costs money; to delete it: {self.delete_command()}"
+      )
       return
     self._delete()
-    self._say(f"{self._tpu.name} is deleted")
+    self._report(f"{self._tpu.name} is deleted")
 
   def _abandon(self) -> None:
     try:
       self._delete()
-      self._say(f"{self._tpu.name} is deleted")
+      self._report(f"{self._tpu.name} is deleted")
     except LaunchError as error:
-      self._say(f"error: {error}")
+      self._report(f"error: {error}")
 
-  def _must(self, doing: str, command: list[str]) -> Answer:
+  def _require(self, action: str, command: list[str]) -> Answer:
     answer = self._try(command)
     if answer.code:
-      raise self._error(doing, command, answer)
+      raise self._error(action, command, answer)
     return answer
 
   def _try(
-    self, command: list[str], enough: Callable[[Answer], bool] = lambda answer: False
+    self, command: list[str], accept: Callable[[Answer], bool] = lambda answer: False
   ) -> Answer:
-    """Until it succeeds, says something that is answer enough, or trying again is no use."""
+    """Retry a command until it succeeds, `accept` is true of its answer, or no retry helps."""
     for attempt in range(self._plan.tries):
       if attempt:
         self._sleep(min(5.0 * 2**attempt, 120.0))
       answer = call(command)
-      if answer.code == 0 or enough(answer) or tpu_commands.permanent(answer.error):
+      if answer.code == 0 or accept(answer) or tpu_commands.permanent(answer.error):
         break
     return answer
 
-  def _error(self, doing: str, command: list[str], answer: Answer) -> LaunchError:
+  def _error(self, action: str, command: list[str], answer: Answer) -> LaunchError:
     kind = tpu_commands.permanent(answer.error)
-    said = tpu_commands.last_line(answer.error or answer.out)
-    action = kind.next if kind else shlex.join(command)
+    message = tpu_commands.last_line(answer.error or answer.out)
+    next_action = kind.next if kind else shlex.join(command)
     if self._started:
-      action += f"; then the same command, or to delete the TPU: {self.still_there()}"
-    return LaunchError(f"{doing} failed (exit code {answer.code}): {said}", action)
+      next_action += f"; then the same command, or to delete the TPU: {self.delete_command()}"
+    return LaunchError(f"{action} failed (exit code {answer.code}): {message}", next_action)
 
-  def _tell(self, line: str) -> None:
-    """Says what was not just said."""
-    if line != self._said:
-      self._say(line)
-    self._said = line
+  def _report_status(self, line: str) -> None:
+    """Report a line unless it repeats the last status."""
+    if line != self._status:
+      self._report(line)
+    self._status = line
 
 
 class Log:
-  """What is heard of a log: prints it, counts its bytes, and keeps the launcher's own lines."""
+  """Log of a run: prints it, counts its bytes, and keeps the last line with MARK."""
 
   def __init__(self):
     self.next_byte = 0
     self._mark = ""
 
-  def hear(self, line: bytes) -> None:
-    """One line."""
+  def add(self, line: bytes) -> None:
+    """Print a line of the log, or keep it if it begins with MARK; drop a line without an end."""
     mark = tpu_scripts.MARK.encode()
     if line.startswith(mark):
       self._mark = line.removeprefix(mark).decode(errors="replace").strip()
@@ -363,6 +380,6 @@ class Log:
       sys.stdout.flush()
 
   def take_mark(self) -> str:
-    """How the last connection ended: `running`, `lost`, `ended CODE`, or empty: it broke."""
+    """Last state of a connection: `running`, `lost` or `ended CODE`; empty if it broke. Reset."""
     mark, self._mark = self._mark, ""
     return mark

@@ -1,4 +1,4 @@
-"""A plan as a shell script: what the launcher does when nothing goes wrong, command by command."""
+"""A plan as a shell script with the commands that the launcher runs if nothing fails."""
 
 import shlex
 import textwrap
@@ -10,33 +10,34 @@ from tpu_scripts import RUNNING
 
 
 def script(plan: Plan, hosts: int, pack: Sequence[str] = ()) -> str:
-  """A bash script that could be run.
+  """Executable bash script of a plan.
 
   Args:
-    plan: what is launched.
-    hosts: how many the TPU has.
-    pack: the command that packs the commit for upload, if it is uploaded.
+    plan: plan of a launch.
+    hosts: number of hosts of the TPU.
+    pack: command that packs the commit; empty without an upload.
   """
   tpu = plan.tpu
   parts = [
     "#!/usr/bin/env bash\n"
     + _comment(
-      f"{tpu.name}: {tpu.accelerator_type} ({hosts} hosts) in {tpu.zone}. What launch/gcloud_tpu.py "
-      "does, in order, when all goes well. Besides, it tries again what fails, finds what is there "
-      "already, and when the TPU is taken away deletes it and begins again from the top."
+      f"{tpu.name}: {tpu.accelerator_type} ({hosts} hosts) in {tpu.zone}. The commands of "
+      "launch/gcloud_tpu.py, in order, if nothing fails. The launcher also retries failed commands, "
+      "uses a TPU and a run that exist already, and after a preemption deletes the TPU and starts "
+      "again."
     )
     + "set -euo pipefail"
   ]
   describe = shlex.join(tpu.describe())
   parts.append(
-    _comment("Ask for the TPU, and wait until it is there.")
+    _comment("Request the TPU, and wait until it is ready.")
     + f"{shlex.join(tpu.create())}\n"
     + f'until {describe} |\n  grep --quiet \'"state": "READY"\'\n'
     + f"do sleep {plan.poll:g}; done"
   )
   install = [*([list(pack)] if pack else []), *plan.install()]
   parts.append(
-    _comment("Install the commit on all hosts, mount what is gs://, and what --setup says.")
+    _comment("Install the commit on all hosts, mount the buckets, and run the command of --setup.")
     + "\n\n".join(map(shlex.join, install))
   )
   for number, job in enumerate(plan.jobs):
@@ -48,9 +49,8 @@ def script(plan: Plan, hosts: int, pack: Sequence[str] = ()) -> str:
     )
     parts.append(
       _comment(
-        f"Show the log of worker 0 until the run ends. Exit codes: {RUNNING}: it still runs; "
-        f"{STOPPED}: it stopped with everything saved, and the same command goes on; "
-        "0: done; else: failed."
+        f"Print the log of worker 0 until the run ends. Exit codes: {RUNNING}: the run goes on; "
+        f"{STOPPED}: the run has stopped and saved, and is started again; 0: done; others: failed."
       )
       + "while true; do\ncode=0\n"
       + f"{shlex.join(plan.follow(job, 0))} || code=$?\n"
@@ -67,7 +67,7 @@ def _last(plan: Plan) -> str:
   tpu = plan.tpu
   delete = shlex.join(tpu.delete_queued() if tpu.queued else tpu.delete())
   if plan.keep:
-    return _comment(f"The TPU is kept, and costs money. To delete it: {delete}") + "exit $code"
+    return _comment(f"The TPU is kept and costs money. To delete it: {delete}") + "exit $code"
   if plan.keep_on_failure:
     delete = f"if [ $code = 0 ]; then\n{delete}\nfi"
   return _comment("Delete the TPU.") + f"{delete}\nexit $code"

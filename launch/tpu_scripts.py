@@ -1,8 +1,9 @@
-"""What runs on the hosts of a TPU, as bash: install, mount, start, follow. Each may be run again.
+"""Bash scripts for the hosts of a TPU: install, mount, start, follow. Each can be run repeatedly.
 
-On every host `~/byolx/src` is the code with its `.venv`, and `~/byolx/runs/NAME` is one run: `train.sh`,
-its `log`, `pid` and `exit` (the code), and `lock`, which is held for as long as it runs, so that
-neither a lost connection nor a restarted machine leaves a wrong answer.
+On every host `~/byolx/src` has the code and its `.venv`. `~/byolx/runs/NAME` has the files of one
+run: `train.sh`, `log`, `pid`, `exit` (the exit code), and `lock`, a file lock that is held while
+the run goes on. Because of the lock, the state of a run is right after a lost connection or a
+reboot.
 """
 
 import dataclasses
@@ -11,25 +12,26 @@ import textwrap
 from collections.abc import Sequence
 
 MARK = "byolx-launch:"
-"""What a line of a script to the launcher begins with."""
+"""Prefix of the lines that scripts print for the launcher."""
 
 RUNNING, LOST, OTHER, STUCK = 99, 98, 97, 96
-"""Exit codes of scripts: still running; ended without a code, as when the machine was restarted;
-another command is running; the last run does not end."""
+"""Exit codes of scripts: the run goes on; it ended without an exit code, as after a reboot; another
+command runs under its name; the last run does not end."""
 
 TAIL_BYTES = 20_000
+"""Bytes at the end of the log that `follow` prints first."""
 ROOT = "/mnt/byolx"
 WORK, DATA = "work", "data"
 
 _WORK_OPTIONS = (
   "--implicit-dirs",
-  # Checkpoints are finished by renaming their folder.
+  # A checkpoint is completed by renaming its folder.
   "--rename-dir-limit=200000",
-  # All hosts must see what one of them has written.
+  # Files written by one host must be visible to all others.
   "--metadata-cache-ttl-secs=0",
   "--metadata-cache-negative-ttl-secs=0",
   "--kernel-list-cache-ttl-secs=0",
-  # Else a file that is being written is not in the bucket before it is closed, whatever is synced.
+  # With streaming writes, a sync would not copy an open file to the bucket.
   "--enable-streaming-writes=false",
 )
 _DATA_OPTIONS = (
@@ -44,30 +46,35 @@ _DATA_OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Mount:
-  """A bucket as a folder: `work` is written by all hosts, `data` only read and remembered."""
+  """A bucket mounted as a folder.
+
+  Args:
+    bucket: name of the bucket.
+    kind: WORK, for reading and writing by all hosts, or DATA, for reading with cached metadata.
+  """
 
   bucket: str
   kind: str
 
   @property
   def path(self) -> str:
-    """Where it is on the hosts."""
+    """Path of the folder on the hosts."""
     return f"{ROOT}/{self.kind}/{self.bucket}"
 
 
 def mounted(url: str, kind: str) -> tuple[Mount, str]:
-  """The mount of gs://BUCKET/FOLDER, and the folder's path on the hosts."""
+  """Mount of gs://BUCKET/FOLDER as WORK or DATA, and the path of the folder on the hosts."""
   bucket, _, folder = url.removeprefix("gs://").partition("/")
   mount = Mount(bucket, kind)
   return mount, f"{mount.path}/{folder}".rstrip("/")
 
 
 def install(source: str, commit: str) -> str:
-  """Puts the code and its dependencies there; does nothing where they are, or where it runs.
+  """Script that installs the code and its dependencies, unless they are installed or a run goes on.
 
   Args:
-    source: a git address to clone, or empty: `~/byolx-COMMIT.tar.gz` was uploaded.
-    commit: full hash.
+    source: git address to clone; empty: the archive `~/byolx-COMMIT.tar.gz` was uploaded.
+    commit: full hash of the commit.
   """
   if source:
     fetch = f"""\
@@ -94,11 +101,11 @@ def install(source: str, commit: str) -> str:
 
 
 def mount(mounts: Sequence[Mount], cache_gb: int) -> str:
-  """Installs Cloud Storage FUSE and mounts buckets; those that are mounted are left alone.
+  """Script that installs Cloud Storage FUSE and mounts buckets, unless they are mounted.
 
   Args:
-    mounts: which.
-    cache_gb: memory of each host that keeps what was read of data; 0: none.
+    mounts: buckets to mount.
+    cache_gb: GiB of each host's memory for a cache of files from DATA mounts; 0: no cache.
   """
   parts = [
     """\
@@ -115,12 +122,12 @@ def mount(mounts: Sequence[Mount], cache_gb: int) -> str:
     f"--file-cache-max-size-mb={1024 * cache_gb}",
     "--file-cache-cache-file-for-range-read",
   )
-  for one in mounts:
-    options = _WORK_OPTIONS if one.kind == WORK else _DATA_OPTIONS + (cache if cache_gb else ())
-    lines = " \\\n        ".join([*options, f"{one.bucket} {one.path}"])
+  for mount in mounts:
+    options = _WORK_OPTIONS if mount.kind == WORK else _DATA_OPTIONS + (cache if cache_gb else ())
+    lines = " \\\n        ".join([*options, f"{mount.bucket} {mount.path}"])
     parts.append(f"""\
-    if ! mountpoint --quiet {one.path}; then
-      sudo install --directory --owner="$(id -un)" {one.path}
+    if ! mountpoint --quiet {mount.path}; then
+      sudo install --directory --owner="$(id -un)" {mount.path}
       gcsfuse \\
         {lines}
     fi""")
@@ -128,14 +135,17 @@ def mount(mounts: Sequence[Mount], cache_gb: int) -> str:
 
 
 def start(name: str, arguments: Sequence[str], workdir: str) -> str:
-  """Starts `byolx` with these arguments, apart from the connection; does nothing where it runs.
+  """Script that starts `byolx` in a session that does not depend on the connection.
+
+  It does nothing if the same command is running or has ended with exit code 0. It exits with OTHER
+  if another command is running under the same name.
 
   Args:
-    name: of the run.
-    arguments: of `byolx`.
-    workdir: on the hosts; the log is left there at the end.
+    name: name of the run.
+    arguments: arguments of `byolx`.
+    workdir: path of the workdir on the hosts; the log is copied there at the end.
   """
-  place = shlex.quote(workdir)
+  folder = shlex.quote(workdir)
   words = " \\\n      ".join(shlex.quote(word) for word in arguments)
   return _script(f"""\
     set -eu
@@ -149,13 +159,13 @@ def start(name: str, arguments: Sequence[str], workdir: str) -> str:
     training=$!
     echo $training > "$run/pid"
     while sleep 60; do
-      sync {place}/metrics.jsonl {place}/tensorboard/* 2> /dev/null
+      sync {folder}/metrics.jsonl {folder}/tensorboard/* 2> /dev/null
     done &
     code=0
     wait $training || code=$?
     kill $!
-    mkdir -p {place}/logs
-    cp "$run/log" {place}/logs/"$(hostname).log"
+    mkdir -p {folder}/logs
+    cp "$run/log" {folder}/logs/"$(hostname).log"
     echo $code > "$run/exit.new"
     mv "$run/exit.new" "$run/exit"
     END
@@ -178,7 +188,7 @@ def start(name: str, arguments: Sequence[str], workdir: str) -> str:
 
 
 def settle(name: str) -> str:
-  """Waits until the run has ended on this host; after two minutes ends it."""
+  """Script that waits for the end of a run on its host, and kills the run after two minutes."""
   return _script(f"""\
     cd "$HOME/byolx/runs/{name}" 2> /dev/null || exit 0
     if flock --shared --timeout=120 lock true; then exit 0; fi
@@ -187,15 +197,16 @@ def settle(name: str) -> str:
 
 
 def follow(name: str, start_at: int, seconds: int) -> str:
-  """Prints the log as it grows, for some time or until the run ends, then one line of MARK.
+  """Script that prints the log as it grows, until the run ends or the time is over.
 
-  The line says `running`, `lost` or `ended CODE`, and so does the exit code: RUNNING, LOST, or the
-  run's own.
+  The last line is MARK with the state: `running`, `lost` or `ended CODE`. The exit code is RUNNING,
+  LOST, or the exit code of the run.
 
   Args:
-    name: of the run.
-    start_at: byte of the log to begin with, from 1; 0: near its end, with a line `MARK from BYTE`.
-    seconds: how long.
+    name: name of the run.
+    start_at: first byte of the log to print, from 1; 0: the last TAIL_BYTES, after a line with MARK
+      and `from BYTE`.
+    seconds: longest duration in seconds.
   """
   begin = f"from={start_at}"
   if not start_at:
@@ -225,7 +236,7 @@ size=$(stat --format=%s log)
 
 
 def errors(name: str) -> str:
-  """Prints this host's last errors of a run."""
+  """Script that prints the last errors of a run on its host."""
   return _script(f"""\
     cd "$HOME/byolx/runs/{name}" || exit 0
     grep --text --extended-regexp "byolx: error|Error|Killed" log | tail --lines=2 |
@@ -233,7 +244,7 @@ def errors(name: str) -> str:
 
 
 def stop(name: str) -> str:
-  """Asks the run to save and to end, as a preemption would; it exits with 75."""
+  """Script that makes a run save and end with exit code 75, by the signal of a preemption."""
   return _script(f"""\
     cd "$HOME/byolx/runs/{name}" || exit 0
     if flock --shared --nonblock lock true; then exit 0; fi

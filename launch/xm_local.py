@@ -1,4 +1,4 @@
-"""Trains on this machine through xmanager: one run, or the runs of a grid side by side."""
+"""Train on this machine with xmanager: one run, or the runs of a grid in parallel."""
 
 import argparse
 import asyncio
@@ -18,8 +18,8 @@ from byolx.core.config import ConfigError
 PROGRAM = "launch/xm_local.py"
 
 _DESCRIPTION = """\
-Train on this machine with xmanager, which keeps a record of experiments: one run, or all runs of a grid,
-as many side by side as there are cores for. Needs: pip install ".[launch]"
+Train on this machine with xmanager, which records experiments: one run, or all runs of a grid, as
+many in parallel as there are cores for. Needs: pip install ".[launch]"
 """
 _EXAMPLES = """\
   python launch/xm_local.py --config=configs/quickstart.py --workdir=runs/seeds --grid=seeds
@@ -28,47 +28,47 @@ _EXAMPLES = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Launches; returns 0, 1 where a run failed, or 2 for a wrong command."""
+  """Launch the runs; return 0, 1 if a run failed, 2 for a usage error, 130 after Ctrl-C."""
   parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
   parser.add_argument(
-    "--cores", type=numbers.count, help="of each run; default: 1 with --grid, else all"
+    "--cores", type=numbers.count, help="number of cores per run; default: 1 with --grid, else all"
   )
   arguments, overrides = jobs.parse(parser, sys.argv[1:] if argv is None else argv)
   return jobs.run(PROGRAM, lambda: _launch(arguments, overrides))
 
 
-def slots(cores: Sequence[int], each: int) -> list[list[int]]:
-  """Cores shared out: lists of `each` cores, for runs side by side.
+def slots(cores: Sequence[int], size: int) -> list[list[int]]:
+  """Disjoint lists of `size` cores, one for each of the runs in parallel.
 
   Raises:
-    ConfigError: there are not that many.
+    ConfigError: the machine has fewer cores.
   """
-  if each > len(cores):
-    raise ConfigError(f"--cores={each}: expected at most the {len(cores)} of this machine")
-  return [list(cores[i : i + each]) for i in range(0, len(cores) - each + 1, each)]
+  if size > len(cores):
+    raise ConfigError(f"--cores={size}: expected at most the {len(cores)} of this machine")
+  return [list(cores[i : i + size]) for i in range(0, len(cores) - size + 1, size)]
 
 
 def command(job: Job, cores: Sequence[int]) -> list[str]:
-  """The command of a run that stays on these cores, where the system can do that."""
+  """Command of a run, limited to these cores if the system has `taskset`."""
   pin = shutil.which("taskset")
   train = [sys.executable, "-m", "byolx", *job.train()]
   return [pin, "--cpu-list", ",".join(map(str, cores)), *train] if pin else train
 
 
 def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  wanted = jobs.jobs(arguments, overrides)
+  runs = jobs.jobs(arguments, overrides)
   affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
   cores = sorted(affinity(0)) if affinity else list(range(machine.usable_cores()))
-  each = arguments.cores or (1 if arguments.grid else len(cores))
-  places = slots(cores, each)
+  cores_per_run = arguments.cores or (1 if arguments.grid else len(cores))
+  core_lists = slots(cores, cores_per_run)
   if arguments.dry_run:
-    for number, job in enumerate(wanted):
-      print(shlex.join(command(job, places[number % len(places)])))
+    for number, job in enumerate(runs):
+      print(shlex.join(command(job, core_lists[number % len(core_lists)])))
     return 0
   try:
-    failed = _run(f"byolx {arguments.grid or arguments.config}", wanted, places)
+    failed = _run(f"byolx {arguments.grid or arguments.config}", runs, core_lists)
   except KeyboardInterrupt:
-    print(f"{PROGRAM}: all runs are ended; the same command goes on", file=sys.stderr)
+    print(f"{PROGRAM}: all runs are stopped; the same command goes on", file=sys.stderr)
     return INTERRUPTED
   for job in failed:
     print(
@@ -78,8 +78,8 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
   return FAILED if failed else 0
 
 
-def _run(title: str, wanted: Sequence[Job], places: Sequence[Sequence[int]]) -> list[Job]:
-  """Runs jobs as xmanager's work units, one in each place at a time; returns those that failed."""
+def _run(title: str, runs: Sequence[Job], core_lists: Sequence[Sequence[int]]) -> list[Job]:
+  """Run jobs as xmanager's work units, one at a time per list of cores; return the failed jobs."""
   xm, xm_local = xmanager()
   failed = []
 
@@ -99,14 +99,14 @@ def _run(title: str, wanted: Sequence[Job], places: Sequence[Sequence[int]]) -> 
     finally:
       free.put_nowait(cores)
 
-  async def every() -> None:
+  async def run_all() -> None:
     free: asyncio.Queue = asyncio.Queue()
-    for place in places:
-      free.put_nowait(place)
+    for cores in core_lists:
+      free.put_nowait(cores)
     async with xm_local.create_experiment(experiment_title=title) as experiment:
-      await asyncio.gather(*(work(experiment, job, free) for job in wanted))
+      await asyncio.gather(*(work(experiment, job, free) for job in runs))
 
-  asyncio.run(every())
+  asyncio.run(run_all())
   return failed
 
 

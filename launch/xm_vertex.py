@@ -1,4 +1,4 @@
-"""Trains on Vertex AI through xmanager: a container per run, on GPUs or a TPU v2 or v3 of one host."""
+"""Train on Vertex AI with xmanager: one job per run, on GPUs or a TPU v2 or v3 of one host."""
 
 import argparse
 import dataclasses
@@ -16,35 +16,36 @@ PROGRAM = "launch/xm_vertex.py"
 ROOT = Path(__file__).resolve().parent.parent
 
 _DESCRIPTION = """\
-Train on Google's Vertex AI with xmanager: builds a container of this folder, and starts one job for each
-run, all at the same time. A bucket gs://BUCKET is the folder /gcs/BUCKET there.
+Train on Google's Vertex AI with xmanager: build a container of this folder, and start one job per
+run, all at the same time. In the container, a bucket gs://BUCKET is the folder /gcs/BUCKET.
 
-Needs: pip install ".[launch]", docker, and what xmanager asks for: `gcloud auth application-default
-login`, a project, and GOOGLE_CLOUD_BUCKET_NAME in the environment. Bigger TPUs: launch/gcloud_tpu.py
+Needs: pip install ".[launch]", docker, `gcloud auth application-default login`, a project, and
+GOOGLE_CLOUD_BUCKET_NAME in the environment. For larger TPUs use launch/gcloud_tpu.py.
 """
 _EXAMPLES = """\
   python launch/xm_vertex.py --config=configs/pretrain_imagenet.py:epochs=300 --accelerator=tpu_v3=8 \\
     --workdir=gs://bucket/runs/seeds --config.data.folder=gs://bucket/imagenet --grid=seeds --dry_run"""
 
 _EXTRAS = {"tpu_v2": "tpu", "tpu_v3": "tpu", "v100": "gpu", "a100": "gpu", "h100": "gpu"}
-"""What xmanager's executor can ask for, and the extra of byolx that it needs."""
+"""Accelerators of xmanager's executor, each with the extra of byolx that it needs."""
 
 _COUNTS = {"tpu_v2": (8,), "tpu_v3": (8,)}
+"""Valid counts of an accelerator; any count for the others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """What a job runs on: a kind as xmanager calls it, and how many."""
+  """Accelerator of a job: its kind, by xmanager's name, and their number."""
 
   kind: str
   count: int
 
 
 def accelerator(text: str) -> Accelerator:
-  """Reads `tpu_v3=8`.
+  """Parse KIND=COUNT, such as `tpu_v3=8`.
 
   Raises:
-    ConfigError: it is none that Vertex has, in xmanager.
+    ConfigError: the kind or the count is not available on Vertex AI with xmanager.
   """
   kind, _, count = text.partition("=")
   if kind not in _EXTRAS or not count.isdecimal() or int(count) < 1:
@@ -58,10 +59,10 @@ def accelerator(text: str) -> Accelerator:
 
 
 def hosted(job: Job) -> Job:
-  """The job with every gs://BUCKET as /gcs/BUCKET.
+  """Job with /gcs/BUCKET in place of every gs://BUCKET.
 
   Raises:
-    ConfigError: a folder that a container has not.
+    ConfigError: the workdir or the folder of the images is not in a bucket.
   """
   fields = job.text_fields()
   if not job.workdir.startswith("gs://"):
@@ -72,7 +73,11 @@ def hosted(job: Job) -> Job:
 
 
 def instructions(extra: str) -> list[str]:
-  """Lines of the Dockerfile after its first."""
+  """Lines of the Dockerfile after FROM.
+
+  Args:
+    extra: extra of byolx to install, `tpu` or `gpu`.
+  """
   return [
     "RUN apt-get update && apt-get install --yes git",
     "WORKDIR /byolx",
@@ -82,26 +87,36 @@ def instructions(extra: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Launches; returns 0, 1 where a run failed, or 2 for a wrong command."""
+  """Launch the runs; return 0, 1 if a run failed, or 2 for a usage error."""
   parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
   parser.add_argument(
-    "--accelerator", required=True, metavar="KIND=COUNT", help=f"kinds: {', '.join(_EXTRAS)}"
+    "--accelerator",
+    required=True,
+    metavar="KIND=COUNT",
+    help=f"accelerator of each run; kinds: {', '.join(_EXTRAS)}",
   )
   arguments, overrides = jobs.parse(parser, sys.argv[1:] if argv is None else argv)
   return jobs.run(PROGRAM, lambda: _launch(arguments, overrides))
 
 
 def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
-  wanted = accelerator(arguments.accelerator)
+  requirement = accelerator(arguments.accelerator)
   if not Path(arguments.config.partition(":")[0]).resolve().is_relative_to(ROOT):
-    raise ConfigError(f"--config={arguments.config}: expected a file in {ROOT}, which is packed")
-  every = [_inside(hosted(job)) for job in jobs.jobs(arguments, overrides)]
+    raise ConfigError(
+      f"--config={arguments.config}: expected a file in {ROOT}, the container's content"
+    )
+  runs = [_inside(hosted(job)) for job in jobs.jobs(arguments, overrides)]
   if arguments.dry_run:
-    container = {"base_image": "python:3.11", "instructions": instructions(_EXTRAS[wanted.kind])}
-    asked = {"container": container, "requirements": {wanted.kind: wanted.count}}
-    print(json.dumps(asked | {"runs": [["byolx", *job.train()] for job in every]}, indent=1))
+    container = {
+      "base_image": "python:3.11",
+      "instructions": instructions(_EXTRAS[requirement.kind]),
+    }
+    requirements = {requirement.kind: requirement.count}
+    commands = [["byolx", *job.train()] for job in runs]
+    actions = {"container": container, "requirements": requirements, "runs": commands}
+    print(json.dumps(actions, indent=1))
     return 0
-  failed = _run(f"byolx {arguments.grid or 'run'}", every, wanted)
+  failed = _run(f"byolx {arguments.grid or 'run'}", runs, requirement)
   for job in failed:
     print(
       f"{PROGRAM}: error: {job.name or 'the run'} failed; next: its log in the Vertex AI console, "
@@ -111,8 +126,8 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
   return FAILED if failed else 0
 
 
-def _run(title: str, every: Sequence[Job], wanted: Accelerator) -> list[Job]:
-  """Starts all jobs, waits for them, and returns those that failed."""
+def _run(title: str, runs: Sequence[Job], requirement: Accelerator) -> list[Job]:
+  """Start all jobs, wait for their ends, and return the failed jobs."""
   xm, xm_local = xmanager()
   units = []
   with xm_local.create_experiment(experiment_title=title) as experiment:
@@ -120,14 +135,15 @@ def _run(title: str, every: Sequence[Job], wanted: Accelerator) -> list[Job]:
       executor_spec=xm_local.Vertex.Spec(),
       path=str(ROOT),
       base_image="python:3.11",
-      docker_instructions=instructions(_EXTRAS[wanted.kind]),
+      docker_instructions=instructions(_EXTRAS[requirement.kind]),
       entrypoint=xm.CommandList(["cd /byolx", 'byolx "$@"']),
     )
     [executable] = experiment.package([container])
-    for job in every:
-      executor = xm_local.Vertex(requirements=xm.JobRequirements({wanted.kind: wanted.count}))
-      made = xm.Job(executable=executable, executor=executor, args=job.train())
-      units.append((job, experiment.add(made)))
+    for job in runs:
+      requirements = xm.JobRequirements({requirement.kind: requirement.count})
+      executor = xm_local.Vertex(requirements=requirements)
+      unit = xm.Job(executable=executable, executor=executor, args=job.train())
+      units.append((job, experiment.add(unit)))
     return [job for job, unit in units if not _completed(xm, unit)]
 
 
@@ -140,7 +156,7 @@ def _completed(xm, unit) -> bool:
 
 
 def _inside(job: Job) -> Job:
-  """The job with its config as seen from the root of the container."""
+  """Job with the path of its config relative to the root of the container."""
   name, colon, rest = job.config.partition(":")
   path = Path(name).resolve().relative_to(ROOT).as_posix()
   return dataclasses.replace(job, config=f"{path}{colon}{rest}")

@@ -1,12 +1,13 @@
-"""A number for every array that tells whether a single bit of it has changed.
+"""32-bit checksums of arrays; a change of a single bit always changes the checksum.
 
-Each 32-bit word is mixed with its position by a function that can be undone, so that a word that
-changes always changes what it adds to the sum, modulo 2^32. Sums do not depend on the order: the
-number is the same on any mesh, for any sharding. Types of other widths are split or widened.
+Each 32-bit word is mixed with its position by an invertible function, and the mixed words are summed
+modulo 2^32. So a change in one word always changes the sum. The sum does not depend on the order of
+the words, and is the same on any mesh and for any sharding. Values of 8 bytes are split into two
+words, smaller ones are widened to one.
 
-Large arrays are summed by a jitted function, on the devices where they are; small ones by numpy, as
-compiling for every shape would take longer than that. Where the devices are the host, that waits
-for the result too: the one who asks is not kept waiting, and his processor is not taken from him.
+Large arrays on accelerators are summed there, by a jitted function. Small arrays are summed by
+numpy, because compiling the function for every shape would take longer than the sums. Small arrays,
+and all arrays on a CPU, are summed only in `Pending.result`, so that `start` returns at once.
 """
 
 import math
@@ -18,73 +19,87 @@ import jax.numpy as jnp
 import numpy as np
 
 HOST_BYTES = 2**20
-"""Arrays up to this size are summed by numpy, if this process has all of them."""
+"""Largest size in bytes of an array that numpy sums, if this process holds all of the array."""
 
 _STEP = np.uint32(0x9E3779B1)
 _FIRST, _SECOND = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
 
 class Pending:
-  """Digests under way: made without waiting for the devices, by `start`."""
+  """Checksums being computed, returned by `start`.
+
+  Args:
+    sums: checksums as uint32 scalars on the devices, by array name.
+    views: arrays on the host that are still to be summed, by array name.
+  """
 
   def __init__(self, sums: dict[str, jax.Array], views: dict[str, np.ndarray]):
     self._sums, self._views = sums, views
 
   def result(self) -> dict[str, int]:
-    """The digest of every array, by name; waits for the devices."""
-    host = {name: _host_digest(view) for name, view in self._views.items()}
+    """Waits for the devices and returns each array's checksum, in 0 to 2^32 - 1, by name."""
+    host = {name: _host_checksum(view) for name, view in self._views.items()}
     return host | {name: int(value) for name, value in jax.device_get(self._sums).items()}
 
 
 def start(arrays: Mapping[str, jax.Array]) -> Pending:
-  """Begins the digests of named arrays; these may be donated as soon as it returns.
+  """Starts computing checksums, without waiting for the devices.
 
-  With several processes all of them call it, for the same arrays.
+  In a multi-process run, all processes must call it with the same arrays.
+
+  Args:
+    arrays: arrays of any shape and sharding, by name; they may be donated after the call.
   """
-  sums, seen = {}, {}
+  sums, on_host = {}, {}
   for name, array in arrays.items():
     whole = array.is_fully_replicated or array.is_fully_addressable
-    # A copy of a replicated array is the array; one device's work is enough.
+    # Every device holds all of a replicated array: the copy on one device is enough.
     local = array.addressable_data(0) if array.is_fully_replicated else array
     if whole and (array.nbytes <= HOST_BYTES or _is_on_host(array)):
       local.copy_to_host_async()
-      seen[name] = local
+      on_host[name] = local
     else:
-      sums[name] = _device_digest(local)
-  return Pending(sums, {name: np.asarray(local) for name, local in seen.items()})
+      sums[name] = _device_checksum(local)
+  return Pending(sums, {name: np.asarray(local) for name, local in on_host.items()})
 
 
 def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-  """The digest of every array, by name."""
+  """Returns each array's checksum, in 0 to 2^32 - 1, by name; arguments as in `start`."""
   return start(arrays).result()
 
 
 def _is_on_host(array: jax.Array) -> bool:
-  """Whether numpy sees its memory as it is; a view keeps it from being written into."""
+  """Whether numpy can view the array's memory without a copy.
+
+  jax does not write into memory that has a view, so such an array may be donated.
+  """
   return all(device.platform == "cpu" for device in array.sharding.device_set)
 
 
-def _host_digest(view: np.ndarray) -> int:
+def _host_checksum(view: np.ndarray) -> int:
   if view.nbytes > HOST_BYTES:
-    return int(_device_digest(view))
+    return int(_device_checksum(view))
   return int(_sum(np, _words_of_view(view)))
 
 
 @jax.jit
-def _device_digest(array: jax.Array) -> jax.Array:
-  """A uint32 scalar. Nothing is reshaped, which could gather an array that is spread over devices."""
+def _device_checksum(array: jax.Array) -> jax.Array:
+  """Computes the checksum on the devices, as a uint32 scalar.
+
+  It reshapes nothing, because a reshape could gather an array that is sharded over devices.
+  """
   if array.dtype == jnp.bool_:
     words = array.astype(jnp.uint32)
   elif array.dtype.itemsize < 4:
     narrow = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
     words = jax.lax.bitcast_convert_type(array, narrow).astype(jnp.uint32)
-  else:  # of 8 bytes, a new last axis of two words
+  else:  # values of 8 bytes get a new last axis of two words
     words = jax.lax.bitcast_convert_type(array, jnp.uint32)
   return _sum(jnp, words)
 
 
 def _words_of_view(view: np.ndarray) -> np.ndarray:
-  """The bits as uint32, of the shape that they have on a device."""
+  """Returns an array's words as uint32, flat and in row-major order."""
   flat = np.ascontiguousarray(view).reshape(-1)
   narrow = view.dtype.itemsize < 4
   words = flat.view(f"uint{8 * view.dtype.itemsize}" if narrow else "uint32")
@@ -92,7 +107,7 @@ def _words_of_view(view: np.ndarray) -> np.ndarray:
 
 
 def _sum(xp: Any, words: Any) -> Any:
-  """The mixed words' sum modulo 2^32; `xp` is numpy or jax.numpy."""
+  """Returns the sum of the mixed words modulo 2^32; `xp` is numpy or jax.numpy."""
   mixed = words ^ _positions(xp, words.shape)
   mixed = (mixed ^ (mixed >> 16)) * _FIRST
   mixed = (mixed ^ (mixed >> 13)) * _SECOND
@@ -100,7 +115,7 @@ def _sum(xp: Any, words: Any) -> Any:
 
 
 def _positions(xp: Any, shape: tuple[int, ...]) -> Any:
-  """Each word's place in row-major order times an odd number, modulo 2^32."""
+  """Returns each word's row-major index times an odd constant, modulo 2^32."""
   places = xp.zeros(shape, xp.uint32)
   for axis, length in enumerate(shape):
     stride = math.prod(shape[axis + 1 :]) % 2**32

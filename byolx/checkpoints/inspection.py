@@ -1,4 +1,4 @@
-"""What a workdir or a checkpoint holds, on one page: without its arrays, unless they are verified."""
+"""Summary of a workdir or a checkpoint, on one page; its arrays are read only to verify them."""
 
 import dataclasses
 import json
@@ -12,12 +12,22 @@ import jax.numpy as jnp
 
 from byolx.checkpoints import manager, pretrained, storage
 from byolx.checkpoints.storage import CheckpointError
-from byolx.core.config import plain
+from byolx.core.config import flatten, plain
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One checkpoint: `problem` is empty unless it is damaged, `verified` if its arrays were read."""
+  """Summary of one checkpoint.
+
+  Attributes:
+    step: training step; -1 if unknown.
+    saved: time of the save, ISO 8601 in UTC; empty if unknown.
+    bytes: size of all files, in bytes.
+    metrics: metrics saved with the checkpoint, by name.
+    data: data position of the training input.
+    problem: description of the damage; empty if none was found.
+    verified: True if all arrays were read and their checksums matched.
+  """
 
   step: int
   saved: str
@@ -30,7 +40,18 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-  """All that is said; `newest` facts are those of the newest checkpoint whose record is whole."""
+  """Summary of a workdir or checkpoint; all but `steps` describes the newest readable record.
+
+  Attributes:
+    path: inspected path.
+    steps: summaries of the checkpoints, oldest first.
+    commit: git commit of the code that saved the checkpoint; empty if unknown.
+    fingerprint: fingerprint of its config; empty if unknown.
+    changes: `[default, value]` of the config fields that are not at their default, by name.
+    parts: part, number of arrays, number of values and an empty remark, for each part of the state.
+    lineage: origin of the encoder that the run started from; None for a run from scratch.
+    encoder: values of the config fields in `schema.encoder_fields`, by name; empty if not stored.
+  """
 
   path: str
   steps: list[Step]
@@ -40,28 +61,27 @@ class Page:
   parts: list[tuple[str, int, int, str]]
   lineage: dict[str, Any] | None
   encoder: dict[str, Any] = dataclasses.field(default_factory=dict)
-  """Fields that go with the encoder (`fields.ENCODER`) and their values; empty: not stored."""
 
   @property
   def damaged(self) -> bool:
-    """Whether any checkpoint is."""
+    """Whether any checkpoint is damaged."""
     return any(step.problem for step in self.steps)
 
   def text(self) -> str:
-    """The page, to be printed."""
+    """Returns the summary as text to print."""
     sections = [
       f"{self.path}\ncommit {self.commit or 'unknown'}, config {self.fingerprint or 'unknown'}",
       "Checkpoints\n" + _table(_step_rows(self.steps)),
       f"Arrays\n{_table(_part_rows(self.parts))}" if self.parts else "",
       _encoder(self.encoder),
       _position(self.steps),
-      "Config, where it is not the default\n" + _changes(self.changes),
+      "Config fields that are not at their default\n" + _changes(self.changes),
       _lineage(self.lineage),
     ]
     return "\n\n".join(filter(None, sections))
 
   def json(self) -> str:
-    """The same, to be read by programs."""
+    """Returns the summary as JSON."""
     return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
@@ -71,20 +91,20 @@ def inspect(
   encoder_fields: Sequence[str] = (),
   verify: bool = False,
 ) -> Page:
-  """Reads a workdir, a folder of checkpoints, or one checkpoint.
+  """Summarises a workdir, a folder of checkpoints, or one checkpoint.
 
   Args:
-    path: where it is.
-    defaults: a flat config, to which that of the checkpoint is compared.
+    path: folder of the workdir, of the checkpoints, or of one checkpoint.
+    defaults: default of every config field, by its dotted name.
     encoder_fields: names of the fields that go with an encoder.
-    verify: reads every array too, and compares digests.
+    verify: read every array and compare its checksum.
 
   Raises:
-    CheckpointError: there is no checkpoint, or one of a newer format.
+    CheckpointError: there is no checkpoint, one has a newer format, or its files are not readable.
   """
   steps, newest = [], None
   for folder in manager.folders_at(path):
-    step, record = _look_at(folder, verify)
+    step, record = _summarise(folder, verify)
     steps.append(step)
     newest = newest or record
   record = newest or {"arrays": {}, "meta": {}}
@@ -106,11 +126,14 @@ def _of_encoder(
   flat: Mapping[str, Any] | None, defaults: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
   """The fields that go with the encoder; none where the checkpoint has no config."""
-  return {name: flat.get(name, defaults[name]) for name in names} if flat else {}
+  if not flat:
+    return {}
+  values = {**defaults, **flatten(flat)}
+  return {name: values[name] for name in names}
 
 
-def _look_at(folder: Path, verify: bool) -> tuple[Step, dict[str, Any] | None]:
-  """A checkpoint, and its record if that is whole."""
+def _summarise(folder: Path, verify: bool) -> tuple[Step, dict[str, Any] | None]:
+  """Returns the summary of a checkpoint, and its record or None if the record is damaged."""
   record, problem = None, ""
   try:
     record = storage.read_record(folder)
@@ -118,11 +141,18 @@ def _look_at(folder: Path, verify: bool) -> tuple[Step, dict[str, Any] | None]:
       manager.load(folder, _all_arrays)
   except manager.DamagedError as error:
     problem = str(error)
-  known = record or {"time": "", "metrics": {}, "data": {}}
+  contents = record or {"time": "", "metrics": {}, "data": {}}
   size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
   number = int(folder.name) if folder.name.isdecimal() else (record or {}).get("step", -1)
-  facts = (known["time"], size, known["metrics"], known["data"])
-  return Step(number, *facts, problem, verify and not problem), record
+  return Step(
+    number,
+    contents["time"],
+    size,
+    contents["metrics"],
+    contents["data"],
+    problem,
+    verify and not problem,
+  ), record
 
 
 def _all_arrays(record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -136,7 +166,7 @@ def _all_arrays(record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _changed(flat: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, list[Any]]:
-  """`{field: [default, value]}` where they differ; fields of other versions count."""
+  """Returns `{field: [default, value]}` of non-default fields, fields of other versions included."""
   return {
     name: [plain(defaults.get(name)), plain(value)]
     for name, value in flat.items()
@@ -146,7 +176,7 @@ def _changed(flat: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, lis
 
 def _step_rows(steps: list[Step]) -> list[list[str]]:
   names = list(dict.fromkeys(name for step in steps for name in step.metrics))
-  # A page is not wide enough for everything that is measured.
+  # The page is too narrow for all metrics.
   names = [name for name in ("loss", "top1", "std", "rank") if name in names] or names[:4]
   rows = [["step", "saved (UTC)", "size", *names, ""]]
   for step in steps:
@@ -158,14 +188,17 @@ def _step_rows(steps: list[Step]) -> list[list[str]]:
 
 
 def _part_rows(parts: list[tuple[str, int, int, str]]) -> list[list[str]]:
-  rows = [["part", "arrays", "numbers"]]
-  rows += [[part, f"{arrays:,}", f"{numbers:,}"] for part, arrays, numbers, _ in parts]
-  arrays, numbers = (sum(part[i] for part in parts) for i in (1, 2))
-  return [*rows, ["all", f"{arrays:,}", f"{numbers:,}"]]
+  rows = [["part", "arrays", "values"]]
+  rows += [[part, f"{arrays:,}", f"{values:,}"] for part, arrays, values, _ in parts]
+  arrays, values = (sum(part[i] for part in parts) for i in (1, 2))
+  return [*rows, ["all", f"{arrays:,}", f"{values:,}"]]
 
 
 def _table(rows: list[list[str]]) -> str:
-  """Numbers to the right; the first and the last column as they come."""
+  """Aligns the columns: the first to the left, the others to the right.
+
+  Text in the last column is not aligned.
+  """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join(
     "  ".join(
@@ -178,7 +211,7 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _encoder(fields: dict[str, Any]) -> str:
-  """The fields that go with the encoder, a paragraph for each group; empty lists are left out."""
+  """Formats the encoder's config fields, one paragraph per group; empty tuples are left out."""
   groups: dict[str, list[str]] = {}
   for name, value in fields.items():
     group, _, leaf = name.partition(".")
@@ -188,31 +221,31 @@ def _encoder(fields: dict[str, Any]) -> str:
     textwrap.fill(f"{group}: {', '.join(values)}", 100, subsequent_indent="  ")
     for group, values in groups.items()
   ]
-  return "\n".join(["What goes with the encoder", *paragraphs]) if fields else ""
+  return "\n".join(["Encoder fields", *paragraphs]) if fields else ""
 
 
 def _position(steps: list[Step]) -> str:
-  known = [step for step in steps if step.data]
-  if not known:
+  with_data = [step for step in steps if step.data]
+  if not with_data:
     return ""
-  data = ", ".join(f"{name} {value}" for name, value in known[-1].data.items())
-  return f"Data at step {known[-1].step:,}\n{data}"
+  data = ", ".join(f"{name} {value}" for name, value in with_data[-1].data.items())
+  return f"Data position at step {with_data[-1].step:,}\n{data}"
 
 
 def _changes(changes: dict[str, list[Any]]) -> str:
   width = max(map(len, changes), default=0)
-  lines = [f"{name:<{width}}  {new!r} (not {old!r})" for name, (old, new) in changes.items()]
-  return "\n".join(lines) or "nothing"
+  lines = [f"{name:<{width}}  {new!r} (default {old!r})" for name, (old, new) in changes.items()]
+  return "\n".join(lines) or "none"
 
 
 def _lineage(lineage: dict[str, Any] | None) -> str:
-  """Each encoder's origin, and the origin of that."""
+  """Formats the chain of warm starts, one line per run, the latest first."""
   lines = []
   while lineage:
     facts = f"commit {lineage['commit']}, config {lineage['fingerprint']}"
     lines.append(f"{lineage['encoder']} encoder of {lineage['path']} ({facts})")
     lineage = lineage["from"]
-  return "Grafted from\n" + "\n".join(lines) if lines else ""
+  return "Warm start from\n" + "\n".join(lines) if lines else ""
 
 
 def _size(count: int) -> str:

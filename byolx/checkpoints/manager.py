@@ -1,7 +1,8 @@
-"""The checkpoints of a run: saved in the background, the newest good one restored, some kept.
+"""The checkpoints of a run: saved in the background, verified when restored, pruned by a policy.
 
-A save that is cut off leaves no step behind. What is damaged is found by its digests when it is
-restored, said, and passed over; a checkpoint of another model is refused by what differs.
+An interrupted save leaves no checkpoint. A restore verifies the checksums; it logs a damaged
+checkpoint and takes the one before it. A checkpoint of another model raises an error that names the
+differences.
 """
 
 import contextlib
@@ -68,7 +69,14 @@ class Policy:
 
 
 class Restored(NamedTuple):
-  """A checkpoint in memory: its state as asked for, the data position, facts about the run."""
+  """A restored checkpoint.
+
+  Attributes:
+    step: training step of the checkpoint.
+    state: restored pytree, with the structure and shardings of `abstract`.
+    data: data position of the training input.
+    meta: facts about the run, such as its commit and config.
+  """
 
   step: int
   state: Any
@@ -77,9 +85,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one run, in `folder`, which is made by the first save.
+  """Saves, restores and removes the checkpoints of one run.
 
-  With several processes, all of them make the same calls, on a folder that they share.
+  In a multi-process run, all processes must make the same calls, on a folder that they share.
+
+  Args:
+    folder: folder of the checkpoints; the first save creates it.
+    policy: rule that selects the checkpoints to keep.
   """
 
   def __init__(self, folder: Path, policy: Policy = Policy()):
@@ -91,15 +103,15 @@ class Checkpoints:
 
   @property
   def saving(self) -> bool:
-    """Whether a save is under way in the background."""
+    """Whether a save is in progress in the background."""
     return self._thread is not None and self._thread.is_alive()
 
   def steps(self) -> list[int]:
-    """The steps that were saved and are whole as far as their folders tell, in order."""
+    """Returns the steps of all completed saves, in ascending order; their arrays are not verified."""
     return distributed.agree(steps_in(self._folder))
 
   def latest(self) -> int | None:
-    """The newest of `steps`, or None."""
+    """Returns the last of `steps()`, or None if there is no checkpoint."""
     return max(self.steps(), default=None)
 
   def save(
@@ -110,20 +122,23 @@ class Checkpoints:
     meta: dict[str, Any],
     metrics: dict[str, float] | None = None,
   ) -> float:
-    """Starts a save in the background. A step that is there already stays as it is.
+    """Starts a save in the background, after the one before has ended.
+
+    Does nothing if a checkpoint of this step exists already.
 
     Args:
-      step: names the checkpoint.
-      state: a pytree of arrays; they may be donated as soon as this returns.
-      data: where the input stands, as JSON.
-      meta: facts about the run, as JSON.
-      metrics: of this step, for the policy and for people.
+      step: training step; it becomes the name of the checkpoint's folder.
+      state: pytree of arrays, which may be donated after the call.
+      data: data position of the training input, serialisable as JSON.
+      meta: facts about the run, serialisable as JSON.
+      metrics: metrics of this step by name, for the policy and the summary.
 
     Returns:
-      Seconds that the caller had to wait.
+      Time that the caller was blocked, in seconds.
 
     Raises:
-      CheckpointError: this save could not start, or the one before did not succeed.
+      CheckpointError: this save could not start, or the one before failed.
+      TypeError: `data`, `meta` or `metrics` is not serialisable as JSON.
     """
     began = time.monotonic()
     self.wait()
@@ -137,7 +152,7 @@ class Checkpoints:
       "meta": meta,
       "metrics": metrics or {},
     }
-    json.dumps(record)  # what cannot be written is an error here, not in the background
+    json.dumps(record)  # raises here, not in the background, if it cannot be written
     try:
       self._writer = self._writer or storage.Writer()
       if distributed.is_writer():
@@ -159,31 +174,32 @@ class Checkpoints:
     step: int | None = None,
     accept: Callable[[int, dict[str, Any]], None] | None = None,
   ) -> Restored:
-    """A step's state, placed as `abstract` says; the newest good one unless a step is given.
+    """Restores the checkpoint of `step`, or else the newest undamaged one.
 
-    A damaged checkpoint is said in the log, and the one before is tried.
+    Without `step`, a damaged checkpoint is logged as a warning, and the one before it is read.
 
     Args:
-      abstract: a pytree like the one saved, of `jax.ShapeDtypeStruct` with shardings.
-      step: this one or none.
-      accept: looks at the step and the data position before the arrays, and may raise.
+      abstract: pytree of `jax.ShapeDtypeStruct` with shardings, of the structure of the saved state.
+      step: training step of the checkpoint; None for the newest one.
+      accept: check of the step and the data position, called before the arrays are read; it raises
+        to refuse the checkpoint.
 
     Raises:
-      ValueError: the checkpoint's arrays are not those of `abstract`.
-      CheckpointError: there is none, it is damaged, or of a newer format.
+      ValueError: names, shapes or types of the checkpoint's arrays differ from those of `abstract`.
+      CheckpointError: there is no such checkpoint, it is damaged, or it has a newer format.
     """
-    wanted, steps = named(abstract), self.steps()
+    templates, steps = named(abstract), self.steps()
     if step is not None and step not in steps:
-      there = ", ".join(map(str, steps)) or "none"
-      raise CheckpointError(f"no checkpoint of step {step} in {self._folder}; there are: {there}")
+      saved = ", ".join(map(str, steps)) or "none"
+      raise CheckpointError(f"no checkpoint of step {step} in {self._folder}; saved steps: {saved}")
     if not steps:
       raise CheckpointError(f"no checkpoint in {self._folder}")
-    tries = steps[::-1] if step is None else [step]
-    folders = [self._folder / str(candidate) for candidate in tries]
-    return first_good(folders, lambda folder: _restore(folder, abstract, wanted, accept))
+    candidates = steps[::-1] if step is None else [step]
+    folders = [self._folder / str(candidate) for candidate in candidates]
+    return first_good(folders, lambda folder: _restore(folder, abstract, templates, accept))
 
   def discard_after(self, step: int) -> None:
-    """Removes the checkpoints of later steps, so that these can be saved again."""
+    """Removes the checkpoints of all steps after `step`, so that these can be saved again."""
     self.wait()
     if distributed.is_writer():
       for later in steps_in(self._folder):
@@ -192,13 +208,13 @@ class Checkpoints:
     distributed.barrier("discard")
 
   def wait(self) -> None:
-    """Waits for the save under way, which then takes no rests.
+    """Waits for the save in progress, which then writes without throttling.
 
     Raises:
-      CheckpointError: it did not succeed; said once.
+      CheckpointError: the save failed; raised only once per save.
     """
     if self._thread is not None:
-      self._writer.hurry()
+      self._writer.stop_throttling()
       self._thread.join()
       self._thread = None
     error, self._error = self._error, None
@@ -206,7 +222,7 @@ class Checkpoints:
       raise error
 
   def close(self) -> None:
-    """Waits as well, and ends the background."""
+    """Waits for the save in progress, and ends the background threads."""
     try:
       self.wait()
     finally:
@@ -215,10 +231,10 @@ class Checkpoints:
         self._writer = None
 
   def _complete(self, step: int) -> None:
-    """In the background: the end of a save, and of those that need not be kept any longer."""
+    """Waits, in the background, until a save is complete, then removes old checkpoints."""
     try:
       self._writer.wait()
-    except Exception as error:  # whatever stopped it, the run has to hear of it
+    except Exception as error:  # raised in the main thread by the next `wait`
       self._error = CheckpointError(self._failed(step, error))
       self._error.__cause__ = error
       if distributed.is_writer():
@@ -241,32 +257,36 @@ class Checkpoints:
       self._remove(step)
 
   def _remove(self, step: int) -> None:
-    """Renamed first: a step that is there is whole."""
+    # Renamed before the removal, so that a folder named by a step always is a complete checkpoint.
     folder = self._folder / str(step)
-    doomed = folder.with_name(f"{step}{storage.TEMPORARY}-removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    renamed = folder.with_name(f"{step}{storage.TEMPORARY}-removed")
+    shutil.rmtree(renamed, ignore_errors=True)
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
     self._metrics.pop(step, None)
 
   def _failed(self, step: int, error: Exception) -> str:
-    good = max(steps_in(self._folder), default=None)
-    stays = "there is none before it" if good is None else f"the one of step {good} stays"
+    """Returns the error message of a failed save."""
+    last = max(steps_in(self._folder), default=None)
+    older = "there is no earlier one" if last is None else f"the last one is of step {last}"
     reason = text.one_line(error)
-    return f"the checkpoint of step {step} could not be saved in {self._folder}: {reason}; {stays}"
+    return f"the checkpoint of step {step} could not be saved in {self._folder}: {reason}; {older}"
 
 
 def steps_in(folder: Path) -> list[int]:
-  """The steps of a folder of checkpoints, in order; those being written are not among them."""
+  """Returns the steps of the completed checkpoints in a folder, in ascending order."""
   names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
   return sorted(int(name) for name in names if name.isdecimal())
 
 
 def folders_at(path: Path) -> list[Path]:
-  """The checkpoints of a workdir, of a folder of checkpoints, or this one alone; newest first.
+  """Returns the folders of checkpoints below a path, the newest first.
+
+  Args:
+    path: folder of a workdir, of its checkpoints, or of one checkpoint.
 
   Raises:
-    CheckpointError: there is none.
+    CheckpointError: there is no checkpoint.
   """
   if (path / "record").is_dir() or (path / "state").is_dir():
     return [path]
@@ -278,7 +298,11 @@ def folders_at(path: Path) -> list[Path]:
 
 
 def first_good(folders: list[Path], read: Callable[[Path], Result]) -> Result:
-  """What `read` makes of the first checkpoint that is not damaged; the others are said in the log.
+  """Returns the result of `read` for the first undamaged checkpoint; logs the damaged ones.
+
+  Args:
+    folders: folders of checkpoints, in the order in which they are read.
+    read: function that reads a checkpoint and raises DamagedError if it is damaged.
 
   Raises:
     CheckpointError: all are damaged.
@@ -287,35 +311,40 @@ def first_good(folders: list[Path], read: Callable[[Path], Result]) -> Result:
     try:
       return read(folder)
     except DamagedError as error:
-      said = f"the checkpoint of step {folder.name} in {folder.parent} is damaged: {error}"
+      message = f"the checkpoint of step {folder.name} in {folder.parent} is damaged: {error}"
       if len(folders) == 1:
-        raise CheckpointError(said) from error
+        raise CheckpointError(message) from error
       older = folders[number + 1 :]
-      LOG.warning("%s%s", said, f"; trying the one of step {older[0].name}" if older else "")
+      LOG.warning("%s%s", message, f"; trying the one of step {older[0].name}" if older else "")
   raise CheckpointError(f"none of {len(folders)} checkpoints in {folders[0].parent} can be used")
 
 
 def load(
   folder: Path, choose: Callable[[dict[str, Any]], Mapping[str, jax.ShapeDtypeStruct]]
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-  """A checkpoint's record, and those of its arrays that `choose` picks by it; checked.
+  """Reads a checkpoint's record and some of its arrays, and verifies their checksums.
+
+  Args:
+    folder: folder of the checkpoint.
+    choose: function of the record that returns shape, type and sharding of each array to read, by
+      array name.
 
   Raises:
-    DamagedError: not as they were saved, or missing.
-    CheckpointError: of a newer format, or they must not be read.
+    DamagedError: a file is missing or damaged.
+    CheckpointError: the checkpoint has a newer format, or its files are not readable.
   """
-  record = _together(lambda: storage.read_record(folder))
-  wanted = choose(record)
-  arrays = _together(lambda: storage.read_arrays(folder, wanted))
-  found = checksums.digests(arrays)
-  _together(lambda: storage.check_digests(record, found))
+  record = _on_all_processes(lambda: storage.read_record(folder))
+  templates = choose(record)
+  arrays = _on_all_processes(lambda: storage.read_arrays(folder, templates))
+  sums = checksums.digests(arrays)
+  _on_all_processes(lambda: storage.verify_checksums(record, sums))
   return record, arrays
 
 
 def _restore(
   folder: Path,
   abstract: Any,
-  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  templates: Mapping[str, jax.ShapeDtypeStruct],
   accept: Callable[[int, dict[str, Any]], None] | None,
 ) -> Restored:
   step = int(folder.name)
@@ -323,23 +352,23 @@ def _restore(
   def choose(record: dict[str, Any]) -> Mapping[str, jax.ShapeDtypeStruct]:
     if accept is not None:
       accept(step, record["data"])
-    _refuse_other_arrays(step, record, wanted)
-    return wanted
+    _refuse_other_arrays(step, record, templates)
+    return templates
 
   record, arrays = load(folder, choose)
-  leaves = [arrays[name] for name in wanted]
+  leaves = [arrays[name] for name in templates]
   state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
   return Restored(step, state, record["data"], record["meta"])
 
 
 def _clean(folder: Path) -> None:
-  """Removes what a save or a removal that was cut off has left."""
+  """Removes the temporary folders that interrupted saves and removals have left."""
   for path in folder.glob(f"*{storage.TEMPORARY}*"):
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _together(work: Callable[[], Result]) -> Result:
-  """Does it in every process; what fails in one fails in all."""
+def _on_all_processes(work: Callable[[], Result]) -> Result:
+  """Returns the result of `work`; if it raises CheckpointError in one process, raises it in all."""
   error: CheckpointError | None = None
   result: Any = None
   try:
@@ -357,15 +386,15 @@ def _together(work: Callable[[], Result]) -> Result:
 
 
 def _refuse_other_arrays(
-  step: int, record: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
+  step: int, record: Mapping[str, Any], templates: Mapping[str, jax.ShapeDtypeStruct]
 ) -> None:
-  """Raises ValueError unless the two have the same names, shapes and types."""
-  here = {name: storage.kind(array) for name, array in wanted.items()}
-  there = {name: kind for name, (kind, _) in record["arrays"].items()}
+  """Raises ValueError unless record and templates have the same names, shapes and types."""
+  expected = {name: storage.kind(array) for name, array in templates.items()}
+  saved = {name: kind for name, (kind, _) in record["arrays"].items()}
   differences = [
-    f"{name} is {there.get(name, 'missing')}, expected {here.get(name, 'no such array')}"
-    for name in here | there
-    if there.get(name) != here.get(name)
+    f"{name} is {saved.get(name, 'missing')}, expected {expected.get(name, 'no such array')}"
+    for name in expected | saved
+    if saved.get(name) != expected.get(name)
   ]
   if differences:
     raise ValueError(

@@ -1,8 +1,9 @@
-"""Starting a run from another run's encoder: only the encoder's arrays are read from its checkpoint.
+"""Warm start: initialises the encoders of a run with the encoder of another run's checkpoint.
 
-Everything else may differ: projector, predictor, heads, optimiser, devices. Every encoder of the new
-state (online, target) gets the arrays; what they do not cover stays as it was initialised. The fields
-that go with an encoder may not differ, or equal arrays would compute something else: `read` checks them.
+Only the encoder's arrays are read; projector, predictor, heads, optimiser and devices may differ.
+Every encoder of the new state (online and target) gets the arrays; all other arrays keep their
+initial values. The config fields that go with an encoder must be equal, because with other values the
+same weights would compute another function.
 """
 
 import dataclasses
@@ -53,12 +54,12 @@ class Encoder:
   """An encoder of another run.
 
   Args:
-    arrays: by the name that they have inside the encoder.
-    lineage: where they come from, as JSON: path, step, encoder, commit, fingerprint, and the
-      lineage of that run.
-    others: kinds, such as `float32[8, 10]`, of the arrays that were left, by their whole names.
-    data: what the run was trained on, see `fit.data_position`.
-    config: of the run, flat.
+    arrays: the encoder's arrays, by their names inside the encoder.
+    lineage: origin of the encoder, as JSON: `path`, `step`, `encoder`, `commit`, `fingerprint`, and
+      `from`, the lineage of that run.
+    others: types and shapes, such as `float32[8, 10]`, of the checkpoint's other arrays, by full name.
+    data: data position of that run, see `fit.data_position`.
+    config: flat config of that run; empty if it was not saved.
   """
 
   arrays: dict[str, jax.Array]
@@ -70,22 +71,24 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """What became of every array: rows of part, arrays, numbers, remark."""
+  """Summary of a warm start, with rows of part, number of arrays, number of values and remark.
+
+  Attributes:
+    loaded: parts of the new state that were loaded from the checkpoint.
+    left: parts of the checkpoint that were not loaded.
+    missing: parts of the new state that keep their initial values.
+  """
 
   loaded: list[tuple[str, int, int, str]]
   left: list[tuple[str, int, int, str]]
   missing: list[tuple[str, int, int, str]]
 
   def text(self) -> str:
-    """The table, to be printed."""
-    rows = [("", "part", "arrays", "numbers", "")]
-    titles = {
-      "loaded": self.loaded,
-      "left behind": self.left,
-      "not there, new": self.missing,
-    }
-    for title, found in titles.items():
-      for number, (part, arrays, size, remark) in enumerate(found or [("nothing", 0, 0, "")]):
+    """Returns the summary as an aligned table to print."""
+    rows = [("", "part", "arrays", "values", "")]
+    titles = {"loaded": self.loaded, "not loaded": self.left, "new": self.missing}
+    for title, parts in titles.items():
+      for number, (part, arrays, size, remark) in enumerate(parts or [("none", 0, 0, "")]):
         rows.append((title if number == 0 else "", part, f"{arrays:,}", f"{size:,}", remark))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
@@ -97,33 +100,34 @@ class Table:
 def read(
   path: Path, which: str, place: jax.sharding.Sharding, accept: Accept | None = None
 ) -> Encoder:
-  """An encoder of a workdir's newest good checkpoint, or of one checkpoint.
+  """Reads an encoder from the newest undamaged checkpoint of a workdir, or from one checkpoint.
 
   Args:
-    path: a workdir, its folder of checkpoints, or the folder of one.
-    which: `online` or `target`.
-    place: of the arrays.
-    accept: raises where the config that the encoder was trained with does not fit the run that
-      starts from it; None where no run does. A checkpoint without a config is only warned about.
+    path: folder of the workdir, of its checkpoints, or of one checkpoint.
+    which: encoder to read, `online` or `target`.
+    place: sharding of the arrays.
+    accept: check of the config that the encoder was trained with; it raises ConfigError where that
+      does not fit the run that uses the encoder. None for no check. If the checkpoint has no config,
+      a warning is logged.
 
   Raises:
-    ConfigError: there is no such encoder, or by the run's config it would compute another function.
-    checkpoint.CheckpointError: no checkpoint is there, or none is good.
+    ConfigError: the checkpoint has no such encoder, or a field of `fields.ENCODER` differs in `run`.
+    CheckpointError: there is no checkpoint, or no undamaged one.
   """
-  prefixes: dict[str, str] = {}
+  inner_names: dict[str, str] = {}
 
   def choose(folder: Path, record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     if accept is not None:
       _compare(record, folder, accept)
-    named = {name: found for name in record["arrays"] if (found := _in_encoder(name))}
-    prefixes.update({name: inner for name, (owner, inner) in named.items() if owner == which})
-    if not prefixes:
+    named = {name: location for name in record["arrays"] if (location := _in_encoder(name))}
+    inner_names.update({name: inner for name, (owner, inner) in named.items() if owner == which})
+    if not inner_names:
       owners = ", ".join(sorted({owner for owner, _ in named.values()})) or "none"
       raise ConfigError(f"init.encoder={which}: {path} has no such encoder; it has: {owners}")
-    return {name: _abstract(record["arrays"][name][0], place) for name in prefixes}
+    return {name: _abstract(record["arrays"][name][0], place) for name in inner_names}
 
   def load(folder: Path) -> Encoder:
-    prefixes.clear()
+    inner_names.clear()
     record, arrays = manager.load(folder, functools.partial(choose, folder))
     lineage = {
       "path": str(folder.absolute()),
@@ -134,26 +138,33 @@ def read(
       "from": record["meta"].get("lineage"),
     }
     others = {name: kind for name, (kind, _) in record["arrays"].items() if name not in arrays}
-    own = {prefixes[name]: array for name, array in arrays.items()}
-    return Encoder(own, lineage, others, record["data"], record["meta"].get("config", {}))
+    inside = {inner_names[name]: array for name, array in arrays.items()}
+    return Encoder(inside, lineage, others, record["data"], record["meta"].get("config", {}))
 
   return manager.first_good(manager.folders_at(path), load)
 
 
 def apply(state: State, encoder: Encoder) -> tuple[State, Table]:
-  """A state whose encoders are this one, each array where the state's own was.
+  """Replaces all encoders of a state by a loaded one.
+
+  Args:
+    state: state with one or more encoders.
+    encoder: encoder to copy into each of them.
+
+  Returns:
+    The new state, each array with the sharding that it had in `state`, and a summary.
 
   Raises:
     ConfigError: an encoder of the state has another architecture.
   """
   leaves = storage.named(state)
-  places = {name: found for name in leaves if (found := _in_encoder(name))}
+  places = {name: location for name in leaves if (location := _in_encoder(name))}
   _refuse_other_architecture(
     {inner: storage.kind(leaves[name]) for name, (_, inner) in places.items()},
     {inner: storage.kind(array) for inner, array in encoder.arrays.items()},
     encoder.lineage["path"],
   )
-  # Copies: two encoders of a state that is donated cannot share an array.
+  # Copies, because two encoders of a state that is donated cannot share an array.
   copy = jax.jit(
     lambda arrays: {name: jnp.copy(arrays[inner]) for name, (_, inner) in places.items()},
     out_shardings={name: leaves[name].sharding for name in places},
@@ -163,7 +174,7 @@ def apply(state: State, encoder: Encoder) -> tuple[State, Table]:
   loaded = {name: storage.kind(leaves[name]) for name in places}
   missing = {name: storage.kind(leaf) for name, leaf in leaves.items() if name not in places}
   changed = {
-    name: f"{encoder.others[name]} there"
+    name: f"{encoder.others[name]} in the checkpoint"
     for name, kind in missing.items()
     if encoder.others.get(name, kind) != kind
   }
@@ -172,14 +183,23 @@ def apply(state: State, encoder: Encoder) -> tuple[State, Table]:
 
 
 def arrays_of(state: Any, which: str = "online") -> dict[str, jax.Array]:
-  """An encoder's arrays in a state, by the name that they have inside it."""
+  """Returns an encoder's arrays in a state, by their names inside the encoder.
+
+  Args:
+    state: state with one or more encoders.
+    which: encoder to return, `online` or `target`.
+  """
   named = storage.named(state)
-  places = {name: found for name in named if (found := _in_encoder(name))}
+  places = {name: location for name in named if (location := _in_encoder(name))}
   return {inner: named[name] for name, (owner, inner) in places.items() if owner == which}
 
 
 def _in_encoder(name: str) -> tuple[str, str] | None:
-  """Whose encoder an array is part of, and its name in there; None for all other arrays."""
+  """Splits an array's full name into its encoder's and its name inside; None if it is in no encoder.
+
+  `params.target.encoder.stem.kernel` gives `("target", "stem.kernel")`. A model with one encoder has
+  no name before `encoder`; its encoder is `online`.
+  """
   variables, *parts = name.split(".")
   if variables not in _VARIABLES or "encoder" not in parts[:-1]:
     return None
@@ -193,14 +213,14 @@ def _abstract(kind: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _compare(record: Mapping[str, Any], folder: Path, accept: Accept) -> None:
-  """Has the config checked that a checkpoint was saved with."""
-  there = record["meta"].get("config") or stored(folder)
-  if there:
-    accept(there, folder)
+  """Checks the config that a checkpoint was saved with."""
+  saved = record["meta"].get("config") or stored(folder)
+  if saved:
+    accept(saved, folder)
   else:
     LOG.warning(
-      "%s was saved without a config: whether its encoder was trained with the padding, epsilon, input"
-      " size and normalisation of this run cannot be checked",
+      "%s was saved without a config: cannot check that its encoder was trained with the padding,"
+      " epsilon, input size and normalisation of this run",
       folder,
     )
 
@@ -222,21 +242,29 @@ def _refuse_other_architecture(
 def parts_of(
   kinds: Mapping[str, str], remarks: Mapping[str, str] = {}
 ) -> list[tuple[str, int, int, str]]:
-  """Rows of part, arrays, numbers and first remark, from the kinds and remarks of named arrays."""
+  """Counts arrays by the part of the state that they belong to.
+
+  Args:
+    kinds: types and shapes, such as `float32[8, 10]`, by array name.
+    remarks: remarks on some of the arrays, by array name.
+
+  Returns:
+    Rows of part, number of arrays, number of values, and first remark ("" if none).
+  """
   parts: dict[str, list[str]] = {}
   for name in kinds:
     parts.setdefault(_part(name), []).append(name)
   rows = []
   for part, names in parts.items():
     size = sum(math.prod(storage.shape_of(kinds[name])) for name in names)
-    said = [f"{name} is {kinds[name]}, {remarks[name]}" for name in names if name in remarks]
-    more = f"; and {len(said) - 1} more" if len(said) > 1 else ""
-    rows.append((part, len(names), size, said[0] + more if said else ""))
+    lines = [f"{name} is {kinds[name]}, {remarks[name]}" for name in names if name in remarks]
+    more = f"; and {len(lines) - 1} more" if len(lines) > 1 else ""
+    rows.append((part, len(names), size, lines[0] + more if lines else ""))
   return rows
 
 
 def _part(name: str) -> str:
-  """`online encoder`, `predictor`, `opt_state`."""
+  """Returns the part that an array belongs to, such as `online encoder`, `predictor`, `opt_state`."""
   first, *parts = name.split(".")
   if first not in _VARIABLES:
     return first

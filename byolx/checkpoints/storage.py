@@ -1,12 +1,11 @@
-"""One checkpoint on disk: what is in its folder, how it is written in the background, and read.
+"""Format of one checkpoint on disk, written in the background and read by orbax.
 
-    STEP/state/    every array under its dotted name, by orbax
-    STEP/record/   record.json: format, step, time, data position, facts, metrics, and the type,
-                   shape and digest of every array; with a checksum of itself
+    STEP/state/    every array under its dotted name, in orbax's format
+    STEP/record/   record.json: format, step, time, data position, facts about the run, metrics,
+                   type, shape and checksum of every array, and a CRC-32 of the record itself
 
-A folder that is being written has another name and gets its own when all of it is there. A save
-shares the machine with training: arrays are written a few at a time, with rests, until somebody
-waits for it.
+A folder is written under a temporary name and renamed when it is complete. Writes are throttled, to
+leave the machine to training, until `Writer.stop_throttling` is called.
 """
 
 import asyncio
@@ -14,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import re
 import threading
 import time
 import zlib
@@ -28,37 +26,40 @@ import orbax.checkpoint as ocp
 from byolx.core.text import one_line
 
 FORMAT = 1
-"""Of the checkpoints that are written; raised when older code could not read them."""
+"""Version of the checkpoint format, increased when older code could not read new checkpoints."""
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-"""In the name of a folder that is being written, or was when its process ended."""
+"""Part of the name of every incomplete folder."""
 
 IN_FLIGHT = 2**26
-"""Bytes being written or read at once, or two of the largest array."""
+"""Limit in bytes of the arrays being written, or read, at one time; at least two arrays of the
+largest size are read at one time."""
 
 CHUNK = 2**25
-"""Bytes of an array that are stored together, and read even if a device needs a part of them."""
+"""Size in bytes of a stored chunk of an array; chunks are read as a whole, even for one device."""
 
 _FILE = "record.json"
-_LINE = 300
-_SYSTEM_CODE = re.compile(r"os_error_code=\W*(\d+)")  # tensorstore's, at the end of long messages
 
 
 class CheckpointError(RuntimeError):
-  """No usable checkpoint, or one that must not be used, or one that could not be saved."""
+  """A checkpoint that is missing, cannot be used, or could not be saved."""
 
 
 class DamagedError(CheckpointError):
-  """A checkpoint of which something is missing or is not as it was written."""
+  """A checkpoint with missing or changed files."""
 
 
 def named(tree: Any) -> dict[str, Any]:
-  """The leaves of a pytree by their paths, dotted; `value` inside an nnx variable is left out."""
+  """Returns the leaves of a pytree by their dotted paths, without the `value` of nnx variables.
+
+  Raises:
+    ValueError: two leaves have the same name.
+  """
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  found = {".".join(_names(path)): leaf for path, leaf in leaves}
-  if len(found) < len(leaves):
-    raise ValueError(f"{len(leaves)} arrays have only {len(found)} different names")
-  return found
+  by_name = {".".join(_names(path)): leaf for path, leaf in leaves}
+  if len(by_name) < len(leaves):
+    raise ValueError(f"{len(leaves)} arrays have only {len(by_name)} different names")
+  return by_name
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
@@ -67,12 +68,12 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def kind(array: Any) -> str:
-  """`float32[8, 10]` and the like."""
+  """Returns an array's type and shape as text, such as `float32[8, 10]`."""
   return f"{array.dtype}{list(array.shape)}"
 
 
 def shape_of(kind: str) -> tuple[int, ...]:
-  """The shape that a kind names."""
+  """Returns the shape in the text of `kind`: (8, 10) for `float32[8, 10]`."""
   return tuple(int(size) for size in kind.partition("[")[2].rstrip("]").split(",") if size)
 
 
@@ -81,10 +82,10 @@ class Writer:
 
   def __init__(self):
     _quiet_orbax()
-    self._hurry = threading.Event()
-    self._arrays = _ArrayHandler(self._hurry)
+    self._unthrottled = threading.Event()
+    self._arrays = _ArrayHandler(self._unthrottled)
     arrays = ocp.PyTreeCheckpointHandler(
-      use_compression=False,  # of weights it saves 8 % of the bytes, and costs twice the work
+      use_compression=False,  # weights hardly compress
       type_handler_registry=_registry(self._arrays),
     )
     self._checkpointer = ocp.AsyncCheckpointer(
@@ -96,54 +97,56 @@ class Writer:
     folder: Path,
     arrays: Mapping[str, jax.Array],
     record: dict[str, Any],
-    digests: Callable[[], dict[str, int]],
+    checksums: Callable[[], dict[str, int]],
   ) -> None:
-    """Starts a save; the arrays may be donated when it returns.
+    """Starts a throttled save.
 
     Args:
-      folder: of the checkpoint.
-      arrays: by name.
-      record: what is to be known of them; their kinds and digests are added.
-      digests: waits for the digests, in the background.
+      folder: folder of the checkpoint.
+      arrays: arrays by name, which may be donated after the call.
+      record: contents of the record, to which types, shapes and checksums of the arrays are added.
+      checksums: function that returns the checksum of each array by name; called in the background.
     """
-    self._hurry.clear()
+    self._unthrottled.clear()
     chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK))
     kinds = {name: kind(array) for name, array in arrays.items()}
     self._checkpointer.save(
       folder.absolute(),
       args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(dict(arrays), save_args=chunks),
-        record=_RecordSave(record, kinds, digests),
+        record=_RecordSave(record, kinds, checksums),
       ),
     )
 
-  def hurry(self) -> None:
-    """Somebody waits: no rests until the next save."""
-    self._hurry.set()
+  def stop_throttling(self) -> None:
+    """Ends the throttling of writes until the next save starts."""
+    self._unthrottled.set()
 
   def wait(self) -> None:
-    """Waits for the save under way and raises what it raised; then nothing of it goes on."""
+    """Waits until all writes of the save in progress have ended; raises its error, if any."""
     try:
       self._checkpointer.wait_until_finished()
     finally:
-      self._arrays.settle()
+      self._arrays.wait_for_writes()
 
   def close(self) -> None:
-    """Waits as well; nothing can be saved afterwards."""
+    """Waits for the save in progress and closes the writer."""
     self._checkpointer.close()
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-  """What a checkpoint says about itself: `format step time data meta metrics arrays`.
+  """Reads a checkpoint's record, with the keys `format step time data meta metrics arrays`.
+
+  `arrays` maps each array's name to its type and shape, as text, and its checksum.
 
   Raises:
-    DamagedError: it is missing or not as it was written.
-    CheckpointError: it is of a newer format, or must not be read.
+    DamagedError: the record is missing or damaged.
+    CheckpointError: the checkpoint has a newer format, or the record is not readable.
   """
   path = folder / "record" / _FILE
   try:
-    whole = json.loads(path.read_bytes())
-    record, crc = whole["record"], whole["crc32"]
+    contents = json.loads(path.read_bytes())
+    record, crc = contents["record"], contents["crc32"]
   except FileNotFoundError:
     raise DamagedError(f"{path.relative_to(folder)} is missing") from None
   except PermissionError as error:
@@ -151,7 +154,7 @@ def read_record(folder: Path) -> dict[str, Any]:
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise DamagedError(f"{path.relative_to(folder)}: {one_line(error)}") from None
   if zlib.crc32(_canonical(record).encode()) != crc:
-    raise DamagedError(f"{path.relative_to(folder)} is not as it was written (crc32)")
+    raise DamagedError(f"{path.relative_to(folder)}: crc32 mismatch")
   if record["format"] > FORMAT:
     raise CheckpointError(
       f"{folder} is of format {record['format']}; this version reads up to format {FORMAT}"
@@ -159,59 +162,65 @@ def read_record(folder: Path) -> dict[str, Any]:
   return record
 
 
-def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-  """Some arrays of a checkpoint, placed as `wanted` says; no other array is read.
+def read_arrays(
+  folder: Path, templates: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+  """Reads some arrays of a checkpoint, and no others.
+
+  Args:
+    folder: folder of the checkpoint.
+    templates: shape, type and sharding of each array to read, by name.
 
   Raises:
-    DamagedError: one of them cannot be read, or has another type or shape.
-    CheckpointError: the files must not be read.
+    DamagedError: an array cannot be read, or has another type or shape.
+    CheckpointError: the files are not readable.
   """
   _quiet_orbax()
-  largest = max(array.size * array.dtype.itemsize for array in wanted.values())
+  largest = max(array.size * array.dtype.itemsize for array in templates.values())
   handler = ocp.PyTreeCheckpointHandler(
     restore_concurrent_gb=max(IN_FLIGHT, 2 * largest + 1) / 10**9,
     type_handler_registry=_registry(_ArrayHandler(threading.Event())),
   )
   places = {
     name: ocp.ArrayRestoreArgs(sharding=array.sharding, strict=True)
-    for name, array in wanted.items()
+    for name, array in templates.items()
   }
-  restore = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=places, partial_restore=True)
+  restore = ocp.args.PyTreeRestore(item=dict(templates), restore_args=places, partial_restore=True)
   try:
-    found = handler.restore((folder / "state").absolute(), args=restore)
-    found = jax.block_until_ready({name: found[name] for name in wanted})
+    arrays = handler.restore((folder / "state").absolute(), args=restore)
+    arrays = jax.block_until_ready({name: arrays[name] for name in templates})
   except (MemoryError, jax.errors.JaxRuntimeError):
     raise
-  except Exception as error:  # orbax raises whatever its libraries do, and plain Exception
+  except Exception as error:  # orbax passes on all errors of its libraries, and raises Exception
     line = one_line(error)
     if isinstance(error, PermissionError) or "PERMISSION_DENIED" in line:
       raise CheckpointError(f"{folder}: {line}") from None
     raise DamagedError(f"its arrays cannot be read: {line}") from None
-  for name, array in wanted.items():
-    if kind(found[name]) != kind(array):
-      raise DamagedError(f"{name} is {kind(found[name])}, expected {kind(array)}")
-  return found
+  for name, array in templates.items():
+    if kind(arrays[name]) != kind(array):
+      raise DamagedError(f"{name} is {kind(arrays[name])}, expected {kind(array)}")
+  return arrays
 
 
-def check_digests(record: dict[str, Any], found: Mapping[str, int]) -> None:
-  """Raises DamagedError unless these arrays' digests are those of the record."""
-  wrong = [name for name, value in found.items() if record["arrays"][name][1] != value]
+def verify_checksums(record: dict[str, Any], checksums: Mapping[str, int]) -> None:
+  """Raises DamagedError unless checksums of arrays, by name, equal those in the record."""
+  wrong = [name for name, value in checksums.items() if record["arrays"][name][1] != value]
   if wrong:
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    raise DamagedError(f"{wrong[0]}{more}: not the numbers that were saved")
+    raise DamagedError(f"{wrong[0]}{more}: checksum mismatch")
 
 
 class _RecordHandler(ocp.AsyncCheckpointHandler):
-  """Writes the record when the digests are there, from the first process."""
+  """Writes the record, from process 0, as soon as the checksums are computed."""
 
   async def async_save(self, directory, args):
     write = ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args))
     return [write]
 
   async def _write(self, directory, args) -> None:
-    digests = await asyncio.to_thread(args.digests)
+    checksums = await asyncio.to_thread(args.checksums)
     if jax.process_index() == 0:
-      arrays = {name: [kind, digests[name]] for name, kind in args.kinds.items()}
+      arrays = {name: [kind, checksums[name]] for name, kind in args.kinds.items()}
       text = _canonical({**args.record, "arrays": arrays})
       path = Path(directory) / _FILE
       path.write_text(f'{{"crc32": {zlib.crc32(text.encode())}, "record":\n{text}}}\n')
@@ -228,7 +237,7 @@ class _RecordHandler(ocp.AsyncCheckpointHandler):
 class _RecordSave(ocp.args.CheckpointArgs):
   record: dict[str, Any]
   kinds: dict[str, str]
-  digests: Callable[[], dict[str, int]]
+  checksums: Callable[[], dict[str, int]]
 
 
 @ocp.args.register_with_handler(_RecordHandler, for_restore=True)
@@ -237,53 +246,64 @@ class _RecordRestore(ocp.args.CheckpointArgs):
   pass
 
 
-class _Pace:
-  """Lets a few bytes be written at once, and after each write rests for as long as it took."""
+class _Throttle:
+  """Limits the bytes being written at one time, and pauses after each write for as long as it took.
 
-  def __init__(self, most: int, hurry: threading.Event):
-    self._free = self._most = most
-    self._hurry = hurry
-    self._room = asyncio.Condition()
+  Has the interface of orbax's byte limiters.
+
+  Args:
+    limit: largest number of bytes being written at one time; a larger array is written alone.
+    unthrottled: event that ends the pauses when it is set.
+  """
+
+  def __init__(self, limit: int, unthrottled: threading.Event):
+    self._free = self._limit = limit
+    self._unthrottled = unthrottled
+    self._released = asyncio.Condition()
     self._began: dict[asyncio.Task | None, float] = {}
 
   async def wait_for_bytes(self, requested_bytes: int) -> None:
-    wanted = min(requested_bytes, self._most)
-    async with self._room:
-      await self._room.wait_for(lambda: self._free >= wanted)
-      self._free -= wanted
+    needed = min(requested_bytes, self._limit)
+    async with self._released:
+      await self._released.wait_for(lambda: self._free >= needed)
+      self._free -= needed
     self._began[asyncio.current_task()] = time.monotonic()
 
   async def release_bytes(self, requested_bytes: int) -> None:
     now = time.monotonic()
     until = now + (now - self._began.pop(asyncio.current_task()))
-    while not self._hurry.is_set() and (left := until - time.monotonic()) > 0:
+    while not self._unthrottled.is_set() and (left := until - time.monotonic()) > 0:
       await asyncio.sleep(min(left, 0.05))
-    async with self._room:
-      self._free += min(requested_bytes, self._most)
-      self._room.notify_all()
+    async with self._released:
+      self._free += min(requested_bytes, self._limit)
+      self._released.notify_all()
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
-  """Writes arrays at a pace, from one copy of each; cutting copies up would keep the caller waiting."""
+  """Writes arrays with a throttle, each from one replica.
 
-  def __init__(self, hurry: threading.Event):
+  Replicas do not share the write (`use_replica_parallel`), because splitting them would block the
+  caller.
+  """
+
+  def __init__(self, unthrottled: threading.Event):
     super().__init__(
       use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )
-    self._hurry = hurry
+    self._unthrottled = unthrottled
     self._writes: list[Any] = []
 
   async def serialize(self, values, infos, args=None):
-    pace = _Pace(IN_FLIGHT, self._hurry)
-    infos = [info.replace(byte_limiter=pace) for info in infos]
+    throttle = _Throttle(IN_FLIGHT, self._unthrottled)
+    infos = [info.replace(byte_limiter=throttle) for info in infos]
     self._writes = list(await super().serialize(values, infos, args))
     return self._writes
 
-  def settle(self) -> None:
-    """Waits until nothing is being written; a save that failed elsewhere does not wait for that."""
+  def wait_for_writes(self) -> None:
+    """Waits until all writes have ended; orbax does not if another part of the save failed."""
     writes, self._writes = self._writes, []
     for write in writes:
-      with contextlib.suppress(Exception):  # has been raised by the save
+      with contextlib.suppress(Exception):  # already raised by the save
         write.result()
 
   async def deserialize(self, infos, args=None):
@@ -291,7 +311,7 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
     try:
       return await super().deserialize(infos, args)
     except BaseException:
-      # The reads of other arrays go on, and would complain if their loop were closed meanwhile.
+      # The reads of other arrays continue, and would log errors if their event loop were closed.
       await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
       raise
 
@@ -305,7 +325,7 @@ def _canonical(record: dict[str, Any]) -> str:
 
 
 class _NotOrbax(logging.Filter):
-  """Leaves orbax's lines out of absl's log: what a reader needs, the run says."""
+  """Removes orbax's lines from absl's log; byolx logs what the user needs."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts

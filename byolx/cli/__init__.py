@@ -1,4 +1,4 @@
-"""The `byolx` command: one module for each of its commands, which import what they run only then."""
+"""The `byolx` command: one module per subcommand, which imports the library only when it runs."""
 
 import argparse
 import logging
@@ -25,12 +25,16 @@ _COMMANDS = (train, evaluate, sweep, report, plan, show_views, prepare, bench, i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; returns its exit code: see `options`."""
+  """Run one command and return its exit code, see `options`.
+
+  Args:
+    argv: arguments; None: those of this process.
+  """
   arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
   logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
   logging.getLogger("byolx").setLevel(logging.INFO)
   _parse_absl_flags()
-  # Imported here: `byolx --help` answers without waiting for jax.
+  # Imported late, because `byolx --help` should not wait for jax.
   from byolx.core import distributed
   from byolx.core.config import ConfigError
   from byolx.core.signals import StoppedError
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     return _stop("stopped by Ctrl-C", INTERRUPTED)
   except Exception as error:
-    if isinstance(error, _foreseen()):
+    if isinstance(error, _expected_errors()):
       return _fail(error, FAILED)
     if distributed.count() > 1:
       distributed.await_reason()
@@ -57,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   return code
 
 
-def _foreseen() -> tuple[type[Exception], ...]:
-  """Errors whose message says all; imported when there is one, as these modules take a second."""
+def _expected_errors() -> tuple[type[Exception], ...]:
+  """Errors that need no traceback; imported late, because these modules take long to import."""
   from byolx.checkpoints.manager import CheckpointError
   from byolx.core.distributed import DistributedError
   from byolx.data.unreadable import TooManyFailuresError
@@ -68,7 +72,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
 
 
 class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line; argparse would print the usage before it."""
+  """Parser that prints an error in one line, without argparse's usage before it."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(USAGE, f"byolx: error: {message}; see {self.prog} --help\n")
@@ -107,7 +111,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parse_absl_flags() -> None:
-  """grain's worker processes read absl's flags, which only an absl main would parse."""
+  """Mark absl's flags as parsed: grain's worker processes read them, and there is no absl main."""
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
@@ -115,7 +119,7 @@ def _parse_absl_flags() -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-  """Says what is wrong and returns the exit code; with several processes it ends all of them."""
+  """Print an error and return the exit code; end all processes of a distributed run."""
   from byolx.core import distributed
 
   print(f"byolx: error: {distributed.prefix()}{error}", file=sys.stderr)
@@ -124,9 +128,10 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _stop(reason: str, code: int) -> int:
+  """Print the reason for a stop and return the exit code; end all processes, as `_fail` does."""
   from byolx.core import distributed
 
-  more = "the same command goes on from there"
-  print(f"\nbyolx: {distributed.prefix()}{reason}; {more}", file=sys.stderr)
+  advice = "the same command goes on from there"
+  print(f"\nbyolx: {distributed.prefix()}{reason}; {advice}", file=sys.stderr)
   distributed.leave(code, f"ended: {reason}")
   return code

@@ -1,4 +1,4 @@
-"""`byolx bench`."""
+"""`byolx bench`: speed of the input."""
 
 import argparse
 import dataclasses
@@ -8,9 +8,10 @@ from pathlib import Path
 from byolx.cli import numbers, options
 
 _BENCH = """\
-Measure the input of a config, on its own images: each stage in one thread; the limit, which is
-the bare functions on bytes in memory; the pipeline in this process and in worker processes; and
-what it can feed. About a minute; leave the machine alone meanwhile.
+Measure the input of a config on its own images: the time of each stage in one thread; the limit,
+which is the speed of the bare functions on bytes in memory; the speed of the pipeline in this
+process and in worker processes; and the number of TPU cores that it can feed. It takes about a
+minute, during which nothing else should run on the machine.
 """
 _BENCH_MORE = """\
 examples:
@@ -20,24 +21,28 @@ examples:
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
+  """Add `byolx bench` to the parser."""
   sub = command(
-    "bench", _run, "measure how fast images come", description=_BENCH, epilog=_BENCH_MORE
+    "bench", _run, "measure the speed of the input", description=_BENCH, epilog=_BENCH_MORE
   )
-  sub.add_argument("what", choices=("input",), help="input: reading, decoding, views, transfer")
+  sub.add_argument(
+    "what", choices=("input",), help="input: reading, decoding, augmenting and transferring images"
+  )
   sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=options.CONFIG_HELP)
   sub.add_argument(
     "--workers",
     type=numbers.counts,
-    help="numbers of worker processes to try; default: 0, 1 and all cores",
+    help="numbers of worker processes to measure; default: 0, 1 and one per core",
   )
   sub.add_argument(
     "--seconds",
     type=numbers.seconds,
     default=3.0,
-    help="of each of some 20 measurements; default: 3",
+    help="seconds per measurement, of which there are about 20; default: 3",
   )
-  sub.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+  sub.add_argument(
+    "--json", type=Path, metavar="FILE", help="file to which the figures are written as well"
+  )
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`byolx eval`."""
+"""`byolx eval`: evaluation of a checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -7,11 +7,13 @@ from byolx.cli import options
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
+  """Add `byolx eval` to the parser."""
   sub = command("eval", _run, "evaluate the newest checkpoint of a workdir again")
-  sub.add_argument("--from", dest="workdir", type=Path, required=True, metavar="WORKDIR")
   sub.add_argument(
-    "--test", action="store_true", help="measure the test images, where the run has left them alone"
+    "--from", dest="workdir", type=Path, required=True, metavar="WORKDIR", help="workdir of a run"
+  )
+  sub.add_argument(
+    "--test", action="store_true", help="evaluate on the test images, even if the run did not"
   )
   sub.add_argument(
     "--tasks", metavar="FILE", help="Python file that registers the run's task, if it is your own"

@@ -1,10 +1,10 @@
-"""`byolx fields`."""
+"""`byolx fields`: list of the config fields."""
 
 import argparse
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
+  """Add `byolx fields` to the parser."""
   command("fields", _run, "list every config field with its default and meaning")
 
 

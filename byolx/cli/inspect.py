@@ -1,4 +1,4 @@
-"""`byolx inspect`."""
+"""`byolx inspect`: contents of a workdir or a checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -7,11 +7,13 @@ from byolx.cli import options
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
-  sub = command("inspect", _run, "say what a workdir or a checkpoint holds, on one page")
+  """Add `byolx inspect` to the parser."""
+  sub = command("inspect", _run, "print the contents of a workdir or a checkpoint on one page")
   sub.add_argument("path", type=Path, metavar="WORKDIR|CHECKPOINT")
-  sub.add_argument("--verify", action="store_true", help="read every array, compare digests")
-  sub.add_argument("--json", type=Path, metavar="FILE", help="write the page there as well")
+  sub.add_argument("--verify", action="store_true", help="read every array and compare checksums")
+  sub.add_argument(
+    "--json", type=Path, metavar="FILE", help="file to which the page is written as well"
+  )
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:

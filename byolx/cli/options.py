@@ -1,4 +1,4 @@
-"""What several commands share: exit codes, options, joining other processes."""
+"""Exit codes, options and the start of several processes, shared by the commands."""
 
 import argparse
 import logging
@@ -16,40 +16,48 @@ CONFIG_HELP = "config file, with arguments after a colon; --config.FIELD=VALUE c
 
 
 def add_distributed(sub: argparse.ArgumentParser) -> None:
-  """The options of a command that several processes may run together."""
+  """Add the options of a command that several processes can run together."""
   sub.add_argument(
     "--distributed",
     action="store_true",
-    help="be one of several processes; enough on TPU pods and in clusters such as SLURM's",
+    help="run as one of several processes; enough on TPU pods and in clusters such as SLURM",
   )
   sub.add_argument(
-    "--coordinator", metavar="HOST:PORT", help="elsewhere: where process 0 listens, and"
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="address of process 0; only where it is not detected, with the next two",
   )
-  sub.add_argument("--processes", type=numbers.count, metavar="N", help="how many there are, and")
-  sub.add_argument("--process", type=numbers.index, metavar="I", help="which one this is, from 0")
+  sub.add_argument("--processes", type=numbers.count, metavar="N", help="number of processes")
+  sub.add_argument(
+    "--process", type=numbers.index, metavar="I", help="index of this process, from 0"
+  )
   sub.add_argument(
     "--peer_timeout",
     type=numbers.seconds,
     default=30.0,
-    help="seconds after which a silent process counts as lost; default: 30",
+    help="seconds without a signal after which a process counts as lost; default: 30",
   )
 
 
 def join(arguments: argparse.Namespace) -> None:
-  """Joins the other processes, if there are any; then only the writer prints to stdout."""
+  """Connect to the other processes, if any; afterwards only process 0 prints to stdout.
+
+  Raises:
+    ConfigError: the options contradict each other, or the processes cannot be detected.
+  """
   from byolx.core import distributed
   from byolx.core.config import ConfigError
 
-  where = (arguments.coordinator, arguments.processes, arguments.process)
+  group = (arguments.coordinator, arguments.processes, arguments.process)
   if not arguments.distributed:
-    if any(value is not None for value in where):
+    if any(value is not None for value in group):
       raise ConfigError("--coordinator, --processes and --process: expected with --distributed")
     return
   try:
-    distributed.initialise(*where, peer_timeout=arguments.peer_timeout)
+    distributed.initialise(*group, peer_timeout=arguments.peer_timeout)
   except ValueError as error:
     raise ConfigError(f"--distributed: {error}") from None
   if distributed.count() > 1:
     logging.basicConfig(format=f"process {distributed.index()}: %(message)s", force=True)
   if not distributed.is_writer():
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends

@@ -1,4 +1,4 @@
-"""`byolx prepare`."""
+"""`byolx prepare`: conversion of images to large files."""
 
 import argparse
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from byolx.cli import numbers
 
 _PREPARE = """\
-Put the images of a data set into a few large files that are read at random much faster than
-millions of small ones: data.source=array_record trains from them.
+Write the images of a data set to a few large files, in which random access is much faster than in
+millions of small files. Set data.source=array_record to train from them.
 
-Give a folder of class folders or of images, or with train/ and test/ (or val/) of these; or plain
-tar archives of the same, which are read as they are. ImageNet's archive of archives is understood.
-Without --short_side every file is stored as it is. Files that cannot be decoded are listed in
-unreadable.txt and left out.
+The input is a folder of class folders, a folder of images, or a folder with these in train/ and
+test/ (or val/). Uncompressed tar archives of such folders, and ImageNet's archive of archives, are
+read without unpacking. Without --short_side every file is stored unchanged. Files that cannot be
+decoded are left out and listed in unreadable.txt.
 
-Start the same command again and it goes on where it stopped. With --to and --verify alone, a set
-is verified.
+Start the same command again to continue where it stopped. With only --to and --verify, an existing
+set is verified.
 """
 _PREPARE_MORE = """\
 examples:
@@ -28,47 +28,61 @@ examples:
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
+  """Add `byolx prepare` to the parser."""
   sub = command(
     "prepare",
     _run,
-    "put a folder or tar archives of images into a few large files",
+    "write a folder or tar archives of images to a few large files",
     description=_PREPARE,
     epilog=_PREPARE_MORE,
   )
   sub.add_argument(
-    "--from", dest="source", type=Path, metavar="FOLDER|TAR", help="training images, or all"
+    "--from",
+    dest="source",
+    type=Path,
+    metavar="FOLDER|TAR",
+    help="training images, or the images of all splits",
   )
   sub.add_argument(
     "--test",
     type=Path,
     metavar="FOLDER|TAR",
-    help="images of the test split; default: as in --from",
+    help="images of the test split; default: those in --from",
   )
   sub.add_argument(
-    "--test_labels", type=Path, metavar="FILE", help="lines `file-name class-name` for --test"
+    "--test_labels",
+    type=Path,
+    metavar="FILE",
+    help="labels of --test, in lines `file-name class-name`",
   )
-  sub.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="of the prepared set")
-  sub.add_argument("--name", default="", help="of the set; default: as --from is called")
+  sub.add_argument(
+    "--to", type=Path, required=True, metavar="FOLDER", help="folder of the prepared set"
+  )
+  sub.add_argument("--name", default="", help="name of the set; default: the name of --from")
   size = sub.add_mutually_exclusive_group()
   size.add_argument(
-    "--shard_mb", type=numbers.count, default=256, help="input per shard; default: 256"
+    "--shard_mb", type=numbers.count, default=256, help="megabytes of input per shard; default: 256"
   )
-  size.add_argument("--shards", type=numbers.count, help="shards of the training split")
+  size.add_argument("--shards", type=numbers.count, help="number of shards of the training split")
   sub.add_argument(
     "--short_side",
     type=numbers.count,
-    help="make images smaller whose shorter side is longer than this",
+    help="reduce larger images to this length of the shorter side, in pixels",
   )
   sub.add_argument(
-    "--quality", type=numbers.quality, default=95, help="of their JPEGs; default: 95"
+    "--quality",
+    type=numbers.quality,
+    default=95,
+    help="JPEG quality of the reduced images; default: 95",
   )
-  sub.add_argument("--workers", type=numbers.count, help="processes; default: one per core")
+  sub.add_argument(
+    "--workers", type=numbers.count, help="number of processes; default: one per core"
+  )
   sub.add_argument(
     "--max_failed_share",
     type=numbers.share,
     default=0.01,
-    help="of unreadable images; default: 0.01",
+    help="largest accepted share of unreadable images; default: 0.01",
   )
   sub.add_argument(
     "--verify",
@@ -98,9 +112,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     )
     write.prepare(arguments.source, arguments.to, options, arguments.test, arguments.test_labels)
   elif not arguments.verify:
-    raise config.ConfigError(
-      "neither --from nor --verify was given; expected what to prepare, or verify"
-    )
+    raise config.ConfigError("neither --from nor --verify was given; expected one of them")
   if arguments.verify:
     write.verify(arguments.to, workers, arguments.verify == "images")
   return 0

@@ -1,21 +1,22 @@
-"""`byolx report`."""
+"""`byolx report`: results beside the paper's."""
 
 import argparse
 from pathlib import Path
 
 _REPORT = """\
-What runs measured, with what the paper has for it: protocol, data, encoder, labels, the paper's
-number, ours with its interval, config, commit and cost. Results that differ only in seeds are
-averaged; an interval is half of the range over seeds, as in the paper's appendix G.
+Print the results of runs beside the paper's: protocol, data, encoder, labels, the paper's number,
+the measured number with its interval, config, commit and cost. Results that differ only in the seed
+are averaged; an interval is half of the range over seeds, as in the paper's appendix G.
 
-Give workdirs of runs or sweeps, or folders of them. Of a sweep, its own results are reported.
+A WORKDIR is the workdir of a run or of a sweep, or a folder of them. For a sweep, the results of
+its final tests are reported.
 
-With --table=N: a table of the paper, what was measured beside its columns, and "not run" where no
-given workdir has it. No workdir is needed.
+--table=N prints a table of the paper with the measured numbers beside its columns, and "not run"
+where no WORKDIR has a result. It needs no WORKDIR.
 
-A result stands beside a number of the paper only if its run and the pretraining of its encoder have
-every value of the paper's protocol. Results that differ in the protocol are listed below as off
-protocol, with the fields that differ.
+A result stands beside a number of the paper only if its run and the pretraining of its encoder
+follow the paper's protocol in every field. Other results are listed below as off protocol, with the
+fields that differ.
 """
 _REPORT_MORE = """\
 examples:
@@ -29,34 +30,39 @@ _SUFFIXES = {".txt": "text", ".md": "markdown", ".csv": "csv", ".json": "json", 
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
+  """Add `byolx report` to the parser."""
   sub = command(
     "report",
     _run,
-    "results of runs and sweeps beside the paper's; tables and a figure",
+    "print the results of runs and sweeps beside the paper's; draw a figure",
     description=_REPORT,
     epilog=_REPORT_MORE,
   )
   sub.add_argument("workdirs", type=Path, nargs="*", metavar="WORKDIR")
-  sub.add_argument("--table", metavar="N", help="of the paper, such as 9 or 14a; `list` lists them")
+  sub.add_argument(
+    "--table", metavar="N", help="table of the paper, such as 9 or 14a; `list` prints the names"
+  )
   sub.add_argument(
     "--format",
     choices=("text", "markdown", "csv", "json"),
-    help="default: as --output is called, or text",
+    help="format of the output; default: by the suffix of --output, or text",
   )
   sub.add_argument(
-    "--output", type=Path, metavar="FILE", help="write it there: .txt, .md, .csv, .json, .png"
+    "--output",
+    type=Path,
+    metavar="FILE",
+    help="file of the output: .txt, .md, .csv, .json or .png; default: stdout",
   )
   sub.add_argument(
     "--figure",
     type=Path,
     metavar="FILE.png",
-    help="draw accuracy over the share of labels (Figure 4), or a bar for each protocol",
+    help="file of a figure: accuracy over the share of labels (Figure 4), or one bar per protocol",
   )
   sub.add_argument(
     "--all",
     action="store_true",
-    help="every cell of a sweep, every rate, and the validation images' results as well",
+    help="also report every cell of a sweep, every rate, and results on validation images",
   )
 
 
@@ -67,31 +73,30 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
   style, figure = _outputs(arguments)
   if not arguments.workdirs and (figure or not arguments.table):
-    asked = f"{figure} is drawn from" if figure else "expected at least one, or"
-    rest = "results" if figure else "--table=N, a table of the paper"
-    raise ConfigError(f"no WORKDIR was given; {asked} {rest}")
+    prefix, alternative = (f"{figure}: ", "") if figure else ("", ", or --table=N")
+    raise ConfigError(f"{prefix}no WORKDIR was given; expected at least one{alternative}")
   listed = arguments.table == "list"
   if arguments.table and not listed and arguments.table not in paper.TABLES:
     choices = ", ".join(paper.TABLES)
     raise ConfigError(f"--table={arguments.table}: expected one of {choices}; or list")
   measured = measurements.read(arguments.workdirs, arguments.all)
-  found = compare.results(measured, arguments.all)
-  if arguments.workdirs and not found:
+  results = compare.results(measured, arguments.all)
+  if arguments.workdirs and not results:
     raise ConfigError(
       f"{', '.join(map(str, arguments.workdirs))}: no result on test images; --all also shows those "
       "on validation images"
     )
   if figure:
-    figures.draw(found, figure)
+    figures.draw(results, figure)
     print(f"wrote {figure}")
   if style is None:
     return 0
   if listed:
     page = tables.tables_page()
   elif arguments.table:
-    page = tables.table_page(paper.TABLES[arguments.table], found, style)
+    page = tables.table_page(paper.TABLES[arguments.table], results, style)
   else:
-    page = tables.results_page(found, style)
+    page = tables.results_page(results, style)
   if arguments.output:
     files.write_atomically(arguments.output, page)
     print(f"wrote {arguments.output}")
@@ -101,7 +106,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _outputs(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
-  """The format of what is printed or written, None if only a figure is; and the figure's path."""
+  """Format of the text output, None without one; and path of the figure, None without one."""
   from byolx.core.config import ConfigError
 
   suffix = arguments.output.suffix.lower() if arguments.output else ".txt"

@@ -1,4 +1,4 @@
-"""`byolx show-views`."""
+"""`byolx show-views`: picture of augmented views."""
 
 import argparse
 from pathlib import Path
@@ -7,13 +7,17 @@ from byolx.cli import numbers, options
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
-  sub = command("show-views", _run, "write a picture of images and pairs of their views")
+  """Add `byolx show-views` to the parser."""
+  sub = command("show-views", _run, "draw images beside pairs of their augmented views")
   sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=options.CONFIG_HELP)
-  sub.add_argument("--output", type=Path, default=Path("views.png"), help="default: views.png")
-  sub.add_argument("--images", type=numbers.count, default=8, help="rows; default: 8")
   sub.add_argument(
-    "--pairs", type=numbers.count, default=4, help="pairs of views per image; default: 4"
+    "--output", type=Path, default=Path("views.png"), help="file of the picture; default: views.png"
+  )
+  sub.add_argument(
+    "--images", type=numbers.count, default=8, help="number of images, one per row; default: 8"
+  )
+  sub.add_argument(
+    "--pairs", type=numbers.count, default=4, help="number of pairs of views per image; default: 4"
   )
 
 

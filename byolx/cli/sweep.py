@@ -1,4 +1,4 @@
-"""`byolx sweep`."""
+"""`byolx sweep`: choice of hyperparameters."""
 
 import argparse
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 from byolx.cli import numbers, options
 
 _SWEEP = """\
-Choose hyperparameters on validation images, then look once at the test images, with what was chosen.
+Choose hyperparameters on validation images, then evaluate the choice once on the test images.
 
-Every cell of the grid is a run of its own in WORKDIR/cells, which does not test. The cell with the best
-validation value is trained once for each seed in WORKDIR/final and tested; where the cell itself is
-such a run, it is tested. With --per, that is done for each value of a field.
+Every cell of the grid is a run in WORKDIR/cells, which is not tested. The cell with the best
+validation value is trained once per seed in WORKDIR/final and tested. Without --retrain, the cell's
+own seed is not trained again. With --per, each value of a field gets a choice and a test.
 
-Start the same command again and it runs what is missing; with more cells or seeds too.
+Start the same command again to run what is missing, also after adding cells or seeds.
 """
 _SWEEP_MORE = """\
 examples:
@@ -24,19 +24,19 @@ examples:
 
 named grids: table9, seeds, table15_rate, table15_decay, rate_decay, table16, table14_depth,
   table14_size, linear_rates, semi_supervised, figure4, table7; see byolx/sweeps/grids.py.
-  `seeds` is for the launchers; here, --seeds does it.
+  The grid `seeds` is for the launchers; use --seeds here.
 
-In the workdir: sweep.json (cells, what was chosen and by which values), results.json (the tests),
-cells/*/ and final/*/seed_*/ (workdirs of `byolx train`, each with its output in log.txt).
+The workdir has sweep.json (cells, choices and their validation values), results.json (test
+results), cells/*/ and final/*/seed_*/ (workdirs of `byolx train`, each with its output in log.txt).
 """
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
+  """Add `byolx sweep` to the parser."""
   sub = command(
     "sweep",
     _run,
-    "choose hyperparameters on validation images, test what was chosen",
+    "choose hyperparameters on validation images, then test the choice",
     description=_SWEEP,
     epilog=_SWEEP_MORE,
   )
@@ -47,49 +47,54 @@ def add(command) -> None:
     required=True,
     action="append",
     metavar="NAME|FIELD=V1,V2,...",
-    help="what cells differ in; several give every combination; lists in brackets: (1,2),(3,4)",
+    help="named grid, or values of a field; several --grid are combined; lists as (1,2),(3,4)",
   )
   add(
     "--per",
     action="append",
     default=[],
     metavar="FIELD",
-    help="choose and test for each value of this field of the grid; may be given several times",
+    help="field of the grid, each value of which gets a choice and a test; may be repeated",
   )
   add(
     "--select",
     default="top1",
     metavar="METRIC[:KEY=VALUE,...]",
-    help="of the validation records; keys: protocol, encoder, labels; default: top1",
+    help="metric of the validation records; keys: protocol, encoder, labels; default: top1",
   )
   add(
-    "--seeds", type=numbers.seeds, default=[], help="of the tests, as 0,1,2; default: the config's"
+    "--seeds",
+    type=numbers.seeds,
+    default=[],
+    help="seeds of the tested runs, as 0,1,2; default: the config's",
   )
   add(
     "--retrain",
     action="store_true",
-    help="test what was trained on training and validation images together",
+    help="train the tested runs on training and validation images together",
   )
   add(
     "--jobs",
     type=numbers.count,
     default=1,
     metavar="N",
-    help="runs at once; default: 1, as runs do not share a GPU or TPU",
+    help="number of runs at once; default: 1, because runs cannot share a GPU or TPU",
   )
-  add("--dry_run", action="store_true", help="print the commands that would run now, do nothing")
-  add("--workdir", type=Path, required=True, help="of the sweep")
+  add(
+    "--dry_run", action="store_true", help="print the commands of the missing runs, and run nothing"
+  )
+  add("--workdir", type=Path, required=True, help="folder of the sweep")
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   import jax
 
-  # Nothing is computed here: an attached TPU or GPU is left to the runs.
+  # This process computes nothing; only the runs may use an attached TPU or GPU.
   jax.config.update("jax_platforms", "cpu")
   from byolx.sweeps import run as sweep_run
   from byolx.sweeps import selection, sweep
 
-  wanted = sweep.build(
+  plan = sweep.build(
     arguments.config,
     overrides,
     arguments.grid,
@@ -100,9 +105,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     retrain=arguments.retrain,
   )
   if arguments.dry_run:
-    print("".join(f"{line}\n" for line in sweep_run.missing(wanted)), end="")
+    print("".join(f"{line}\n" for line in sweep_run.missing(plan)), end="")
     return 0
-  failed = sweep_run.run(wanted, arguments.jobs)
+  failed = sweep_run.run(plan, arguments.jobs)
   if failed:
     names = ", ".join(run.name for run in failed)
     print(

@@ -1,4 +1,4 @@
-"""`byolx train`."""
+"""`byolx train`: training and evaluation of a config."""
 
 import argparse
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from byolx.cli import numbers, options
 
 _TRAIN = """\
-Pretrain an encoder without labels by BYOL, then tell what it learned: k-NN and linear probe at
-several shares of the labels, beside the same network untrained and raw pixels. Or, by the config's
-task, train classifiers: on a frozen encoder, with the encoder it starts from, or from scratch.
+Pretrain an encoder without labels by BYOL, then evaluate it: k-NN and linear probe at several
+shares of the labels, beside the untrained network and raw pixels. Or, depending on the config's
+task, train classifiers: on a frozen encoder, by fine-tuning an encoder, or from scratch.
 
-Start the same command again and the run goes on where it stopped.
+Start the same command again to continue a run where it stopped.
 """
 _TRAIN_MORE = """\
 examples:
@@ -20,14 +20,14 @@ examples:
   byolx train --config=configs/linear_imagenet.py --config.init.workdir=runs/pretrain_imagenet ...
   byolx train --config=configs/pretrain_imagenet.py:arch=resnet200,width=2 --config.optim.base_rate=0.3
 
-Every field is listed by `byolx fields`. In the workdir: config.json, metrics.jsonl, tensorboard/,
-checkpoints/, results.json, parameters.txt, curves.png, views.png; of pretraining embedding.png; of
-an encoder that came from another run lineage.json.
+`byolx fields` lists every field. The workdir has config.json, metrics.jsonl, tensorboard/,
+checkpoints/, results.json, parameters.txt, curves.png and views.png; after pretraining also
+embedding.png; with an encoder from another run also lineage.json.
 """
 
 
 def add(command) -> None:
-  """Adds the command; see `byolx.cli.main`."""
+  """Add `byolx train` to the parser."""
   sub = command(
     "train",
     _run,
@@ -36,8 +36,12 @@ def add(command) -> None:
     epilog=_TRAIN_MORE,
   )
   sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=options.CONFIG_HELP)
-  sub.add_argument("--workdir", type=Path, help="default: runs/NAME_OF_CONFIG")
-  sub.add_argument("--seeds", type=numbers.seeds, help="run once per seed, as 0,1,2, and average")
+  sub.add_argument("--workdir", type=Path, help="folder of the run; default: runs/NAME_OF_CONFIG")
+  sub.add_argument(
+    "--seeds",
+    type=numbers.seeds,
+    help="seeds, such as 0,1,2: one run each, and the means of their results",
+  )
   options.add_distributed(sub)
 
 
@@ -46,16 +50,16 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   from byolx.training import compile_cache
 
   options.join(arguments)
-  cfg = config.load(arguments.config, overrides)
   workdir = arguments.workdir or Path("runs") / _stem(arguments.config)
-  kept = None if arguments.seeds else compile_cache.begin(cfg, workdir, schema.task_source(cfg))
-  # Imported only now: programs load meanwhile.
+  cfg = config.load(arguments.config, overrides, workdir)
+  programs = None if arguments.seeds else compile_cache.begin(cfg, workdir, schema.task_source(cfg))
+  # Imported late, because cached programs load meanwhile.
   from byolx.runs import run
 
   if arguments.seeds:
     run.train_seeds(cfg, workdir, arguments.seeds)
   else:
-    run.train_run(cfg, workdir, kept)
+    run.train_run(cfg, workdir, programs)
   return 0
 
 

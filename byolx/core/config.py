@@ -39,17 +39,27 @@ def stored(path: str | Path) -> dict[str, Any] | None:
 
   Returns:
     The config in the newest record that can be read; without one, that of the workdir's config.json.
+
+  Raises:
+    ConfigError: the config.json is not as a run writes it.
   """
-  for record in _records(Path(path)):
-    try:
-      flat = json.loads(record.read_bytes())["record"]["meta"].get("config")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-      continue  # a damaged checkpoint is named when its arrays are read
-    if flat:
-      return flatten(flat)
-    break
-  file = file_of(Path(path))
-  return None if file is None else flatten(json.loads(file.read_text()))
+  try:
+    for record in _records(Path(path)):
+      try:
+        flat = json.loads(record.read_bytes())["record"]["meta"].get("config")
+      except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        continue  # a damaged checkpoint is named when its arrays are read
+      if flat:
+        return flatten(flat)
+      break
+    file = file_of(Path(path))
+    text = None if file is None else file.read_text()
+  except OSError:  # a path that cannot be looked at, such as one whose name is too long
+    return None
+  try:
+    return None if text is None else flatten(json.loads(text))
+  except (ValueError, AttributeError):
+    raise ConfigError(f"{file}: expected the fields of a run as JSON") from None
 
 
 def file_of(path: Path) -> Path | None:

@@ -1,11 +1,11 @@
-"""Several processes that train as one: how they start, agree, and end together.
+"""Multi-process runs: start, agreement on small values, barriers and a common end.
 
-Every process runs the same program on its own devices and its own rows of each batch; process 0
-is the writer, which alone writes files and prints. Arrays travel between devices inside jitted
-functions; what is said here goes through the coordination service of `jax.distributed`, a small
-key-value store in process 0, and touches no device.
+Every process runs the same program on its own devices and its own rows of each batch. Process 0 is
+the writer: only it writes files and prints. Arrays are exchanged by the devices, inside jitted
+functions. The functions of this module use the coordination service of `jax.distributed` instead, a
+small key-value store in process 0, and use no device.
 
-No process outlives another one, see `peers`.
+When one process ends, `peers` ends all the others.
 """
 
 import json
@@ -20,11 +20,11 @@ from typing import Any
 
 import jax
 
-# jax has no public name for its key-value store; orbax takes it from here as well.
+# jax has no public name for its key-value store; orbax imports it from here too.
 from jax._src.distributed import global_state
 
 from byolx.core import peers
-from byolx.core.peers import EVER, EXIT_LOST, ROOT, WATCH, Group
+from byolx.core.peers import EXIT_LOST, NO_TIMEOUT_MS, ROOT, WATCH, Group
 
 __all__ = [
   "EXIT_LOST",
@@ -44,10 +44,11 @@ __all__ = [
 ]
 
 PEER_TIMEOUT, START_TIMEOUT = 30.0, 300.0
+"""Defaults in seconds, see `initialise`."""
 
 
 class DistributedError(RuntimeError):
-  """The processes did not find each other."""
+  """The connection to the coordinator could not be made."""
 
 
 _group: Group | None = None
@@ -61,35 +62,39 @@ def initialise(
   peer_timeout: float = PEER_TIMEOUT,
   start_timeout: float = START_TIMEOUT,
 ) -> None:
-  """Joins the processes of a run; comes before anything that makes jax look for devices.
+  """Connects this process to the others of the run; call it before jax initialises its devices.
 
-  SIGTERM stays with Python: jax's own handler, which would swallow it, is not installed.
+  jax's SIGTERM handler is not installed, because it would hide the signal from Python's handlers.
 
   Args:
-    coordinator: HOST:PORT on which process 0 listens. Give it with the next two, or give none of
-      them on a TPU pod or in a cluster (SLURM, Open MPI, Kubernetes) whose environment tells.
-    processes: how many there are.
-    process: which one this is, from 0.
-    peer_timeout: seconds without a sign of life after which a process counts as lost.
-    start_timeout: seconds to wait for the others; then this process ends.
+    coordinator: address HOST:PORT on which process 0 listens. Give all of `coordinator`,
+      `processes` and `process`, or none of them on a TPU pod or in a cluster that jax detects from
+      the environment (SLURM, Open MPI, Kubernetes).
+    processes: number of processes.
+    process: index of this process, in 0 to processes - 1.
+    peer_timeout: seconds without a heartbeat after which a process counts as lost.
+    start_timeout: seconds to wait for the other processes; after that, this process exits with
+      code 1.
 
   Raises:
-    ValueError: the arguments do not go together, or nothing in the environment stands in for them.
-    DistributedError: the address cannot be used.
+    ValueError: only some of the three arguments are given, one is invalid, or none is given and no
+      cluster is detected.
+    DistributedError: process 0 cannot listen on the port, or the connection failed.
   """
   global _group
-  given = [value is not None for value in (coordinator, processes, process)]
-  if any(given) and not all(given):
+  are_set = [value is not None for value in (coordinator, processes, process)]
+  if any(are_set) and not all(are_set):
     raise ValueError("expected coordinator, processes and process together, or none of them")
-  if all(given):
+  if all(are_set):
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
       raise ValueError(f"coordinator is {coordinator!r}; expected HOST:PORT")
     if not 0 <= process < processes:
       raise ValueError(f"process is {process} of {processes}; expected 0 to {processes - 1}")
   jax.config.update("jax_enable_preemption_service", False)
-  whom = f"the {processes} processes at {coordinator}" if all(given) else "the other processes"
-  with _deadline(start_timeout, f"{whom} did not all come within {start_timeout:.0f} s"):
+  peers_text = f"the {processes} processes at {coordinator}" if all(are_set) else "other processes"
+  message = f"not all of {peers_text} connected within {start_timeout:.0f} s"
+  with _deadline(start_timeout, message):
     if not jax.distributed.is_initialized():
       _connect(coordinator, processes, process, peer_timeout, start_timeout)
     if global_state.num_processes > 1:
@@ -113,30 +118,33 @@ def _connect(
       coordinator,
       processes,
       process,
-      # At its own limits jax aborts with a stack trace: ours come first. A process says that it lives
-      # every half of the time that jax waits, and may be lost at the end of such a half.
+      # jax aborts with a stack trace at its own time limits, so they must be longer than ours. It
+      # sends a heartbeat every half of its limit, and so may notice a lost process only after that.
       initialization_timeout=math.ceil(start_timeout) + 60,
       heartbeat_timeout_seconds=2 * (math.ceil(peer_timeout) + 20),
     )
   except ValueError:
-    raise ValueError("no cluster is found; give coordinator, processes and process") from None
+    raise ValueError("no cluster was detected; give coordinator, processes and process") from None
   except RuntimeError as error:
     raise DistributedError(f"coordinator {coordinator}: {str(error).splitlines()[0]}") from None
 
 
 def _check_port(port: int) -> None:
-  """jax may crash where it cannot listen."""
-  both = socket.has_dualstack_ipv6()
-  family = socket.AF_INET6 if both else socket.AF_INET
+  """Checks that process 0 can listen on a port: jax may crash if it cannot."""
+  dualstack = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dualstack else socket.AF_INET
   try:
-    socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    socket.create_server(("", port), family=family, dualstack_ipv6=dualstack).close()
   except (OSError, OverflowError) as error:
     raise DistributedError(f"process 0 cannot listen on port {port}: {error}") from None
 
 
 @contextmanager
 def _deadline(seconds: float, message: str) -> Iterator[None]:
-  """Ends the process where the block takes longer: nothing else can, in jax's waiting for others."""
+  """Exits the process with code 1 if the block takes longer than `seconds`.
+
+  A timer thread does it, because jax's wait for the other processes cannot be interrupted.
+  """
 
   def end() -> None:
     print(f"byolx: error: {message}", file=sys.stderr, flush=True)
@@ -152,31 +160,36 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
 
 
 def count() -> int:
-  """How many processes there are; does not make jax look for devices."""
+  """Returns the number of processes, without initialising jax's devices."""
   return _group.count if _group else 1
 
 
 def index() -> int:
-  """Which one this is, from 0."""
+  """Returns the index of this process, in 0 to `count()` - 1."""
   return _group.index if _group else 0
 
 
 def is_writer() -> bool:
-  """Whether this process writes files and prints: process 0 does."""
+  """Returns True on process 0, the only process that writes files and prints."""
   return index() == 0
 
 
 def barrier(name: str) -> None:
-  """Waits until every process has come here, for as long as it takes."""
+  """Waits, without a time limit, until every process has called it with the same name."""
   if _group:
     number = _group.next_call(name)
-    _group.client.wait_at_barrier(f"{ROOT}/barrier/{name}/{number}", EVER)
+    _group.client.wait_at_barrier(f"{ROOT}/barrier/{name}/{number}", NO_TIMEOUT_MS)
 
 
 def agree(value: Any) -> Any:
-  """The writer's value, on every process; of what JSON can hold. Others wait for it.
+  """Returns the writer's value on every process.
 
-  This, `barrier` and `any_process` are for one thread only, and in the same order everywhere.
+  All processes must call `agree`, `barrier` and `any_process` in the same order, each process from
+  one thread only.
+
+  Args:
+    value: the value to send on the writer, serialisable as JSON; ignored on the other processes,
+      which wait for the writer's.
   """
   if not _group:
     return value
@@ -184,11 +197,11 @@ def agree(value: Any) -> Any:
   if is_writer():
     _group.client.key_value_set(key, json.dumps(value))
     return json.loads(json.dumps(value))
-  return json.loads(_group.client.blocking_key_value_get(key, EVER))
+  return json.loads(_group.client.blocking_key_value_get(key, NO_TIMEOUT_MS))
 
 
 def any_process(flag: bool) -> bool:
-  """Whether any process says True. All of them must ask, and wait for the last one."""
+  """Returns True on every process if any of them passes True; waits until all have called it."""
   if not _group:
     return flag
   key = f"{ROOT}/any/{_group.next_call('any')}/"
@@ -199,80 +212,92 @@ def any_process(flag: bool) -> bool:
 
 
 class Soon:
-  """A wish of any process that all of them follow after the same call; nobody waits meanwhile.
+  """A request that any process may make, answered by True at the same call on every process.
 
-  Call it equally often everywhere, as after every step. True comes a second or so after some
-  process wanted it, at the same call for all, and as often as it is wanted again. It costs
-  nothing but a lock, as the watching threads talk about it. A wish in the last second of a
-  loop may find no call left to answer: `any_process` after the loop tells.
+  Every process calls it equally often, for example after every step. After a process has requested
+  (`soon(True)`), one later call returns True on all processes; all other calls return False.
+  Watching threads in the background agree on that call, which takes about a second. The caller
+  waits only if it makes its next call during the agreement. A request in the last second of a loop
+  may get no answer, as no call is left: use `any_process` after the loop.
+
+  Args:
+    name: name of the request, the same on every process.
   """
 
   def __init__(self, name: str):
     self._name, self._round = name, 0
-    self._calls, self._wanted = 0, False
-    self._agreed: int | None = None
+    self._calls, self._requested = 0, False
+    self._agreed_call: int | None = None
     self._lock = threading.Lock()
-    self.meeting = False
+    self.negotiating = False
     if _group:
-      # A later one of the same name goes on where the earlier one was on every process.
+      # The number separates this object from an earlier one of the same name.
       number = _group.next_call(f"soon {name}")
       self._path = f"{WATCH}soon/{name}/{number}/"
-      _group.soons[name] = self
+      _group.requests[name] = self
 
-  def __call__(self, wanted: bool) -> bool:
+  def __call__(self, requested: bool) -> bool:
     if not _group:
-      return wanted
+      return requested
     with self._lock:
       self._calls += 1
-      self._wanted |= wanted
-      if self._calls != self._agreed:
+      self._requested |= requested
+      if self._calls != self._agreed_call:
         return False
-      self._agreed, self._wanted = None, False
+      self._agreed_call, self._requested = None, False
       self._round += 1
       return True
 
-  def attend(self, entries: dict[str, str]) -> None:
-    """By the watching thread: all halt at their call, and agree on the one after the last."""
-    if self._agreed is not None:
+  def negotiate(self, entries: dict[str, str]) -> None:
+    """Agrees on the call that returns True; runs in the watching thread.
+
+    Each process publishes its number of calls and holds its lock, so that it makes no further call.
+    The agreed call is the one after the largest number of calls.
+
+    Args:
+      entries: all entries of the key-value store below WATCH.
+    """
+    if self._agreed_call is not None:
       return
-    here = f"{self._path}{self._round}/"
-    if not self.meeting and (self._wanted or f"{here}notice" in entries):
+    prefix = f"{self._path}{self._round}/"
+    if not self.negotiating and (self._requested or f"{prefix}notice" in entries):
       self._lock.acquire()
-      self.meeting = True
-      _group.client.key_value_set(f"{here}notice", "", allow_overwrite=True)
-      _group.client.key_value_set(f"{here}at/{_group.index}", str(self._calls))
-    elif self.meeting:
-      calls = [entries.get(f"{here}at/{i}") for i in range(_group.count)]
+      self.negotiating = True
+      _group.client.key_value_set(f"{prefix}notice", "", allow_overwrite=True)
+      _group.client.key_value_set(f"{prefix}at/{_group.index}", str(self._calls))
+    elif self.negotiating:
+      calls = [entries.get(f"{prefix}at/{i}") for i in range(_group.count)]
       if None not in calls:
-        self._agreed = max(map(int, calls)) + 1
-        self.meeting = False
+        self._agreed_call = max(map(int, calls)) + 1
+        self.negotiating = False
         self._lock.release()
 
 
 def leave(code: int, reason: str) -> None:
-  """Ends this process and all others with this exit code; alone, it does nothing.
+  """Ends this process and all others with an exit code; returns if there is only one process.
 
   Args:
-    code: exit code.
-    reason: what the others will say of this process, such as `failed: no such file`; it has said
-      so itself.
+    code: exit code of all processes.
+    reason: end of the line that the other processes print, after the name of this process, such as
+      `failed: no such file`. This process does not print it.
   """
   if _group:
-    _group.leave_note({"code": code, "reason": f"{_group.name(_group.index)} {reason}"})
+    _group.publish_end({"code": code, "reason": f"{_group.name(_group.index)} {reason}"})
     _group.leave(code, readers=_group.count)
 
 
 def await_reason() -> None:
-  """After an error that the end of another process may have caused: waits until that is known.
+  """Waits, after an error, until it is known whether another process has ended.
 
-  Where it is, this process ends here, saying so; else the error is its own, and this returns.
+  If one has, its end may be the cause of the error: this process prints that reason and exits. If
+  none has ended after the time limit of a lost process, the function returns.
   """
   if _group and _group.over.wait(_group.peer_timeout + 3):
     threading.Event().wait()  # the watching thread is about to end this process
 
 
 def finish() -> None:
-  """The good end: waits for all processes, so that none misses another one."""
+  """Waits for all processes and disconnects, so that no process counts as lost at a normal end."""
   global _group
   if _group:
     barrier("finish")
@@ -284,5 +309,5 @@ def finish() -> None:
 
 
 def prefix() -> str:
-  """What a line of one of several processes begins with."""
+  """Returns the beginning of this process's lines, such as `process 1: `; empty if it is alone."""
   return _group.prefix if _group else ""

@@ -1,11 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file is replaced as a whole, or not at all."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-  """Writes a whole file or leaves the old one; makes its folder."""
+  """Writes a file, or leaves the old one unchanged if the write fails.
+
+  Args:
+    path: file to write; its parent folders are created.
+    content: bytes, or text that is encoded as UTF-8.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:

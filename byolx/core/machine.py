@@ -1,4 +1,4 @@
-"""What this machine offers, and how its processes end."""
+"""CPU cores of this machine, and the lifetime of worker processes."""
 
 import multiprocessing
 import os
@@ -6,21 +6,22 @@ import threading
 
 
 def usable_cores() -> int:
-  """CPU cores that this process may run on."""
-  affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+  """Returns the number of CPU cores that this process may run on."""
+  affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
   return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:
-  """Makes this worker process end when the process that started it does, however that ended.
+  """Ends this worker process as soon as its parent process has ended, for any reason.
 
-  A process that is killed tells nobody: its workers would wait for ever, and hold shared memory.
+  A killed parent cannot stop its workers: they would wait for ever and hold their shared memory.
+  Does nothing in a process that `multiprocessing` did not start.
   """
   parent = multiprocessing.parent_process()
   if parent is not None:
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _follow(parent) -> None:
+def _exit_after(parent) -> None:
   parent.join()
   os._exit(1)

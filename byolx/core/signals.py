@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGTERM and Ctrl-C as a request, and the error that says it was followed."""
+"""Graceful stops: SIGTERM and Ctrl-C become a stop request, and a stopped run raises StoppedError."""
 
 import contextlib
 import signal
@@ -6,46 +6,51 @@ from typing import Any
 
 
 class StoppedError(RuntimeError):
-  """A run that was asked to stop by a signal, and has saved what it had.
+  """Raised after a signal has stopped a run and its state is saved.
 
   Args:
-    signal_name: empty where another process had the signal.
-    what: was stopped, and saved.
+    signal_name: name of the signal, such as SIGTERM; empty if another process received it.
+    progress: end of the message: when the run stopped and which part of it is saved.
   """
 
-  def __init__(self, signal_name: str, what: str):
-    super().__init__(f"stopped by {signal_name or 'another process'} {what}")
+  def __init__(self, signal_name: str, progress: str):
+    super().__init__(f"stopped by {signal_name or 'another process'} {progress}")
     self.by_keyboard = signal_name == "SIGINT"
 
 
 class Stop:
-  """Turns SIGTERM and SIGINT into a request, while used as a context manager in the main thread.
+  """Context manager that turns SIGTERM and SIGINT into a stop request.
 
-  A second signal of the same kind acts as it would without this.
+  A second signal of the same kind goes to the handler that was installed before. Outside of the
+  main thread it does nothing, because Python handles signals in the main thread only.
 
   Args:
-    at_once: what to say in a StoppedError that is raised wherever the signal comes; empty to
-      leave it to who looks at `name`.
+    at_once: end of the message of a StoppedError, which the signal handler then raises at once. If
+      empty, the handler raises nothing: it stores the signal's name in `name`, and the caller checks
+      it.
+
+  Attributes:
+    name: name of the last signal received, such as SIGTERM; empty before a signal.
   """
 
   def __init__(self, at_once: str = ""):
     self.name = ""
     self._at_once = at_once
-    self._before: dict[int, Any] = {}
+    self._previous_handlers: dict[int, Any] = {}
 
   def __enter__(self) -> "Stop":
-    with contextlib.suppress(ValueError):  # not in the main thread: nothing to listen to
+    with contextlib.suppress(ValueError):  # raised outside of the main thread
       for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._request)
+        self._previous_handlers[number] = signal.signal(number, self._request)
     return self
 
   def __exit__(self, *_) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._previous_handlers.items():
       signal.signal(number, handler)
-    self._before = {}
+    self._previous_handlers = {}
 
   def _request(self, number: int, _) -> None:
     self.name = signal.Signals(number).name
-    signal.signal(number, self._before.pop(number))
+    signal.signal(number, self._previous_handlers.pop(number))
     if self._at_once:
       raise StoppedError(self.name, self._at_once)

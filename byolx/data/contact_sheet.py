@@ -1,4 +1,4 @@
-"""Looking at views: the contact sheet behind `byolx show-views`."""
+"""Contact sheet of images and their views, drawn by `byolx show-views`."""
 
 from collections.abc import Sequence
 
@@ -17,39 +17,42 @@ def draw_sheet(
   originals: Sequence[UInt8[np.ndarray, "_ _ 3"]],
   pairs: Sequence[Sequence[tuple[UInt8[np.ndarray, "_ _ 3"], ...]]],
 ) -> UInt8[np.ndarray, "height width 3"]:
-  """A contact sheet: a row per image, the original first and then its pairs of views, or single views.
+  """Draws a contact sheet: one row per image, with the original and then its pairs of views.
 
-  Views are enlarged by whole factors without interpolation, to 96 pixels or more, so that every
-  pixel of a small view is seen; originals are fitted to the same cells, their shape kept.
+  Views are enlarged by an integer factor without interpolation, to 96 pixels or more, so that each
+  pixel of a small view is visible. Originals are resized to the same cells, with their aspect
+  ratio.
 
   Args:
-    originals: images of any size.
-    pairs: for each original, the same number of (view 1, view 2), or of (view,), square and all of
-      one size.
+    originals: RGB images 0..255 of any size.
+    pairs: tuples (view 1, view 2), or (view,), of each original; equally many for each original,
+      with square RGB views 0..255 of one size.
 
   Returns:
-    An RGB image with a line of labels above the columns.
+    RGB image 0..255 with a line of labels above the columns.
 
   Raises:
-    ValueError: if there is nothing to draw, or the numbers or sizes of the views differ.
+    ValueError: there is no original or view, or the numbers or sizes of the views differ.
   """
   views = [[view for pair in row for view in pair] for row in pairs]
   shapes = {view.shape for row in views for view in row}
   if not originals or len(originals) != len(pairs) or len({len(row) for row in views}) != 1:
     raise ValueError(
-      f"{len(originals)} originals and rows of {[len(row) for row in pairs]} pairs; expected a row"
-      " of pairs for each original, all equally long"
+      f"{len(originals)} originals and rows of {[len(row) for row in pairs]} pairs; expected one"
+      " row per original, with equally many pairs"
     )
   if len(shapes) != 1 or len(set(min(shapes)[:2])) != 1:
     raise ValueError(f"the views have shapes {sorted(shapes)}; expected square ones of one size")
   size = min(shapes)[0]
   factor = -(-_SMALLEST_CELL // size)
   cell = factor * size
-  each = len(pairs[0][0])
-  names = ["view"] if each == 1 else [f"view {number}" for number in range(1, each + 1)]
+  per_pair = len(pairs[0][0])
+  names = ["view"] if per_pair == 1 else [f"view {number}" for number in range(1, per_pair + 1)]
   labels = ["original"] + names * len(pairs[0])
-  # A wider gap before every pair.
-  lefts = [_GAP + i * (cell + _GAP) + _GAP * ((i + each - 1) // each) for i in range(len(labels))]
+  # A wider gap before each pair.
+  lefts = [
+    _GAP + i * (cell + _GAP) + _GAP * ((i + per_pair - 1) // per_pair) for i in range(len(labels))
+  ]
   height = _HEADER + len(originals) * (cell + _GAP)
   sheet = np.full((height, lefts[-1] + cell + _GAP, 3), _PAPER, np.uint8)
   for label, left in zip(labels, lefts, strict=True):
@@ -67,7 +70,7 @@ def _enlarge(image, factor):
 
 
 def _fit(image, cell):
-  """The image at its largest within a square cell, centred on paper."""
+  """Resizes an image to fit a square cell, and centres it."""
   height, width = image.shape[:2]
   scale = cell / max(height, width)
   if scale >= 1:

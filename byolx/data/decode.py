@@ -1,21 +1,19 @@
-"""Image files to pixels: JPEG, PNG, WebP and BMP in every variant that data sets hold.
+"""Decoding of JPEG, PNG, WebP and BMP files in all variants that occur in data sets.
 
-ImageNet alone has CMYK JPEGs, a PNG named `.JPEG` and EXIF-rotated photographs; a folder of one's
-own has worse. Whatever the file, the result is uint8 RGB `h w 3`, upright; whatever is wrong with
-it, the error is a `DecodeError` with its name.
+ImageNet, for example, has CMYK JPEGs, a PNG named `.JPEG` and EXIF-rotated photographs. The result
+is always upright uint8 RGB `h w 3`, and the error is always a `DecodeError` that names the file.
 
-- The format is found from the first bytes, not from the extension; only these four decoders are
-  ever reached.
-- Grey is repeated three times, palettes are looked up, 16 bits are scaled to 8 (round(v / 257)),
-  not truncated.
-- Transparency is composited on white.
-- CMYK and YCCK are converted without a colour profile, inverted where Adobe's marker says that
-  they are stored so.
-- The EXIF orientation is applied. Animations give their first picture.
-- A file that ends early is an error, never a half-grey picture.
+- The format is detected from the first bytes, not from the extension; other formats are refused.
+- Grey images are repeated to three channels, palettes are looked up, and 16 bits are scaled to 8
+  (round(v / 257)) rather than truncated.
+- Transparent images are composited on white.
+- CMYK and YCCK are converted without a colour profile, and inverted if Adobe's marker is present.
+- The EXIF orientation is applied. Of an animation, the first picture is decoded,
+  of an animated PNG its default picture.
+- A truncated file is an error, not a partly grey image.
 
-Plain JPEGs are decoded by OpenCV, everything else by Pillow; where both can decode a file they
-agree to the bit.
+Plain JPEGs are decoded by OpenCV, all other files by Pillow, but PNGs of 16 bits by OpenCV if
+possible. Both give identical pixels for the files that both can decode.
 """
 
 import io
@@ -34,10 +32,10 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"})
-"""Extensions of files that are taken for images, in lower case."""
+"""Extensions of image files, in lower case."""
 
 MAX_PIXELS = 2**27
-"""More pixels than this (134 million, 400 MB of RGB) are refused before anything is decoded."""
+"""Largest number of pixels, 134 million (400 MB of RGB); larger images are not decoded."""
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _FRAME_MARKERS = frozenset(bytes((0xC0 + n,)) for n in range(16) if n not in (4, 8, 12))
@@ -46,11 +44,11 @@ _APNG_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
 
 
 class DecodeError(ValueError):
-  """A file that holds no readable image. The message is `name: reason`, on one line."""
+  """The file has no readable image. The message is `name: reason`, on one line."""
 
 
 def is_image_name(name: str) -> bool:
-  """True if the extension, in any case, is one that `read_image` can be expected to decode."""
+  """Tests whether a file name has one of EXTENSIONS, in upper or lower case."""
   return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -61,13 +59,13 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
     RGB pixels 0..255, upright, contiguous and writeable.
 
   Raises:
-    DecodeError: the file cannot be read, or see `decode`.
+    DecodeError: the file cannot be read or decoded, see `decode`.
   """
   return decode(read_file(path), str(path))
 
 
 def read_file(path: str | Path) -> bytes:
-  """The bytes of a file.
+  """Reads the bytes of a file.
 
   Raises:
     DecodeError: the file cannot be read.
@@ -80,13 +78,18 @@ def read_file(path: str | Path) -> bytes:
 
 
 def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
-  """Decodes the bytes of one image file; `name` is used in errors only.
+  """Decodes the bytes of one image file.
+
+  Args:
+    data: bytes of the file.
+    name: name of the file in error messages.
 
   Returns:
     RGB pixels 0..255, upright, contiguous and writeable.
 
   Raises:
-    DecodeError: empty, truncated, damaged, larger than MAX_PIXELS, or none of the four formats.
+    DecodeError: the file is empty, truncated, damaged, of another format, or has more than
+      MAX_PIXELS pixels.
   """
   if not data:
     raise DecodeError(f"{name}: the file is empty")
@@ -110,13 +113,13 @@ def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
   return np.require(_upright(pixels, _orientation(exif)), requirements="CW")
 
 
-# Each reader takes the bytes of a file of its format and returns RGB pixels, not yet upright, and
-# the EXIF block that says how they lie (b"" if there is none).
+# Each reader decodes the bytes of its format. It returns RGB pixels before the EXIF orientation is
+# applied, and the EXIF block (b"" if there is none).
 
 
 def _jpeg(data: bytes) -> tuple[np.ndarray, bytes]:
   data, exif, frame = _jpeg_segments(data)
-  # A file without the end marker may be cut short, which OpenCV would not say.
+  # A file without the end marker may be truncated, which OpenCV does not report.
   if _is_plain(frame) and data.rstrip(b"\0").endswith(b"\xff\xd9"):
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _RGB_AS_STORED)
     if pixels is not None:
@@ -124,16 +127,16 @@ def _jpeg(data: bytes) -> tuple[np.ndarray, bytes]:
   image = _opened(JpegImageFile, data)
   image.load()
   if image.mode == "CMYK" and "adobe" not in image.info:
-    image = ImageChops.invert(image)  # Pillow takes every CMYK file for Adobe's, stored inverted
+    image = ImageChops.invert(image)  # Pillow inverts all CMYK files, as if they were Adobe's
   return _rgb(image), exif
 
 
 def _png(data: bytes) -> tuple[np.ndarray, bytes]:
   data = _still(data)
   image = _opened(PngImageFile, data)
-  image.load()  # also checks that the file is whole
+  image.load()  # also checks that the file is complete
   exif = image.info.get("exif", b"")
-  if data[24] == 16:  # bit depth; Pillow would keep only the high bytes of colours
+  if data[24] == 16:  # bit depth; Pillow keeps only the high byte of a colour
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is not None and pixels.dtype == np.uint16:
       return _eight_bits(pixels), exif
@@ -150,7 +153,7 @@ def _bmp(data: bytes) -> tuple[np.ndarray, bytes]:
 
 
 def _opened(reader: Callable[[io.BytesIO], Image.Image], data: bytes) -> Image.Image:
-  """Parses the header only, and refuses sizes that no data set needs."""
+  """Parses the header, and refuses images with more than MAX_PIXELS pixels."""
   image = reader(io.BytesIO(data))
   width, height = image.size
   if width * height > MAX_PIXELS:
@@ -159,7 +162,7 @@ def _opened(reader: Callable[[io.BytesIO], Image.Image], data: bytes) -> Image.I
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-  """Any Pillow mode to RGB; transparency, stored as a channel or as a colour, on white."""
+  """Converts any Pillow mode to RGB; a transparent channel or colour is composited on white."""
   if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -167,7 +170,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-  """OpenCV's uint16 grey, BGR or BGRA to uint8 RGB, transparency on white."""
+  """Converts OpenCV's uint16 grey, BGR or BGRA to uint8 RGB, composited on white."""
   if pixels.ndim == 2:
     pixels = np.repeat(pixels[..., None], 3, axis=2)
   values = pixels[..., 2::-1].astype(np.float64) / 257
@@ -178,10 +181,10 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def _jpeg_segments(data: bytes) -> tuple[bytes, bytes, bytes]:
-  """Walks a JPEG's header: (the file without EXIF segments, the first of them, the frame header).
+  """Splits a JPEG: (the file without EXIF segments, the first EXIF segment, the frame header).
 
-  Pillow would parse the EXIF on opening, and warn about the damage that is common in it. What is
-  not there is b"". The frame header starts with its marker, ff c0 to ff cf.
+  A missing segment is b"". The frame header starts with its marker, ff c0 to ff cf. The EXIF
+  segments are removed because Pillow parses them on opening, and warns about damaged ones.
   """
   kept, exif, frame, position = [data[:2]], [], b"", 2
   while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
@@ -200,7 +203,7 @@ def _jpeg_segments(data: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _is_plain(frame: bytes) -> bool:
-  """True for 8 bits, grey or three channels, and a size that is not refused."""
+  """Tests for 8 bits, one or three channels, and at most MAX_PIXELS pixels."""
   if len(frame) < 10:
     return False
   bits, height, width, channels = struct.unpack_from(">BHHB", frame, 4)
@@ -208,7 +211,7 @@ def _is_plain(frame: bytes) -> bool:
 
 
 def _still(data: bytes) -> bytes:
-  """A PNG without the chunks of an animation, which leaves its default picture."""
+  """Removes the chunks of an animation from a PNG, which leaves its default picture."""
   if not any(chunk in data for chunk in _APNG_CHUNKS):
     return data
   kept, position = [data[:8]], 8
@@ -222,7 +225,7 @@ def _still(data: bytes) -> bytes:
 
 
 def _orientation(exif: bytes) -> int:
-  """EXIF tag 0x0112 of the first directory: 1 to 8; 1 (upright) where it is missing or damaged."""
+  """Reads EXIF tag 0x0112 of the first directory, 1 to 8; 1 (upright) if missing or damaged."""
   tiff = exif.removeprefix(b"Exif\0\0")
   order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
   if order is None:
@@ -241,7 +244,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-  """Undoes the camera's orientation: 2-4 mirror or turn by 180 degrees, 5-8 also swap the axes."""
+  """Applies the EXIF orientation: 2-4 mirror or turn by 180 degrees, 5-8 also swap the axes."""
   if orientation >= 5:
     pixels = pixels.transpose(1, 0, 2)
   if orientation in (3, 4, 7, 8):

@@ -1,12 +1,12 @@
-"""Which records a step takes, and from which random numbers: a function of (seed, step) only.
+"""Sampler: the records of each step, and their random generators, as a function of (seed, step).
 
 Epoch e visits the records in the order `epoch_order(seed, e)`. The stream of all epochs is cut into
-batches of exactly `batch_size`, across the ends of epochs: nothing is dropped, nothing is repeated,
-and every record comes once per epoch whatever the batch size and the number of hosts. Every host
-takes its block of each batch.
+batches of exactly `batch_size`, across the ends of epochs. So no record is dropped or repeated:
+each is used once per epoch, whatever the batch size and the number of hosts. Each host has one
+block of each batch.
 
-The random numbers of a view come from `Stream(seed).at(VIEW, record, epoch, view)`: Philox counters
-(draw, purpose, epoch, view) under the key (seed, record).
+The random numbers of a view are drawn from `Stream(seed).at(VIEW, record, epoch, view)`: Philox
+counters (draw, purpose, epoch, view) under the key (seed, record).
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,24 @@ import numpy as np
 from jaxtyping import Int32
 
 VIEW, ORDER, REPLACEMENT, RANDAUGMENT = range(4)
-"""What a generator is for: streams of different purposes share nothing."""
+"""Purposes of a generator; the streams of different purposes are independent."""
 
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> Int32[np.ndarray, "count"]:
-  """The order in which an epoch visits `count` records: a permutation, read-only."""
+  """Permutation of the records 0 to count - 1 in one epoch, as a read-only array."""
   order = Stream(seed).at(ORDER, 0, epoch).permutation(count).astype(np.int32)
   order.flags.writeable = False
   return order
 
 
 class Stream:
-  """One generator that is moved from place to place, ten times faster than making new ones.
+  """Counter-based random generator with one independent stream per purpose, record, epoch and view.
 
-  Not for several threads at once.
+  One generator is reused, which is faster than creating one per stream. It is not thread-safe.
+
+  Args:
+    seed: seed of the run.
   """
 
   def __init__(self, seed: int):
@@ -38,7 +41,14 @@ class Stream:
     self._generator = np.random.Generator(np.random.Philox(key=0))
 
   def at(self, purpose: int, record: int, epoch: int = 0, view: int = 0) -> np.random.Generator:
-    """The generator of this purpose, record, epoch and view, at its start."""
+    """Returns the generator at the start of a stream; it is valid until the next call.
+
+    Args:
+      purpose: VIEW, ORDER, REPLACEMENT or RANDAUGMENT.
+      record: index of the record.
+      epoch: index of the epoch.
+      view: index of the view.
+    """
     self._generator.bit_generator.state = {
       "bit_generator": "Philox",
       "state": {"key": (self._seed, record), "counter": (0, purpose, epoch, view)},
@@ -52,19 +62,21 @@ class Stream:
 
 @dataclass(frozen=True)
 class Rows:
-  """Which places of the stream of records are made together.
+  """Cut of the stream of records into batches, blocks per host, and parts.
 
-  Place p is number p % records of epoch p // records. A step's batch of `batch_size` places is cut
-  into one block per host, and a host's block into `parts`, which are made one by one.
+  Position p of the stream is element p % records of the order of epoch p // records. The batch of a
+  step is `batch_size` positions. It is cut into one block per host, and a block into `parts` parts,
+  which are loaded one by one.
 
-  Args:
-    records: of the source.
-    batch_size: of the global batch.
-    host_index, host_count: this host has block number host_index.
-    parts: at most the rows of a block.
+  Attributes:
+    records: number of records of the source.
+    batch_size: number of rows of the global batch.
+    host_index: index of this host, 0 to host_count - 1.
+    host_count: number of hosts; it divides `batch_size`.
+    parts: number of parts of a block, 1 to the rows of a block.
 
   Raises:
-    ValueError: a batch that cannot be cut evenly over the hosts.
+    ValueError: host_index is out of range, or batch_size is not a multiple of host_count.
   """
 
   records: int
@@ -85,11 +97,11 @@ class Rows:
 
   @property
   def local(self) -> int:
-    """Rows of this host's block."""
+    """Number of rows in the block of this host."""
     return self.batch_size // self.host_count
 
   def of(self, number: int) -> range:
-    """The places of part number step * parts + part."""
+    """Returns the positions of part `number` = step * parts + part."""
     step, part = divmod(number, self.parts)
     first = step * self.batch_size + self.host_index * self.local
     cut = [first + (part + end) * self.local // self.parts for end in (0, 1)]

@@ -1,7 +1,8 @@
-"""Records that cannot be read: each is named once, and too many of them stop the run.
+"""Log and limit of unreadable records: each is logged once, and too many of them stop the run.
 
-A large data set has a few broken files, and a run of days should not end at the first one. The
-pipeline puts another record in its place and reports it here.
+Large data sets often have a few damaged files, which should not stop a run of several days. The
+loader replaces an unreadable record by another one, or leaves it out of an evaluation, and reports
+it here.
 """
 
 import logging
@@ -13,42 +14,47 @@ from jaxtyping import Int32
 
 logger = logging.getLogger("byolx")
 
-HANDFUL = 10
-"""So many unreadable records never stop a run, unless data.max_failed_share is 0."""
+TOLERATED = 10
+"""Number of unreadable records that never stops a run, unless data.max_failed_share is 0."""
 
-ENOUGH = 100
-"""A share of unreadable records is judged once so many records, or all, were seen."""
+MIN_SEEN = 100
+"""Number of distinct records, or all of a smaller source, seen before the share is checked."""
 
 
 class TooManyFailuresError(ValueError):
-  """So many records cannot be read that the run stops."""
+  """The share of unreadable records exceeds data.max_failed_share."""
 
 
 class Failure(NamedTuple):
-  """A record that could not be read; the reason starts with the file's name."""
+  """A record that cannot be read.
+
+  Attributes:
+    record: index of the record in the source.
+    reason: error message, which starts with the name of the file.
+  """
 
   record: int
   reason: str
 
 
 class FailureLog:
-  """Names every unreadable record once, in the log `byolx`, and raises when there are too many.
+  """Logs each unreadable record once, to the logger `byolx`, and raises if there are too many.
 
-  It runs in the main process, on what the batches report, in the order of the batches. So the
-  counts are the same with a thread and with worker processes, and nothing is said about a record
-  before its batch is used. The counts start anew with the iterator; every host has its own. What
-  was named already is remembered in `named`, which the iterators of a run share.
+  The log runs in the main process, on the failures of each batch, in the order of the batches. So
+  the counts do not depend on the number of workers, and a record is logged when its batch is used.
+  Each iterator and each host has its own counts. Logged reasons are added to `named`, which the
+  iterators of a run share.
 
-  Too many means: more than `max_failed_share` of the distinct records seen, and more than a
-  `HANDFUL`, once `ENOUGH` records or the whole source were seen. With a share of 0 the first one
-  is too many.
+  There are too many unreadable records if they exceed `TOLERATED` and `max_failed_share` of the
+  distinct records seen, once `MIN_SEEN` records or the whole source were seen. With a share of 0,
+  the first unreadable record is too many.
 
   Args:
-    name: of the source.
-    records: how many the source has.
-    max_failed_share: 0 to 1, the field data.max_failed_share.
-    consequence: what happens to an unreadable record, for the message.
-    named: reasons that were logged before, and will not be again; grows.
+    name: name of the source.
+    records: number of records of the source.
+    max_failed_share: largest share of unreadable records, 0 to 1; the field data.max_failed_share.
+    consequence: description in the log of the treatment of an unreadable record.
+    named: reasons already logged, which are not logged again; new reasons are added.
 
   Raises:
     ValueError: the share is outside [0, 1].
@@ -72,10 +78,14 @@ class FailureLog:
     self._named = set() if named is None else named
 
   def add(self, index: Int32[np.ndarray, "b"], failures: Sequence[Failure]) -> None:
-    """Takes note of one batch: the records in it (-1 for none), and those that failed.
+    """Adds one batch.
+
+    Args:
+      index: record of each row of the batch, -1 for a row without a record.
+      failures: unreadable records of the batch.
 
     Raises:
-      TooManyFailuresError: too many have failed by now.
+      TooManyFailuresError: there are too many unreadable records.
     """
     self._seen[index[index >= 0]] = True
     for record, reason in failures:
@@ -97,6 +107,6 @@ class FailureLog:
     if self._max_failed_share == 0:
       return True
     seen = int(self._seen.sum())
-    if seen < min(ENOUGH, len(self._seen)):
+    if seen < min(MIN_SEEN, len(self._seen)):
       return False
-    return len(self._failed) > max(HANDFUL, self._max_failed_share * seen)
+    return len(self._failed) > max(TOLERATED, self._max_failed_share * seen)

@@ -1,4 +1,4 @@
-"""k nearest neighbours on frozen features."""
+"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018)."""
 
 import functools
 import math
@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Float32, Int, Num
 
 from byolx.evaluation.logistic_regression import _check_labels, _padded
 
-_COSINES = 2**25  # between test and training images, held at a time: 128 MiB
-_BLOCK = 256  # test images classified at a time, at most
+_COSINES = 2**25  # largest number of cosines in memory at the same time (128 MiB)
+_BLOCK = 256  # largest number of test images that are classified at the same time
 
 
 def knn_probe(
@@ -23,18 +23,29 @@ def knn_probe(
   k: int = 20,
   temperature: float = 0.07,
 ) -> Int[np.ndarray, "m"]:
-  """Classes of the test images, by a vote of their k nearest labelled neighbours.
+  """Classify test images by a weighted vote of their k nearest labelled neighbours.
 
-  Near is a large cosine s, and a neighbour's vote weighs exp(s / temperature) (Wu et al. 2018,
-  section 3.4). Where fewer than k images are labelled, all of them vote.
+  The nearest neighbours are those with the largest cosine s, and each votes with weight
+  exp(s / temperature) (Wu et al. 2018, section 3.4).
+
+  Args:
+    features: features of the training images, real numbers.
+    labels: classes of the training images, -1 = unlabelled, without a vote.
+    test_features: features of the test images, real numbers.
+    classes: number of classes, at least 2.
+    k: number of neighbours; if fewer images are labelled, all of them vote.
+    temperature: temperature of the weights, above 0.
+
+  Returns:
+    Class of each test image.
 
   Raises:
-    ValueError: no label, or a label that is not below `classes`.
+    ValueError: no training image is labelled, or a label is not below `classes`.
   """
   _check_labels(labels, classes)
   x, y = _padded(features, labels)
   tests, _ = _padded(test_features, np.zeros(len(test_features), np.int32))
-  # In blocks, so that 60,000 x 10,000 cosines are never held at once. Rows are a multiple of _BLOCK.
+  # Blocks of test images limit memory. Padding makes the number of rows a multiple of the block.
   block = min(_BLOCK, 2 ** max(0, int(math.log2(_COSINES / len(x)))))
   blocks = tests.reshape(-1, block, tests.shape[1])
   votes = _vote(x, y, blocks, classes, k, temperature)

@@ -1,7 +1,6 @@
-"""Classifiers on frozen features that are solved for, not trained: logistic regression and k-NN.
+"""Multinomial logistic regression on frozen features, by L-BFGS (appendix E.2).
 
-Multinomial logistic regression by L-BFGS is appendix E.2; weighted k-NN is that of Wu et al. (2018).
-Both take arrays of any number of rows and pad them, so that few distinct shapes are compiled.
+Arrays are padded, so that few distinct shapes are compiled.
 """
 
 import functools
@@ -15,18 +14,22 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
-_MEMORY = 10  # pairs of steps and gradient changes that L-BFGS keeps
-_CURVATURE = 0.02  # a typical p (1 - p) at the optimum; any value gives the same optimum
+_MEMORY = 10  # number of past steps and gradient changes that L-BFGS stores
+_CURVATURE = (
+  0.02  # typical p (1 - p) at the optimum, for scaling; the optimum does not depend on it
+)
 _ROWS, _COLUMNS = 256, 256  # features are padded to multiples of these
 
 
 class LinearProbes(NamedTuple):
-  """One classifier per l2 value, as `linear_probe` found them; logits are x @ kernel + bias.
+  """Linear classifiers, one per l2 value; their logits are x @ kernel + bias.
 
   Attributes:
-    objective: sum of cross-entropies + l2/2 * |kernel|^2, reached.
-    converged: whether another step promises less than the tolerance.
-    iterations: evaluations of all objectives together.
+    kernel: weights, float32[l, d, classes].
+    bias: biases, float32[l, classes].
+    objective: final sum of cross-entropies + l2/2 * |kernel|^2, float32[l].
+    converged: True where the next step is expected to reduce the objective by less than the tolerance.
+    iterations: number of joint evaluations of all objectives.
   """
 
   kernel: Float32[np.ndarray, "l d classes"]
@@ -45,30 +48,33 @@ def linear_probe(
   tolerance: float = 1e-7,
   max_iterations: int = 1000,
 ) -> LinearProbes:
-  """Multinomial logistic regression for every l2 value at once, by L-BFGS (appendix E.2).
+  """Fit multinomial logistic regressions for several l2 values at once, by L-BFGS (appendix E.2).
 
-  Minimises sum of cross-entropies + l2/2 * |kernel|^2; the bias is not penalised. That is
+  Minimises sum of cross-entropies + l2/2 * |kernel|^2; the bias is not penalised. This equals
   scikit-learn's `LogisticRegression(C=1 / l2)`.
 
   Args:
-    features: as they are; centred and rotated by `preprocess` they take fewer iterations.
-    labels: class of each row, -1 = ignore the row.
+    features: real numbers; features from `preprocess` need fewer iterations.
+    labels: class of each row; rows with label -1 are ignored.
     l2: penalties, above 0.
-    classes: how many there are, at least 2.
-    tolerance: stop where the step that comes next promises a smaller share of the objective. float32
-      resolves about 1e-7, and stalls below.
-    max_iterations: stop there at the latest, see `LinearProbes.converged`.
+    classes: number of classes, at least 2.
+    tolerance: relative reduction of the objective, expected from the next step, below which the search
+      stops. float32 cannot resolve values below about 1e-7.
+    max_iterations: largest number of iterations.
+
+  Returns:
+    One classifier per l2 value.
 
   Raises:
-    ValueError: no label, a label that is not below `classes`, or an l2 that is not above 0.
+    ValueError: no row is labelled, a label is not below `classes`, or an l2 is not above 0.
   """
   _check_labels(labels, classes)
   if not l2 or not all(value > 0 and math.isfinite(value) for value in l2):
     raise ValueError(f"the l2 values are {list(l2)}; expected one or more finite numbers above 0")
   d = features.shape[1]
   x, y = _padded(features, labels)
-  found = _fit(x, y, np.asarray(l2, np.float32), classes, tolerance, max_iterations)
-  kernel, bias, objective, converged, iterations = jax.device_get(found)
+  results = _fit(x, y, np.asarray(l2, np.float32), classes, tolerance, max_iterations)
+  kernel, bias, objective, converged, iterations = jax.device_get(results)
   return LinearProbes(kernel[:, :d], bias, objective, converged, int(iterations))
 
 
@@ -81,22 +87,22 @@ def _fit(
   tolerance: Float[Array, ""],
   max_iterations: Int[Array, ""],
 ):
-  """`linear_probe` on padded arrays: kernel, bias, objective, converged, iterations."""
+  """`linear_probe` on padded arrays; returns kernel, bias, objective, converged and iterations."""
   counted = (labels >= 0).astype(x.dtype)
   is_label = (labels[:, None] == jnp.arange(classes))[:, None]
   # Parameters are [l, d + 1, classes]: the rows of the kernel, then the bias.
   penalty = jnp.concatenate([jnp.tile(l2[:, None], (1, x.shape[1])), jnp.zeros((len(l2), 1))], 1)
   second_moments = jnp.append(counted @ x**2, counted.sum())
-  # In these units the Hessian is near the identity, which is where L-BFGS starts from.
+  # In these units the Hessian is near the identity, which is the first estimate of L-BFGS.
   units = 1 / jnp.sqrt(_CURVATURE * second_moments + penalty + 1e-12)[:, :, None]
 
   def objectives(scaled: Float32[Array, "l p classes"]) -> Float32[Array, "l"]:
     w = scaled * units
     logits = jnp.einsum("nd,ldk->nlk", x, w[:, :-1], precision="highest") + w[:, -1]
-    own = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
-    others = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-    # log sum_j exp(z_j) - z_y, but exact to float32 also where it is nearly 0.
-    cross_entropy = jax.nn.softplus(others - own)
+    label_logit = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+    other_logits = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+    # log sum_j exp(z_j) - z_y, in a form that keeps float32's precision near 0.
+    cross_entropy = jax.nn.softplus(other_logits - label_logit)
     return counted @ cross_entropy + 0.5 * jnp.sum(penalty[:, :, None] * w**2, axis=(1, 2))
 
   start = jnp.zeros((len(l2), x.shape[1] + 1, classes), x.dtype)
@@ -107,12 +113,12 @@ def _fit(
 
 
 class _Search(NamedTuple):
-  """L-BFGS on l objectives side by side. The next point tried is point - length * direction."""
+  """State of L-BFGS on l objectives in parallel. The next trial point is point - length * direction."""
 
   point: Float32[Array, "l a b"]
   value: Float32[Array, "l"]
   direction: Float32[Array, "l a b"]
-  slope: Float32[Array, "l"]  # gradient . direction: what a unit step promises, times 2
+  slope: Float32[Array, "l"]  # gradient . direction: twice the expected reduction by a unit step
   length: Float32[Array, "l"]
   memory: optax.OptState
   going: Bool[Array, "l"]
@@ -125,11 +131,11 @@ def _minimise(
   tolerance: Float[Array, ""],
   max_iterations: Int[Array, ""],
 ) -> _Search:
-  """Minimises l independent convex objectives at once, by L-BFGS with backtracking.
+  """Minimise l independent convex objectives at once, by L-BFGS with backtracking.
 
-  One loop, and one evaluation of all objectives each time round: each objective either takes its
-  step or halves it. (`jax.vmap` of `optax.lbfgs` runs both branches of every conditional of its line
-  search, and each search until the last objective is content: it took nine times as long for digits.)
+  Each iteration evaluates all objectives once, and each objective either accepts its step or halves it.
+  `jax.vmap` of `optax.lbfgs` is slower: it computes both branches of the conditionals in its line
+  search, and repeats the search until all objectives accept.
   """
   lbfgs = optax.scale_by_lbfgs(_MEMORY)
   n = len(start)
@@ -141,7 +147,7 @@ def _minimise(
     trial = s.point - s.length[:, None, None] * s.direction
     value, pullback = jax.vjp(objectives, trial)
     (gradient,) = pullback(jnp.ones(n))
-    # Enough is gained, or float32 cannot tell.
+    # Armijo's condition, with a margin for float32's rounding.
     enough = value <= s.value - 1e-4 * s.length * s.slope + 1e-7 * jnp.abs(s.value)
     take = s.going & enough
     direction, memory = jax.vmap(lbfgs.update)(gradient, s.memory, trial)
@@ -155,7 +161,7 @@ def _minimise(
     going = s.going & (slope > tolerance * jnp.abs(value)) & (length > 1e-4)
     return _Search(point, value, direction, slope, length, memory, going, s.iterations + 1)
 
-  # The first time round tries the start itself, and anything is better than infinity.
+  # The first iteration evaluates the start itself and accepts it, since the value before is infinite.
   first = _Search(
     point=start,
     value=jnp.full(n, jnp.inf),
@@ -184,7 +190,7 @@ def _check_labels(labels: Int[np.ndarray, "n"], classes: int) -> None:
 def _padded(
   features: Num[np.ndarray, "n d"], labels: Int[np.ndarray, "n"]
 ) -> tuple[Float32[np.ndarray, "rows columns"], Int[np.ndarray, "rows"]]:
-  """Rows (label -1) and columns of zeros are added, so that few distinct shapes are compiled."""
+  """Append rows (label -1) and columns of zeros, so that few distinct shapes are compiled."""
   n, d = features.shape
   x = np.zeros((_padded_rows(n), math.ceil(d / _COLUMNS) * _COLUMNS), np.float32)
   x[:n, :d] = features
@@ -194,6 +200,6 @@ def _padded(
 
 
 def _padded_rows(n: int) -> int:
-  """n in whole 1/16 of the next power of two: at most an eighth more, beyond a few hundred."""
+  """Round n up to a multiple of `_ROWS`, or of 1/16 of the next power of two if that is larger."""
   step = max(_ROWS, 2 ** math.ceil(math.log2(n)) // 16)
   return math.ceil(n / step) * step

@@ -1,10 +1,10 @@
-"""Numbers to watch: collapse monitors of a batch of vectors, norms (Figure 7), accuracy.
+"""Metrics of training and evaluation: collapse monitors of a batch of vectors, norms, accuracy.
 
-BYOL has no negatives, so nothing in its loss forbids that every image gets the same vector (appendix
-J.2 and Table 22 show how). The loss alone does not tell: it is lowest at collapse. These monitors do.
+BYOL has no negatives, so its loss allows collapse, where all images get the same vector (appendix J.2
+and Table 22 give examples). The loss does not show collapse, since it is lowest there. The monitors do.
 
-Device functions are pure and cheap enough for every training step, but `effective_rank`, which
-needs singular values and belongs in evaluation.
+All functions on arrays are pure, and cheap enough for each training step, except `effective_rank`: it
+needs singular values, and is for evaluation.
 """
 
 import math
@@ -14,35 +14,46 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 STD_WARNING = 0.1
-"""An even spread of normalised std s goes with a mean cosine of 1 - s^2 between images: here 0.99."""
+"""Smallest normalised std s without a warning. The mean cosine between images is then 1 - s^2 = 0.99."""
 
 RANK_WARNING = 1.5
-"""Between the 1 of a line and the 2 of an evenly filled plane."""
+"""Smallest rank without a warning: between 1 (a line) and 2 (an evenly filled plane)."""
 
 _NO_SPREAD = 1e-12
-"""float32 leaves a variance of about 1e-14 between unit vectors that are all the same."""
+"""Variance that counts as 0. Rounding in float32 gives about 1e-14 for equal unit vectors."""
 
 
 def normalised_std(z: Float[Array, "b d"]) -> Float[Array, ""]:
-  """Spread of the directions of the vectors, from 0 (collapsed) to 1 (isotropic).
+  """Spread of the directions of vectors, from 0 (collapsed) to 1 (isotropic).
 
-  The standard deviation of each dimension of z / |z| over the batch, averaged over dimensions, times
-  sqrt(d). The variances of all dimensions sum to at most 1, so each is 1/d where the directions fill
-  the sphere evenly.
+  This is sqrt(d) times the mean over dimensions of the standard deviation of z / |z| over the batch.
+  The variances of all dimensions sum to at most 1, and each is 1/d for isotropic directions.
+
+  Args:
+    z: vectors, in any float dtype.
+
+  Returns:
+    float32 scalar in 0..1.
   """
   unit = _unit(z)
   return jnp.mean(jnp.std(unit, axis=0)) * math.sqrt(z.shape[1])
 
 
 def participation_ratio(z: Float[Array, "b d"]) -> Float[Array, ""]:
-  """How many directions share the variance, from 1 to min(b - 1, d); 0 if there is no variance.
+  """Participation ratio of z / |z|: the number of directions that share the variance.
 
-  tr(C)^2 / tr(C^2) for the covariance C of z / |z|, which is (sum l)^2 / sum l^2 over its
-  eigenvalues l: k equal ones give k. It takes one matrix product and no eigenvalues. It weighs large
-  eigenvalues more than `effective_rank` does, so it is the smaller of the two.
+  This is tr(C)^2 / tr(C^2) for the covariance C of z / |z|, or (sum l)^2 / sum l^2 over the eigenvalues
+  l of C: k equal non-zero eigenvalues give k. It needs one matrix product and no eigenvalues. It is
+  smaller than `effective_rank`, since it gives more weight to large eigenvalues.
+
+  Args:
+    z: vectors, in any float dtype.
+
+  Returns:
+    float32 scalar from 1 to min(b - 1, d); 0 if there is no variance.
   """
   centred = _centred_unit(z)
-  # C and the Gram matrix between images have the same eigenvalues: take the smaller one.
+  # C and the Gram matrix of the images have the same non-zero eigenvalues: take the smaller one.
   gram = centred @ centred.T if z.shape[0] < z.shape[1] else centred.T @ centred
   total = jnp.trace(gram)
   spread = total > _NO_SPREAD * z.shape[0]
@@ -50,11 +61,17 @@ def participation_ratio(z: Float[Array, "b d"]) -> Float[Array, ""]:
 
 
 def effective_rank(z: Float[Array, "b d"]) -> Float[Array, ""]:
-  """Effective rank of z / |z| centred over the batch; 0 if there is no variance.
+  """Effective rank of z / |z|, centred over the batch (Roy & Vetterli 2007, eq. 4).
 
-  exp of the entropy of the singular values, scaled to sum 1 (Roy & Vetterli 2007, eq. 4): k equal
-  ones give k. From a decomposition of the batch itself, since float32 eigenvalues of its Gram matrix
-  would turn noise of 1e-7 into singular values of 3e-4, and hundreds of those into a few ranks.
+  This is exp(entropy) of the singular values, scaled to sum 1: k equal non-zero values give k. The
+  singular values are those of the batch itself. The square roots of float32 eigenvalues of its Gram
+  matrix would be too inaccurate: a rounding error of 1e-7 becomes a singular value of 3e-4.
+
+  Args:
+    z: vectors, in any float dtype.
+
+  Returns:
+    float32 scalar from 1 to min(b - 1, d); 0 if there is no variance.
   """
   singular = jnp.linalg.svd(_centred_unit(z), compute_uv=False)
   spread = jnp.sum(singular**2) > _NO_SPREAD * z.shape[0]
@@ -63,17 +80,24 @@ def effective_rank(z: Float[Array, "b d"]) -> Float[Array, ""]:
 
 
 def mean_norm(z: Float[Array, "b d"]) -> Float[Array, ""]:
-  """Mean l2 norm of the vectors (Figure 7)."""
+  """Mean l2 norm of vectors, as a float32 scalar (Figure 7)."""
   return jnp.mean(jnp.linalg.norm(z.astype(jnp.float32), axis=1))
 
 
 def topk_accuracy(
   logits: Float[Array, "b classes"], labels: Int[Array, "b"], k: int = 1
 ) -> Float[Array, ""]:
-  """Share of labelled examples whose class is among the k largest logits.
+  """Top-k accuracy: share of the labelled examples whose class is among the k largest logits.
 
-  Equal logits rank by class number, as in `jax.lax.top_k`; a NaN is never right. Examples with label
-  -1 are not counted; NaN if none is labelled.
+  Equal logits are ordered by class number, as in `jax.lax.top_k`. A NaN logit counts as wrong.
+
+  Args:
+    logits: logits; larger is more likely.
+    labels: classes, -1 = unlabelled, ignored.
+    k: number of largest logits.
+
+  Returns:
+    Scalar in 0..1; NaN if no example is labelled.
   """
   counted = labels >= 0
   correct = rank_of_label(logits, labels) < k
@@ -81,24 +105,35 @@ def topk_accuracy(
 
 
 def rank_of_label(logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]) -> Int[Array, "*b"]:
-  """How many classes come before the label's; for label -1, meaningless.
+  """Rank of the label's class by decreasing logit: 0 for the largest.
 
-  Equal logits rank by class number; the label comes after every NaN, and after everything if it is one.
+  Equal logits are ordered by class number. NaN logits of other classes come first; if the logit of the
+  label is NaN, the label comes last.
+
+  Args:
+    logits: logits; larger is more likely.
+    labels: classes; the rank of label -1 is meaningless.
+
+  Returns:
+    Integers in 0..classes - 1, or `classes` if the label's logit is NaN.
   """
-  own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)
-  later: Bool[Array, "*b classes"] = jnp.arange(logits.shape[-1]) >= labels[..., None]
-  # Counted by what is certainly behind, so that comparisons with NaN count as before.
-  behind = (logits < own) | ((logits == own) & later)
-  return jnp.sum(~behind, axis=-1)
+  label_logit = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)
+  tie_after_label: Bool[Array, "*b classes"] = jnp.arange(logits.shape[-1]) >= labels[..., None]
+  # Classes after the label are counted, since comparisons with NaN are False.
+  after_label = (logits < label_logit) | ((logits == label_logit) & tie_after_label)
+  return jnp.sum(~after_label, axis=-1)
 
 
 def collapse_warning(std: float, rank: float, dimension: int) -> str | None:
-  """One line if the monitors say that vectors have collapsed, else None.
+  """Warning about collapsed vectors, or None.
 
   Args:
-    std: `normalised_std` of the vectors.
-    rank: their `participation_ratio` or `effective_rank`.
-    dimension: of the vectors; with fewer than 2, rank says nothing.
+    std: `normalised_std` of the vectors, in 0..1.
+    rank: `participation_ratio` or `effective_rank` of the vectors.
+    dimension: dimension of the vectors. Below 2, the rank is not checked.
+
+  Returns:
+    One line if std is below `STD_WARNING`, rank is below `RANK_WARNING`, or either is not finite.
   """
   if not (math.isfinite(std) and math.isfinite(rank)):
     return f"the collapse monitors are not finite (normalised std {std}, rank {rank})"

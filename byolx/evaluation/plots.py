@@ -1,7 +1,6 @@
-"""Pictures of a run: training curves with the collapse monitors, and a map of held-out images.
+"""Map of images by their features, and the common style of all figures.
 
-Every function takes data and a path, and writes a whole file or leaves the old one. Figures are
-matplotlib objects of their own: nothing here touches pyplot, so any thread or notebook may call it.
+Files are replaced atomically. Figures do not use pyplot, so any thread or notebook may draw them.
 """
 
 import io
@@ -20,11 +19,11 @@ from threadpoolctl import threadpool_limits
 from byolx.core.files import write_atomically
 
 LARGEST_EMBEDDING = 2000
-"""Images on a map; more would hide each other, and t-SNE slows down."""
+"""Largest number of images on a map. More images would overlap, and make t-SNE slow."""
 
 INK, FAINT = "#262626", "#8c8c8c"
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito, safe for colour-blind readers
-# The "muted" set of Paul Tol, safe for colour-blind readers, and black; then shapes change as well.
+BLUE, ORANGE = "#0072B2", "#D55E00"  # from Okabe and Ito, safe for colour-blind readers
+# Paul Tol's "muted" set, safe for colour-blind readers, and black. Further classes get other shapes.
 COLOURS = (
   "#332288", "#DDCC77", "#CC6677", "#88CCEE", "#117733",
   "#882255", "#44AA99", "#999933", "#AA4499", "#000000",
@@ -41,20 +40,21 @@ def embedding(
   title: str,
   seed: int = 0,
 ) -> None:
-  """A map of images by their features: near means alike; the colour, which it never saw, the class.
+  """Draw a map of images as a PNG: images with similar features are close, colours show the classes.
 
-  Directions of the features (the loss compares nothing else), PCA to 50 dimensions, then t-SNE.
+  The positions do not depend on the labels. They are the t-SNE of 50 principal components of the
+  directions of the features (the loss compares only directions).
 
   Args:
-    features: real numbers.
+    features: features of the images, real numbers.
     labels: class of each image, -1 = unlabelled.
-    classes: their names; a label without a name is shown by its number.
-    path: of the PNG.
-    title: says what images and which encoder.
-    seed: of the sample, where there are more than `LARGEST_EMBEDDING` images, and of t-SNE.
+    classes: names of the classes; a label without a name is shown as a number.
+    path: path of the PNG.
+    title: title above the map.
+    seed: seed of t-SNE, and of the sample if there are more than `LARGEST_EMBEDDING` images.
 
   Raises:
-    ValueError: features that are not finite.
+    ValueError: features are not finite.
   """
   if not np.isfinite(features).all():
     raise ValueError("some features are not finite; expected real numbers")
@@ -63,11 +63,11 @@ def embedding(
     sample = np.sort(rng.choice(len(features), LARGEST_EMBEDDING, replace=False))
     features, labels = features[sample], labels[sample]
   points = _project(features, seed)
-  # Drawn in random order, so that no class hides the others.
+  # A random order keeps the last class from covering the others.
   order = rng.permutation(len(points))
   points, labels = points[order], labels[order]
-  shown = np.unique(labels).tolist()
-  columns = 1 if len(shown) <= 20 else 2
+  present = np.unique(labels).tolist()
+  columns = 1 if len(present) <= 20 else 2
   figure = Figure(figsize=(4.8 + 2.2 * columns, 5.4), layout="constrained")
   figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
   ax = figure.subplots()
@@ -75,23 +75,26 @@ def embedding(
   ax.set(xticks=[], yticks=[])
   ax.set_aspect("equal", adjustable="datalim")
   ax.spines[:].set_visible(False)
-  looks = np.array([_appearance(label) for label in labels.tolist()]).reshape(-1, 2)
-  for shape in np.unique(looks[:, 1]):
-    here = looks[:, 1] == shape
+  appearances = np.array([_appearance(label) for label in labels.tolist()]).reshape(-1, 2)
+  for shape in np.unique(appearances[:, 1]):
+    with_shape = appearances[:, 1] == shape
     ax.scatter(
-      *points[here].T,
+      *points[with_shape].T,
       s=14 if len(points) > 500 else 26,
-      c=looks[here, 0],
+      c=appearances[with_shape, 0],
       marker=str(shape),
       alpha=0.85,
       linewidths=0,
     )
-  _legend(figure, shown, classes, columns)
+  _legend(figure, present, classes, columns)
   save(figure, path)
 
 
 def _project(features: Num[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
-  """Two coordinates per image: t-SNE of 50 principal components, or two of them for a few images."""
+  """Two coordinates per image: t-SNE of 50 principal components.
+
+  With fewer than 5 images, or without variance, they are the first two principal components.
+  """
   unit = np.asarray(features, np.float64)
   unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
   centred = unit - unit.mean(axis=0) if len(unit) else unit
@@ -108,21 +111,21 @@ def _project(features: Num[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "
     random_state=seed,
     n_jobs=1,
   )
-  # One thread: several wait for each other in a busy loop, for minutes where cores are shared.
+  # One thread: several threads wait for each other in a busy loop, which is slow on shared cores.
   with threadpool_limits(1):
     return tsne.fit_transform(components.astype(np.float32))
 
 
 def _appearance(label: int) -> tuple[str, str]:
-  """Colour and shape of a class."""
+  """Colour and marker of a class."""
   if label < 0:
     return FAINT, "o"
-  turn = label // len(COLOURS)
-  return COLOURS[label % len(COLOURS)], SHAPES[turn % len(SHAPES)]
+  cycle = label // len(COLOURS)
+  return COLOURS[label % len(COLOURS)], SHAPES[cycle % len(SHAPES)]
 
 
 def _name(label: int, classes: Sequence[str]) -> str:
-  """What the legend calls a class; matplotlib would read $ as a formula and hide a leading _."""
+  """Name of a class in the legend, escaped: matplotlib reads $ as a formula and hides a leading _."""
   if label < 0:
     return "unlabelled"
   name = classes[label] if label < len(classes) else f"class {label}"
@@ -131,16 +134,16 @@ def _name(label: int, classes: Sequence[str]) -> str:
 
 
 def _legend(figure: Figure, labels: Sequence[int], classes: Sequence[str], columns: int) -> None:
-  """Names of classes beside the map; the first forty of many."""
+  """Add names of classes beside the map, at most `_LARGEST_LEGEND`."""
   shown = labels[:_LARGEST_LEGEND]
   names = [_name(label, classes) for label in shown]
-  looks = [_appearance(label) for label in shown]
+  appearances = [_appearance(label) for label in shown]
   if len(labels) > len(shown):
     names.append(f"and {len(labels) - len(shown)} more")
-    looks.append(("none", "o"))
+    appearances.append(("none", "o"))
   handles = [
     Line2D([], [], linestyle="", marker=shape, markersize=5.5, color=colour, markeredgewidth=0)
-    for colour, shape in looks
+    for colour, shape in appearances
   ]
   figure.legend(
     handles,
@@ -155,7 +158,7 @@ def _legend(figure: Figure, labels: Sequence[int], classes: Sequence[str], colum
 
 
 def style(ax: Axes, title: str) -> None:
-  """The look of every pair of axes: a title at the left, no box, small ticks."""
+  """Apply the common style to axes: title at the left, no box, small ticks."""
   ax.set_title(title, fontsize=9, loc="left", color=INK)
   ax.tick_params(labelsize=7.5, colors=INK, length=3)
   ax.spines[["top", "right"]].set_visible(False)
@@ -163,7 +166,7 @@ def style(ax: Axes, title: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-  """The PNG, drawn whole before a file is touched."""
+  """Save a figure as a PNG, and replace an existing file atomically."""
   png = io.BytesIO()
   FigureCanvasAgg(figure).print_figure(png, format="png", dpi=160, facecolor="white")
   write_atomically(path, png.getvalue())

@@ -1,8 +1,8 @@
-"""What frozen features know, beside other encoders and raw pixels: protocols, records, the table.
+"""Linear probe and k-NN on frozen features, at several shares of the labels.
 
-Everything that one could choose by hand is chosen the same way for every encoder: features are
-centred and scaled by one number, and the l2 penalty is the best of a fixed grid on images held out
-from training (appendix E.2). The classifiers themselves are in `byolx.evaluation.logistic_regression`.
+The rules are the same for all encoders: features are centred and scaled by one number, and validation
+images choose the l2 penalty from a fixed grid (appendix E.2). The classifiers are in
+`byolx.evaluation.logistic_regression` and `byolx.evaluation.knn`.
 """
 
 import logging
@@ -21,32 +21,41 @@ from byolx.evaluation.logistic_regression import LinearProbes, linear_probe
 _log = logging.getLogger("byolx")
 
 L2_VALUES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
-"""For features of mean squared norm 1. E.2 has 45 values from 1e-6 to 1e5, for features as they are."""
+"""Grid of l2 penalties, for features of mean squared norm 1.
+
+Appendix E.2 has 45 values from 1e-6 to 1e5, for features that are not scaled.
+"""
 
 PREPROCESSES = ("centre", "standardise")
 
-_NEGLIGIBLE = 1e-6  # variance, relative to the largest, below which float32 sees no direction
-_LARGEST_ROTATION = 4096  # eigenvectors of larger matrices cost more than they save
+_NEGLIGIBLE = 1e-6  # smallest variance, relative to the largest, that is above float32's rounding
+_LARGEST_ROTATION = 4096  # eigenvectors of larger matrices take more time than they save
 _TITLES = {"linear": "linear probe", "knn": "k-NN", "online_probe": "online probe"}
 
 
 class Examples(NamedTuple):
-  """Features and labels of some images; label -1 = unlabelled, counts for nothing."""
+  """Features and labels of images.
+
+  Attributes:
+    features: real numbers, [n, d].
+    labels: classes, [n], integers; -1 = unlabelled, ignored.
+  """
 
   features: Num[np.ndarray, "n d"]
   labels: Int[np.ndarray, "n"]
 
   def at(self, indices: Int[np.ndarray, "k"]) -> "Examples":
+    """Select examples by index."""
     return Examples(self.features[indices], self.labels[indices])
 
 
 class Draw(NamedTuple):
-  """Which training images' labels a probe may use; indices, sorted.
+  """Training images whose labels a probe may use, as sorted indices.
 
   Attributes:
-    fit: to train on.
-    validation: to choose the l2 value by.
-    retrain: train again on both, with the value chosen (E.2).
+    fit: indices of the images to train on.
+    validation: indices of the images that choose the l2 value.
+    retrain: True to train again on both sets with the chosen value (E.2).
   """
 
   fit: Int[np.ndarray, "k"]
@@ -55,33 +64,42 @@ class Draw(NamedTuple):
 
 
 class Score(NamedTuple):
-  """Top-1 accuracy on the test images, and the l2 value chosen."""
+  """Result of a linear probe.
+
+  Attributes:
+    accuracy: top-1 accuracy on the test images, in 0..1.
+    l2: chosen penalty.
+    at_edge: True if the chosen penalty is at an edge of the grid and clearly better than the next, so
+      that the grid should be extended.
+  """
 
   accuracy: float
   l2: float
-  at_edge: bool  # it is the smallest or largest of the grid, and better than the next: go wider
+  at_edge: bool
 
 
 def preprocess(
   train: Num[np.ndarray, "n d"], test: Num[np.ndarray, "m d"], rule: str = "centre"
 ) -> tuple[Float32[np.ndarray, "n r"], Float32[np.ndarray, "m r"]]:
-  """Features of all training and test images, as every probe of an encoder gets them.
+  """Centre, scale and rotate the features of an encoder for the probes.
 
-  Centred by the mean of the training images, divided by one number so that their squared norm is 1
-  on average, and rotated to their principal axes. A rotation changes neither probe: |kernel| and
-  cosines stay. But L-BFGS takes fewer iterations, and dimensions that say nothing (grey pixels
-  repeated three times, dead units) cost nothing.
+  Subtracts the mean of the training features, divides by one number so that the mean squared norm of the
+  training features is 1, and rotates to their principal axes. A rotation does not change the results of
+  the probes, which depend on |kernel| and on cosines. It reduces the iterations of L-BFGS, and removes
+  dimensions without information (grey pixels repeated in three channels, units that are always 0).
 
   Args:
-    train, test: real numbers; labels are not used.
+    train: features of all training images, real numbers.
+    test: features of all test images, real numbers.
     rule: "centre", or "standardise" to divide each dimension by its standard deviation first.
 
   Returns:
-    r <= d dimensions. If r < d, the last is 0 for training images, and for test images the length
-    of what lies outside the span of training images.
+    Training and test features, float32, with r <= d dimensions. If r < d, the last dimension is 0 for
+    training images; for test images it is the length of the component that is orthogonal to the span of
+    the training images.
 
   Raises:
-    ValueError: an unknown rule, or features that are not finite.
+    ValueError: the rule is unknown, or features are not finite.
   """
   if rule not in PREPROCESSES:
     raise ValueError(f"preprocess is {rule!r}; expected one of {', '.join(PREPROCESSES)}")
@@ -92,21 +110,21 @@ def preprocess(
   train, test = train - mean, test - mean
   if rule == "standardise":
     std = train.std(axis=0)
-    std[std <= 1e-6 * std.max()] = np.inf  # a constant dimension says nothing
+    std[std <= 1e-6 * std.max()] = np.inf  # sets constant dimensions to 0
     train, test = train / std, test / std
   scale = math.sqrt(np.mean(np.sum(train**2, axis=1, dtype=np.float64))) or 1.0
-  train, test = _merged(train / scale, test / scale)
+  train, test = _merge_equal_columns(train / scale, test / scale)
   if not train.any() or min(train.shape) > _LARGEST_ROTATION:
     return train, test
-  return _rotated(train, test)
+  return _rotate(train, test)
 
 
-def _rotated(
+def _rotate(
   train: Float32[np.ndarray, "n d"], test: Float32[np.ndarray, "m d"]
 ) -> tuple[Float32[np.ndarray, "n r"], Float32[np.ndarray, "m r"]]:
-  """Coordinates along the principal axes of the training images, the longest axis first."""
+  """Coordinates along the principal axes of the training images, in order of decreasing variance."""
   n, d = train.shape
-  # Both Gram matrices have the same eigenvalues: take the smaller one.
+  # Both Gram matrices have the same non-zero eigenvalues: take the smaller one.
   values, vectors = np.linalg.eigh(train.T @ train if d <= n else train @ train.T)
   kept = np.flatnonzero(values > _NEGLIGIBLE * values[-1])[::-1]
   axes = vectors[:, kept]
@@ -120,10 +138,13 @@ def _rotated(
   return np.pad(train @ axes, ((0, 0), (0, 1))), np.concatenate([inside, lengths], axis=1)
 
 
-def _merged(
+def _merge_equal_columns(
   train: Float32[np.ndarray, "n d"], test: Float32[np.ndarray, "m d"]
 ) -> tuple[Float32[np.ndarray, "n r"], Float32[np.ndarray, "m r"]]:
-  """Each run of k equal columns (grey pixels, as RGB) as one column times sqrt(k): a rotation too."""
+  """Replace k equal adjacent columns, such as grey pixels in RGB, by one column times sqrt(k).
+
+  This keeps all inner products, as a rotation does.
+  """
   equal = [(x[:, 1:] == x[:, :-1]).all(axis=0) for x in (train, test)]
   first = np.flatnonzero(np.concatenate([[True], ~(equal[0] & equal[1])]))
   weights = np.sqrt(np.diff(first, append=train.shape[1])).astype(np.float32)
@@ -138,12 +159,19 @@ def label_draws(
   seed: int,
   validation_share: float = 0.1,
 ) -> list[Draw]:
-  """Seeded, class-balanced draws of a fraction of the training labels; one draw if that is all.
+  """Draw class-balanced subsets of the training labels.
 
-  A fraction counts all labelled training images: 1 % of 60,000 are 600 labels. The same stratified
-  share of the images is held out for choosing l2 in every draw, and small fractions are drawn from
-  the rest. A fraction that is more than the rest is drawn from all; then the classifier is trained
-  on what is not held out to choose l2, and again on the whole draw.
+  The same stratified set of labelled images is held out in all draws, to choose l2. Small subsets are
+  drawn from the remaining images. Subsets that are larger than the remaining images are drawn from all
+  labelled images; the classifier is then trained on the part that is not held out to choose l2, and
+  again on the whole subset.
+
+  Args:
+    labels: classes of the training images, -1 = unlabelled.
+    fraction: size of a subset, as a fraction of all labelled training images, in (0, 1].
+    draws: number of draws; all labels make one draw.
+    seed: seed of the draws and of the held-out set.
+    validation_share: fraction of the labelled images to hold out.
 
   Raises:
     ValueError: the fraction is outside (0, 1], or no image is labelled.
@@ -151,17 +179,17 @@ def label_draws(
   if not 0 < fraction <= 1:
     raise ValueError(f"the fraction of labels is {fraction}; expected 0 < fraction <= 1")
   labelled = np.flatnonzero(labels >= 0)
-  rest, validation = (
-    labelled[part] for part in stratified_holdout(labels[labelled], validation_share, seed)
+  remaining, validation = (
+    labelled[indices] for indices in stratified_holdout(labels[labelled], validation_share, seed)
   )
-  present = len(np.unique(labels[labelled]))
-  count = min(max(round(fraction * len(labelled)), present), len(labelled))
-  seeds = range(1000 * seed, 1000 * seed + draws)  # not those of the next run's seed
-  if count <= len(rest):
-    subsets = (rest[balanced_subset(labels[rest], count, s)] for s in seeds)
+  classes = len(np.unique(labels[labelled]))
+  count = min(max(round(fraction * len(labelled)), classes), len(labelled))
+  seeds = range(1000 * seed, 1000 * seed + draws)  # distinct for each run's seed
+  if count <= len(remaining):
+    subsets = (remaining[balanced_subset(labels[remaining], count, s)] for s in seeds)
     return [Draw(subset, validation, retrain=False) for subset in subsets]
   if count == len(labelled):
-    return [Draw(rest, validation, retrain=True)]
+    return [Draw(remaining, validation, retrain=True)]
   subsets = [labelled[balanced_subset(labels[labelled], count, s)] for s in seeds]
   return [
     Draw(np.setdiff1d(subset, validation), np.intersect1d(subset, validation), retrain=True)
@@ -180,32 +208,46 @@ def select_and_score(
   tolerance: float = 1e-5,
   max_iterations: int = 100,
 ) -> Score:
-  """Chooses the l2 value by accuracy on the validation images, then scores the test images.
+  """Choose the l2 value by accuracy on the validation images, and score the test images (E.2).
 
-  Among equally good values it takes the middle one; with no labelled validation image, all are
-  equally good. With `retrain`, the classifier that is scored is trained again, with the chosen value,
-  on training and validation images together (E.2).
+  Of equally good values, the middle one is chosen. Without labelled validation images, all values are
+  equally good.
 
-  With the default tolerance and limit, weakly penalised classifiers stop short of their optimum on
-  large sets, and take a tenth of the time.
+  Args:
+    train: training images.
+    validation: images that choose the l2 value.
+    test: images that are scored.
+    classes: number of classes, at least 2.
+    l2: candidate penalties, above 0.
+    retrain: True to train again with the chosen value, on training and validation images together,
+      before scoring.
+    tolerance: tolerance of `linear_probe`. With the default, weakly penalised classifiers on large sets
+      stop before their optimum, which saves time.
+    max_iterations: largest number of iterations of `linear_probe`.
+
+  Raises:
+    ValueError: no training image is labelled, a label is not below `classes`, or an l2 is not above 0.
   """
-  stop = {"classes": classes, "tolerance": tolerance, "max_iterations": max_iterations}
-  probes = linear_probe(*train, l2, **stop)
+  options = {"classes": classes, "tolerance": tolerance, "max_iterations": max_iterations}
+  probes = linear_probe(*train, l2, **options)
   accuracies = _accuracies(probes, validation)
   best = np.flatnonzero(accuracies == accuracies.max())
   chosen = int(best[len(best) // 2])
   at_edge = _clearly_at_edge(accuracies, chosen, int(np.sum(validation.labels >= 0)))
   if retrain:
-    both = Examples(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
-    again = linear_probe(*both, [l2[chosen]], **stop)
-    accuracy = _accuracies(again, test)[0]
+    combined = Examples(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
+    retrained = linear_probe(*combined, [l2[chosen]], **options)
+    accuracy = _accuracies(retrained, test)[0]
   else:
     accuracy = _accuracies(probes, test)[chosen]
   return Score(float(accuracy), float(l2[chosen]), at_edge)
 
 
 def _clearly_at_edge(accuracies: Float[np.ndarray, "l"], chosen: int, images: int) -> bool:
-  """Whether an end of the grid beats its neighbour by more than two standard errors."""
+  """Whether the chosen value is at an edge of the grid and better than its neighbour.
+
+  Better means a difference in accuracy above two standard errors of a binomial share of the images.
+  """
   neighbour = {0: 1, len(accuracies) - 1: len(accuracies) - 2}.get(chosen)
   if neighbour is None or len(accuracies) == 1:
     return False
@@ -215,7 +257,7 @@ def _clearly_at_edge(accuracies: Float[np.ndarray, "l"], chosen: int, images: in
 
 
 def _accuracies(probes: LinearProbes, examples: Examples) -> Float[np.ndarray, "l"]:
-  """Top-1 of every classifier on the labelled examples; 0 if there are none."""
+  """Top-1 accuracy of each classifier on the labelled examples, in 0..1; 0 if there are none."""
   labelled = examples.at(np.flatnonzero(examples.labels >= 0))
   x = np.asarray(labelled.features, np.float32)
   predicted = [(x @ w + b).argmax(axis=1) for w, b in zip(probes.kernel, probes.bias, strict=True)]
@@ -238,42 +280,51 @@ def evaluate_features(
   rule: str = "centre",
   l2: Sequence[float] = L2_VALUES,
 ) -> list[dict[str, Any]]:
-  """Linear probe and k-NN of every encoder, at every fraction of the labels.
+  """Evaluate encoders with a linear probe and k-NN at each fraction of the labels.
 
   Args:
-    features: of the training and test images, by encoder.
-    train_labels, test_labels: -1 = unlabelled.
-    fractions, draws: see `label_draws`; a value is the mean over draws, its interval half their
-      range (None for one draw).
-    task, step, config, commit, split: go into every record as they are.
-    seed: of the draws; goes into every record.
-    rule: see `preprocess`.
-    l2: penalties to choose from.
+    features: pairs of training and test features, by name of the encoder.
+    train_labels: classes of the training images, -1 = unlabelled.
+    test_labels: classes of the test images, -1 = unlabelled.
+    fractions: fractions of the training labels, each in (0, 1].
+    draws: number of draws of labels per fraction.
+    task: task in the records.
+    seed: seed of the draws, also in the records.
+    step: training step in the records.
+    config: fingerprint of the config in the records.
+    commit: commit in the records.
+    split: split in the records.
+    rule: rule of `preprocess`.
+    l2: candidate penalties, above 0.
 
   Returns:
-    One record per encoder, protocol and fraction. Empty if no training or no test image is labelled.
+    One record per encoder, protocol and fraction: its value is the mean accuracy over draws in 0..1, its
+    interval half their range (None for one draw). Empty if no training or no test image is labelled.
+
+  Raises:
+    ValueError: a fraction or the rule is invalid, or features are not finite.
   """
   if not ((train_labels >= 0).any() and (test_labels >= 0).any()):
     return []
   classes = max(2, int(train_labels.max()) + 1)
-  plan = {f: label_draws(train_labels, f, draws, seed=seed) for f in fractions}
-  known = {"task": task, "split": split, "seed": seed, "step": step}
-  known |= {"config": config, "commit": commit}
+  draws_of_fraction = {f: label_draws(train_labels, f, draws, seed=seed) for f in fractions}
+  common = {"task": task, "split": split, "seed": seed, "step": step}
+  common |= {"config": config, "commit": commit}
   records = []
   for encoder, (train_features, test_features) in features.items():
     began = time.monotonic()
     train_features, test_features = preprocess(train_features, test_features, rule)
     train, test = Examples(train_features, train_labels), Examples(test_features, test_labels)
     chosen = []
-    for fraction, of_fraction in plan.items():
-      scores = [_linear(train, test, draw, classes, l2) for draw in of_fraction]
-      votes = [_knn(train, test, draw, classes) for draw in of_fraction]
+    for fraction, fraction_draws in draws_of_fraction.items():
+      scores = [_linear(train, test, draw, classes, l2) for draw in fraction_draws]
+      knn_accuracies = [_knn(train, test, draw, classes) for draw in fraction_draws]
       chosen += [f"{score.l2:g}" for score in scores]
       if any(score.at_edge for score in scores):
-        which, span = f"{encoder}, {fraction:.3g} of the labels", f"{min(l2):g} to {max(l2):g}"
-        _log.warning("%s: the best l2 is at an end of %s; go further", which, span)
-      for protocol, values in (("linear", [s.accuracy for s in scores]), ("knn", votes)):
-        records.append(_record(known, protocol, encoder, fraction, values))
+        subject, grid = f"{encoder}, {fraction:.3g} of the labels", f"{min(l2):g} to {max(l2):g}"
+        _log.warning("%s: the best l2 is at an edge of %s; extend the grid", subject, grid)
+      for protocol, values in (("linear", [s.accuracy for s in scores]), ("knn", knn_accuracies)):
+        records.append(_record(common, protocol, encoder, fraction, values))
     seconds = time.monotonic() - began
     _log.info("probed %s in %.0f s; l2 chosen: %s", encoder, seconds, ", ".join(chosen))
   return records
@@ -287,33 +338,33 @@ def _linear(
 
 
 def _knn(train: Examples, test: Examples, draw: Draw, classes: int) -> float:
-  used = np.union1d(draw.fit, draw.validation) if draw.retrain else draw.fit
-  known = test.at(np.flatnonzero(test.labels >= 0))
-  predicted = knn_probe(*train.at(used), known.features, classes=classes)
-  return float(np.mean(predicted == known.labels))
+  indices = np.union1d(draw.fit, draw.validation) if draw.retrain else draw.fit
+  labelled = test.at(np.flatnonzero(test.labels >= 0))
+  predicted = knn_probe(*train.at(indices), labelled.features, classes=classes)
+  return float(np.mean(predicted == labelled.labels))
 
 
 def _record(
-  known: Mapping[str, Any], protocol: str, encoder: str, fraction: float, values: Sequence[float]
+  common: Mapping[str, Any], protocol: str, encoder: str, fraction: float, values: Sequence[float]
 ) -> dict[str, Any]:
   return {
-    "task": known["task"],
+    "task": common["task"],
     "protocol": protocol,
     "encoder": encoder,
     "labels": fraction,
-    "split": known["split"],
+    "split": common["split"],
     "metric": "top1",
     "value": float(np.mean(values)),
     "interval": float(np.ptp(values) / 2) if len(values) > 1 else None,
     "n": len(values),
-    **known,
+    **common,
   }
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Records as a table for a terminal: encoders by protocols and shares of the labels, in %.
+  """Format records as a text table: encoders by protocols and shares of the labels, in %.
 
-  Records of several tasks, splits, metrics, steps or seeds make one table each.
+  There is one table for each combination of task, split, metric, step and seed.
   """
   keys = ("task", "split", "metric", "step", "seed")
   groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
@@ -328,7 +379,7 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Lines of one table."""
+  """Lines of the table of one group of records."""
   encoders = list(dict.fromkeys(r["encoder"] for r in records))
   lines = ["", "encoder", *encoders]
   margin = max(map(len, lines))
@@ -355,7 +406,7 @@ def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cell(record: Mapping[str, Any] | None, spread: bool) -> str:
-  """A value in %, with room for an interval if others in its column have one."""
+  """Text of a value in %, padded for an interval if others in its column have one."""
   if record is None:
     return "    -"
   interval = record["interval"]

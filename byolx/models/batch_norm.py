@@ -1,8 +1,8 @@
-"""Batch normalisation with statistics per view, as the reference trains with (fidelity: BN).
+"""Batch normalisation with separate statistics for each view (docs/fidelity.md, `model.bn_group`).
 
-The two views of a batch go through the network as one interleaved batch, row b * views + v, yet each
-view is normalised by its own statistics, over the whole global batch or over groups of it. Under
-`jax.jit` with a batch-sharded input the statistics are global: XLA inserts the one all-reduce.
+The views of a batch are one interleaved batch of the network: row b * views + v is view v of image b.
+Each view is normalised by its own statistics, taken over the whole global batch or over groups of it.
+Under `jax.jit`, XLA inserts the all-reduce that makes the statistics of a sharded batch global.
 """
 
 import functools
@@ -20,18 +20,18 @@ from byolx.models.roles import Role
 
 
 class BatchNorm(nnx.Module):
-  """Normalises each channel; float32 statistics whatever the compute type.
+  """Batch normalisation of each channel, with float32 statistics for any compute type.
 
   Args:
-    channels: size of the last axis.
-    decay: of the running averages, which are updated once per view.
-    eps: added to the variance.
-    group: images per statistics group; 0 takes the whole batch. The last axis of a step's batch is
-      cut into consecutive groups (Table 16's small batches inside a large one).
-    debias: divide the running averages by 1 - decay^updates, as haiku does; without it they start
-      from mean 0 and variance 1, as torch's do.
-    scale_init: initial gamma.
-    dtype: of the output.
+    channels: number of channels, the size of the last axis.
+    decay: decay rate of the running averages in [0, 1), applied once per view and forward pass.
+    eps: constant added to the variance.
+    group: images per group of statistics; 0 for the whole batch. Consecutive images of the batch
+      form a group (small batches within a large one, Table 16).
+    debias: division of the running averages by 1 - decay^updates, as in haiku. Without it, they
+      start at mean 0 and variance 1, as in torch.
+    scale_init: initial value of gamma.
+    dtype: type of the output.
   """
 
   def __init__(
@@ -59,15 +59,19 @@ class BatchNorm(nnx.Module):
   def __call__(
     self, x: Float[Array, "*b c"], *, train: bool, views: int = 1
   ) -> Float[Array, "*b c"]:
-    """Normalises by the batch's statistics (and updates the averages), or by the averages.
+    """Normalises by the statistics of the batch, or by the running averages.
 
     Args:
-      x: rows first, channels last; with `views` > 1 row b * views + v is view v of image b.
-      train: use and record this batch's statistics.
-      views: how many views are interleaved.
+      x: batch of any type, rows first and channels last; row b * views + v is view v of image b.
+      train: True to use the statistics of the batch and update the running averages with them, False
+        to use the running averages.
+      views: number of interleaved views, at least 1.
+
+    Returns:
+      Normalised batch in the type `dtype`.
 
     Raises:
-      ValueError: the rows are not a multiple of views * group.
+      ValueError: in training, the number of rows is not a multiple of views * group.
     """
     if not train:
       mean, var = self.averages()
@@ -86,25 +90,25 @@ class BatchNorm(nnx.Module):
     return y
 
   def averages(self) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
-    """Running mean and variance; 0 and 1 before the first update."""
+    """Returns the running mean and variance in float32; 0 and 1 before the first update."""
     if not self.debias:
       return self.mean[...], self.var[...]
-    seen = self.updates[...] > 0
-    weight = jnp.where(seen, 1.0 - self.decay ** self.updates[...].astype(jnp.float32), 1.0)
-    return self.mean[...] / weight, jnp.where(seen, self.var[...] / weight, 1.0)
+    updated = self.updates[...] > 0
+    weight = jnp.where(updated, 1.0 - self.decay ** self.updates[...].astype(jnp.float32), 1.0)
+    return self.mean[...] / weight, jnp.where(updated, self.var[...] / weight, 1.0)
 
   def _record(self, moments: Float[Array, "g v 2 c"]) -> None:
-    """One update per view, in order; groups of one batch count as one update with their mean."""
+    """Updates the running averages once per view, in order, with the mean over the groups."""
     views = moments.shape[1]
     weights = (1.0 - self.decay) * self.decay ** np.arange(views)[::-1, None, None]
     new = jnp.sum(np.float32(weights) * jnp.mean(moments, 0), 0)
-    # set_value: item assignment under tracing costs time quadratic in the program.
+    # set_value, as item assignment while tracing takes time quadratic in the size of the program.
     self.mean.set_value(self.decay**views * self.mean[...] + new[0])
     self.var.set_value(self.decay**views * self.var[...] + new[1])
     self.updates.set_value(self.updates[...] + views)
 
 
-# Jitted inside the step: each shape is traced once, not once per layer, a third of the tracing time.
+# Jitted inside of the jitted step, so that each shape is traced once, and not once per layer.
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _by_batch(
   x: Float[Array, "*b c"],
@@ -115,10 +119,10 @@ def _by_batch(
   eps: float,
   dtype: np.dtype,
 ) -> tuple[Float[Array, "*b c"], Float[Array, "g v 2 c"]]:
-  """Normalised by the statistics of each group's views; and these, mean and variance."""
+  """Normalises by the statistics of each group and view; returns mean and variance as well."""
   rows, space, channels = x.shape[0], tuple(range(1, x.ndim - 1)), x.shape[-1]
   wide = x.astype(jnp.float32)
-  # Each row is summed by itself first: only small arrays are cut into groups and views.
+  # The mean of each row comes first, so that only small arrays are reshaped into groups and views.
   moments = jnp.stack([jnp.mean(wide, space), jnp.mean(wide * wide, space)], axis=1)
   moments = jnp.mean(moments.reshape(-1, group, views, 2, channels), axis=1)
   mean, square = jnp.split(checkpoint_name(moments, MOMENTS), 2, axis=2)
@@ -146,7 +150,8 @@ def _normalise(
 ) -> Float[Array, "b *s c"]:
   """(x - mean) * inverse + offset in float32, with a gradient that sums two large arrays.
 
-  Left to itself, jax sums three: for offset it sums what it sums for mean, but for a factor.
+  jax's own gradient sums three, because it does not see that the gradients of offset and mean are the
+  same sum times a factor.
   """
   return _affine(x, mean, inverse, offset)
 
@@ -155,13 +160,13 @@ def _normalise_forward(x: Array, mean: Array, inverse: Array, offset: Array) -> 
   return _affine(x, mean, inverse, offset), (x, mean, inverse)
 
 
-def _normalise_backward(known: tuple, of_y: Array) -> tuple[Array, Array, Array, Array]:
-  x, mean, inverse = known
+def _normalise_backward(residuals: tuple, dy: Array) -> tuple[Array, Array, Array, Array]:
+  x, mean, inverse = residuals
   space = tuple(range(1, x.ndim - 1))
-  total = jnp.sum(of_y, space, keepdims=True)
-  of_inverse = jnp.sum(of_y * (x.astype(jnp.float32) - mean), space, keepdims=True)
-  of_offset = jnp.sum(total, tuple(range(x.ndim - 1)))
-  return (of_y * inverse).astype(x.dtype), -inverse * total, of_inverse, of_offset
+  total = jnp.sum(dy, space, keepdims=True)
+  dinverse = jnp.sum(dy * (x.astype(jnp.float32) - mean), space, keepdims=True)
+  doffset = jnp.sum(total, tuple(range(x.ndim - 1)))
+  return (dy * inverse).astype(x.dtype), -inverse * total, dinverse, doffset
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)

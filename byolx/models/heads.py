@@ -1,5 +1,5 @@
-"""Small networks on top of a representation: projector g and predictor q (appendix A, Table 14a), and
-linear classifiers (appendix D)."""
+"""Small networks on top of a representation: the projector g and the predictor q (appendix A, Table
+14a), and linear classifiers (appendix D)."""
 
 import itertools
 
@@ -15,11 +15,17 @@ from byolx.models.roles import Role
 
 
 class MLP(nnx.Module):
-  """`depth` linear layers; batch normalisation and ReLU after each but the last.
+  """Linear layers, with batch normalisation and ReLU after each one but the last.
 
-  Depth 1 is one linear layer (appendix G.1). The hidden layers have a bias; the last one has none
-  unless `output_bias`, as in the reference (appendix J.2's pseudo-code gives it one). Normalisation,
-  initialiser and compute type are the encoder's, taken from `spec`.
+  Args:
+    spec: specification of the encoder, whose normalisation, initialiser and compute type are used.
+    inputs: size of the input vectors.
+    hidden: size of the hidden layers, which have a bias.
+    outputs: size of the output vectors.
+    depth: number of linear layers, at least 1 (1 is a single linear layer, appendix G.1).
+    output_bias: True for a bias in the last layer, as in the pseudo-code of appendix J.2; the
+      reference implementation has none.
+    rngs: random keys of the kernels.
   """
 
   def __init__(
@@ -46,13 +52,14 @@ class MLP(nnx.Module):
 
 
 class Heads(nnx.Module):
-  """Linear classifiers side by side on one representation, all drawn alike; float32.
+  """Several linear classifiers on one representation, computed in float32.
 
   Args:
     inputs: size of the representation.
-    classes: logits of each.
-    count: of classifiers.
-    kernel_init: of the one draw that all kernels start from.
+    classes: number of classes.
+    count: number of classifiers.
+    kernel_init: initialiser of the kernels, which all start with the same values.
+    rngs: random key of the kernels.
   """
 
   def __init__(

@@ -1,4 +1,4 @@
-"""Linear and convolution layers whose parameters know their role, initialised as the reference does."""
+"""Linear and convolution layers, with a role for each parameter and the reference's initialisers."""
 
 import math
 from collections.abc import Callable
@@ -18,10 +18,16 @@ Initializer = Callable[..., Array]
 
 
 def uncorrected(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-  """Normal values cut at two standard deviations, times 1/sqrt(fan_in).
+  """Initialiser: a normal distribution truncated at two standard deviations, times 1/sqrt(fan_in).
 
-  The cut shrinks the standard deviation to 0.88/sqrt(fan_in); the reference (haiku's default) does
-  not correct for it, `nnx.initializers.lecun_normal` does.
+  Truncation reduces the standard deviation to 0.88/sqrt(fan_in). The reference (haiku's default) does
+  not correct this, and neither does this function; `nnx.initializers.lecun_normal` does
+  (docs/fidelity.md, `model.kernel_init`).
+
+  Args:
+    key: random key.
+    shape: shape of the kernel, with the output channels last.
+    dtype: type of the values.
   """
   fan_in = math.prod(shape[:-1])
   return jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / math.sqrt(fan_in)
@@ -31,7 +37,16 @@ INITIALIZERS = {"uncorrected": uncorrected, "corrected": nnx.initializers.lecun_
 
 
 class Linear(nnx.Module):
-  """x @ kernel + bias: float32 parameters, computed in `dtype`."""
+  """Linear layer, x @ kernel + bias, with float32 parameters.
+
+  Args:
+    inputs: size of the input vectors.
+    outputs: size of the output vectors.
+    rngs: random key of the kernel.
+    bias: True for a bias, which starts at 0.
+    kernel_init: initialiser of the kernel.
+    dtype: type of the products and of the output.
+  """
 
   def __init__(
     self,
@@ -51,23 +66,26 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
     y = checkpoint_name(ops.matmul(x, self.kernel[...], self.dtype), CONVOLUTION)
-    # In float32, so that the bias's gradient is summed in it.
+    # In float32, so that the gradient of the bias is summed in float32.
     return y if self.bias is None else (y.astype(jnp.float32) + self.bias[...]).astype(self.dtype)
 
 
 class Conv(nnx.Module):
-  """A square convolution without bias (a normalisation follows each one), computed in `dtype`.
+  """Convolution with a square kernel and no bias, because a normalisation follows each one.
 
   Args:
-    inputs, outputs: channels.
-    kernel: side.
-    stride, dilation: of both axes.
-    padding: "same" is TensorFlow's rule: at stride 2 the odd pixel of padding goes to the right and
-      bottom. "torch" pads both sides alike, so that torch's weights give torch's features.
+    inputs: number of input channels.
+    outputs: number of output channels.
+    kernel: size of the kernel on each axis, in pixels.
+    rngs: random key of the kernel.
+    stride: stride of both axes.
+    dilation: dilation of both axes.
+    padding: rule of the padding. "same" is TensorFlow's rule, which puts an odd pixel of padding at
+      the right and bottom. "torch" pads all sides equally, for weights that were trained with torch.
     kernel_init: initialiser of the float32 kernel.
-    dtype: of products.
-    products: compute a 1x1 kernel as a matrix product, which XLA differentiates three times faster
-      on a CPU and slower on a TPU; None: where jax's default backend is a CPU.
+    dtype: type of the products and of the output.
+    products: True to compute a 1x1 kernel as a matrix product, which is faster on a CPU but slower on
+      a TPU (docs/plan.md); None for True if jax's default backend is a CPU.
   """
 
   def __init__(
@@ -95,7 +113,7 @@ class Conv(nnx.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
     kernel, stride = self.kernel[...], self.stride
     if kernel.shape[0] == 1:
-      # The pixels that a strided 1x1 kernel leaves out are cut away first: so its gradient is dense.
+      # A strided 1x1 kernel skips pixels. Without them, its gradient is a dense product.
       x, stride = x[:, ::stride, ::stride], 1
       if self.products or (self.products is None and jax.default_backend() == "cpu"):
         y = ops.matmul(x, kernel[0, 0], self.dtype)
@@ -111,7 +129,15 @@ class Conv(nnx.Module):
 def window_padding(
   kernel: int, stride: int, dilation: int, padding: str, size: int
 ) -> tuple[int, int]:
-  """Zeros before and after an axis of `size` pixels; see `Conv` for the rules."""
+  """Returns the number of padding pixels before and after an axis.
+
+  Args:
+    kernel: size of the window on this axis, in pixels.
+    stride: stride of the window.
+    dilation: dilation of the window.
+    padding: rule of the padding, "same" or "torch", see `Conv`.
+    size: size of the image on this axis, in pixels.
+  """
   reach = dilation * (kernel - 1) + 1
   if padding == "torch":
     return reach // 2, reach // 2

@@ -1,14 +1,14 @@
-"""Convolutions and matrix products that compute in one type and give weight gradients in float32.
+"""Convolutions and matrix products in a compute type, with weight gradients in the weight's type.
 
-jax's own rules give the gradient of a weight that was cast to bfloat16 in bfloat16, and then the sum
-over the devices of a mesh is taken in bfloat16 too. Here products are taken in the compute type, but
-the gradient of a weight leaves the matrix unit as the float32 sum that it is, and is summed over
-devices as that.
+With jax's own rules, the gradient of a weight that was cast to bfloat16 is rounded to bfloat16, and is
+then summed over the devices of a mesh in bfloat16. Here the products have the compute type, but the
+gradient of a float32 weight stays in float32, in which the matrix unit sums it, and is summed over
+the devices in float32.
 
-The input's gradient of a strided convolution is computed phase by phase: pixels s*t + a of the input
-meet only every s-th tap of the kernel, so that each phase is a small dense convolution. The usual way
-spreads the output's gradient with zeros, and multiplies them: s^2 times the work, which was 8 % of a
-ResNet-50 4x step by the TPU compiler's schedule.
+The gradient of a strided convolution with respect to its input is computed in phases: for stride s,
+the input pixels s*t + a of one phase a depend only on every s-th tap of the kernel, so each phase is a
+small dense convolution. The usual rule inserts zeros between the pixels of the output's gradient, and
+so multiplies s^2 times as many numbers (docs/plan.md, "What each change predicted and gave").
 """
 
 import functools
@@ -21,17 +21,23 @@ from jaxtyping import Array, Float
 from byolx.core import sharding
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
-"""Pixels before and after, for height and width."""
+"""Padding in pixels: (before, after) for height, then for width."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-_FILTER = ("CHWN", "IHWO", "HWNC")  # contracts over examples; a kernel comes out
+_FILTER = ("CHWN", "IHWO", "HWNC")  # sums over examples, so that the result has a kernel's shape
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(
   x: Float[Array, "*b c"], kernel: Float[Array, "c d"], dtype: DTypeLike
 ) -> Float[Array, "*b d"]:
-  """x @ kernel, in `dtype`; the kernel's gradient in the kernel's own type."""
+  """Computes x @ kernel.
+
+  Args:
+    x: vectors along the last axis.
+    kernel: matrix; its gradient has its type.
+    dtype: type of both factors and of the result.
+  """
   return x.astype(dtype) @ _cast(kernel, dtype)
 
 
@@ -64,15 +70,18 @@ def convolve(
   dilation: int,
   dtype: DTypeLike,
 ) -> Float[Array, "b i j d"]:
-  """A convolution in `dtype`; the kernel's gradient in the kernel's own type.
+  """Computes a two-dimensional convolution.
 
   Args:
-    x: images.
-    kernel: one for all channels.
-    stride: of both axes.
-    pads: zeros around the image.
-    dilation: of the kernel; 1 where the stride is above 1.
-    dtype: of both factors and of the result.
+    x: images with c channels.
+    kernel: kernel of k x l taps, with c input and d output channels; its gradient has its type.
+    stride: stride of both axes, at least 1.
+    pads: number of zero pixels around the image, (before, after) for height and width.
+    dilation: dilation of the kernel on both axes; must be 1 for a gradient at a stride above 1.
+    dtype: type of both factors and of the result.
+
+  Raises:
+    ValueError: in the gradient, both stride and dilation are above 1.
   """
   return _convolve(x.astype(dtype), _cast(kernel, dtype), stride, pads, dilation)
 
@@ -97,7 +106,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _cast(kernel: Array, dtype: DTypeLike) -> Array:
-  """The kernel in the compute type, gathered where the mesh keeps it in pieces."""
+  """Casts a kernel to the compute type, and gathers it if it is sharded."""
   return sharding.gathered(kernel.astype(dtype))
 
 
@@ -110,12 +119,16 @@ def _convolve(x: Array, kernel: Array, stride: int, pads: Pads, dilation: int) -
 def _input_gradient(
   dy: Array, kernel: Array, size: tuple[int, ...], stride: int, pads: Pads, dilation: int
 ) -> Array:
-  """dx[s t + a] = sum_j dy[t + (a + lo - b) / s - j] kernel[s j + b], where b = (a + lo) mod s."""
-  turned = jnp.swapaxes(kernel, 2, 3)
+  """Computes the gradient with respect to the input, in phases a = 0 ... s - 1 if the stride s > 1.
+
+  dx[s t + a] = sum_j dy[t + (a + lo - b) / s - j] kernel[s j + b], with b = (a + lo) mod s and lo the
+  padding before the image.
+  """
+  transposed = jnp.swapaxes(kernel, 2, 3)
   if stride == 1:
     reach = [dilation * (k - 1) for k in kernel.shape[:2]]
     around = tuple((r - lo, r - hi) for r, (lo, hi) in zip(reach, pads, strict=True))
-    return _convolve(dy, turned[::-1, ::-1], 1, around, dilation)
+    return _convolve(dy, transposed[::-1, ::-1], 1, around, dilation)
   if dilation != 1:
     raise ValueError(f"stride={stride} with dilation={dilation}: expected one of them to be 1")
   rows, columns = (
@@ -125,9 +138,10 @@ def _input_gradient(
     ]
     for i in range(2)
   )
-  # Every phase as long as the first one; what is too much is cut off at the end.
-  parts = [[_of_phases(dy, turned, stride, row, column) for column in columns] for row in rows]
-  dx = jnp.stack([jnp.stack(row, axis=3) for row in parts], axis=2)
+  # All phases get the length of the first one; the pixels beyond the image are cut off at the end.
+  phases = [[_phase_gradient(dy, transposed, stride, row, column) for column in columns]
+            for row in rows]  # fmt: skip
+  dx = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)
   b, h, _, w, _, c = dx.shape
   return dx.reshape(b, h * stride, w * stride, c)[:, : size[0], : size[1]]
 
@@ -135,7 +149,12 @@ def _input_gradient(
 def _phase(
   a: int, size: int, taps: int, outputs: int, stride: int, low: int
 ) -> tuple[int, int, int]:
-  """First tap, and padding before and after, of the input pixels a, a + stride, ... of one axis."""
+  """Describes one phase of one axis, the input pixels a, a + stride, ...
+
+  Returns:
+    First tap of the kernel, and padding of the output's gradient before and after, which is negative
+    if pixels are removed.
+  """
   first = (a + low) % stride
   count = len(range(first, taps, stride))
   before = count - 1 - (a + low - first) // stride
@@ -143,21 +162,25 @@ def _phase(
   return first, before, length - outputs + count - 1 - before
 
 
-def _of_phases(
-  dy: Array, turned: Array, stride: int, row: tuple[int, int, int], column: tuple[int, int, int]
+def _phase_gradient(
+  dy: Array, transposed: Array, stride: int, row: tuple[int, int, int], column: tuple[int, int, int]
 ) -> Array:
-  some = turned[row[0] :: stride, column[0] :: stride]
-  if 0 in some.shape:  # a kernel shorter than its stride leaves pixels out
+  """Computes the gradient of the input pixels in one phase of rows and one phase of columns."""
+  taps = transposed[row[0] :: stride, column[0] :: stride]
+  if 0 in taps.shape:  # a kernel smaller than its stride skips the pixels of this phase
     b, h, w, _ = dy.shape
-    lengths = (n + sum(pad[1:]) - k + 1 for n, pad, k in zip((h, w), (row, column), some.shape))
-    return jnp.zeros((b, *lengths, turned.shape[3]), dy.dtype)
-  return _convolve(dy, some[::-1, ::-1], 1, (row[1:], column[1:]), 1)
+    lengths = (n + sum(pad[1:]) - k + 1 for n, pad, k in zip((h, w), (row, column), taps.shape))
+    return jnp.zeros((b, *lengths, transposed.shape[3]), dy.dtype)
+  return _convolve(dy, taps[::-1, ::-1], 1, (row[1:], column[1:]), 1)
 
 
 def _kernel_gradient(
   x: Array, dy: Array, shape: tuple[int, ...], stride: int, pads: Pads, dilation: int, dtype
 ) -> Array:
-  """sum_n x[n, s o + dilation i - lo] dy[n, o], for each tap i: a convolution over examples."""
+  """Computes the gradient with respect to the kernel, as a convolution that sums over examples.
+
+  dkernel[i] = sum_n,o x[n, s o + dilation i - lo] dy[n, o], for each tap i.
+  """
   around = tuple(
     (low, dilation * (taps - 1) + (outputs - 1) * stride + 1 - size - low)
     for taps, size, outputs, (low, _) in zip(

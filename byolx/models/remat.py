@@ -1,19 +1,20 @@
-"""Names of values inside the networks, by which a remat policy says what the forward pass keeps."""
+"""Rematerialisation policies: names of intermediate values, and the names that each policy keeps."""
 
 CONVOLUTION = "convolution"
 """Outputs of convolutions and linear layers."""
 
 BLOCK = "block"
-"""Outputs of residual blocks, and the stem's."""
+"""Outputs of the stem and of residual blocks."""
 
 STAGE = "stage"
-"""Outputs of stages, and the stem's."""
+"""Outputs of the stem and of stages."""
 
 VIEWS = "views"
-"""Images as the networks take them."""
+"""Input images of the networks, after augmentation and normalisation."""
 
 MOMENTS = "moments"
-"""BatchNorm's statistics of a batch: small, and reduced over all devices."""
+"""Batch statistics of `BatchNorm`: small, but costly to compute again, as they are reduced over all
+devices."""
 
 OUTPUTS = "outputs"
 """Representations, projections and predictions."""
@@ -27,5 +28,6 @@ KEPT = {
   "block": (*ALWAYS_KEPT, BLOCK),
   "stage": (*ALWAYS_KEPT, STAGE),
 }
-"""What a forward pass keeps for the backward pass, by `train.remat`; the rest is computed again.
-`none` leaves it to the compiler, which keeps what it needs and computes nothing twice."""
+"""Names of the values that the forward pass keeps for the backward pass, for each value of the config
+field `train.remat`. All other values are computed again in the backward pass. With `none`, all values
+that the backward pass needs are kept."""

@@ -1,7 +1,8 @@
-"""What a parameter is for. The optimiser decides by this role, never by a parameter's name.
+"""Roles of parameters, by which the optimiser selects weight decay and LARS's trust ratio.
 
-Every trainable variable carries its role as metadata: `nnx.Param(value, role=Role.NORM)`. Biases and
-normalisation parameters take neither weight decay nor LARS's trust ratio (appendix A, Optimization).
+Every trainable variable has its role as metadata, such as `nnx.Param(value, role=Role.NORM)`; names of
+parameters have no effect. Biases and normalisation parameters get neither weight decay nor the trust
+ratio (appendix A, Optimization).
 """
 
 import enum
@@ -16,5 +17,5 @@ class Role(enum.Enum):
 
   @property
   def adapted(self) -> bool:
-    """Whether weight decay and LARS adaptation apply."""
+    """Whether weight decay and LARS's trust ratio apply to the parameter."""
     return self is Role.KERNEL

@@ -1,1 +1,1 @@
-"""Does it fit a TPU slice, how fast is a step, how fast is the input."""
+"""Memory, speed and price of a train step on a TPU slice, and speed of the input."""

@@ -1,6 +1,7 @@
-"""Programs compiled ahead of time, for TPUs that need not be there, and what the compiler says of them.
+"""Compile programs ahead of time for TPUs and read the compiler's estimates.
 
-What it said is kept on disk under the hash of the program, since it takes minutes to say.
+No TPU is needed. Compiling takes minutes, so the estimates are cached on disk under a hash of the
+program.
 """
 
 import dataclasses
@@ -23,27 +24,35 @@ from byolx.training import compile_cache
 
 FORMAT = 1
 COSTS_KEPT = 100
+"""Number of instructions in `Figures.costs`, at most."""
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """What the compiler says of one step on one core; where it does not fit, only the first two.
+  """The compiler's estimates for one step on one core.
+
+  For a step that the compiler refuses as too large, only `fits`, `peak_bytes`, `compile_seconds`
+  and the versions are set.
 
   Args:
-    fits: into the core's memory.
-    peak_bytes: of the core's memory at once: arguments, temporaries and outputs; where it does not
-      fit, what it would need.
-    argument_bytes, output_bytes, temp_bytes: parts of it; most outputs take the arguments' place.
-    flops, bytes_accessed: of a step, loops counted as often as they turn.
-    cycles: scheduled, see `costs.cycles`.
-    roofline_seconds: optimistic: each instruction at the peak of its limit.
-    collectives: see `costs.collectives`.
-    kinds: cycles by kind of work.
-    costs: the costliest instructions.
-    unestimated: see `costs.unestimated`.
-    unknown_loops: loops counted once because it is not known how often they turn.
-    compile_seconds: what it took, whenever that was.
+    fits: whether the step fits the memory of a core.
+    peak_bytes: peak memory of a core in bytes: arguments, temporaries and outputs; for a step that
+      does not fit, the memory that it needs.
+    argument_bytes, output_bytes, temp_bytes: parts of `peak_bytes`; most outputs replace
+      arguments.
+    flops: floating-point operations of a step; a loop counts as often as it runs.
+    bytes_accessed: bytes that a step reads and writes; a loop counts as often as it runs.
+    cycles: scheduled cycles of a step, see `costs.cycles`.
+    roofline_seconds: optimistic time of a step in seconds: every instruction at peak arithmetic or
+      memory rate.
+    collectives: count and bytes by kind, see `costs.collectives`.
+    kinds: cycles by kind of work, see `costs.by_kind`.
+    costs: costliest instructions, the costliest first.
+    unestimated: instructions without an estimate by opcode, see `costs.unestimated`.
+    unknown_loops: number of loops with an unknown trip count, which are counted once.
+    compile_seconds: duration of the compilation in seconds; it may be of an earlier run.
     jax, libtpu: versions.
   """
 
@@ -67,47 +76,49 @@ class Figures:
 
 
 def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | None) -> Figures:
-  """Compiles a program for the devices that it was lowered for, or remembers what that said.
+  """Compile a program for a slice and return its figures, or read them from the cache.
 
   Args:
-    lowered: program.
-    topology: that it was lowered for.
-    cache: folder to remember in; None: none.
+    lowered: program, lowered for the devices of `topology`.
+    topology: slice.
+    cache: folder of the cached figures; None disables the cache.
 
   Raises:
-    ConfigError: the compiler refuses it for another reason than its size.
+    ConfigError: the compiler refuses the program for another reason than its size.
   """
   text = lowered.as_text()
   key = _key(text, topology.name)
   path = cache / f"{key}.json" if cache else None
-  if path and (known := _read(path, key)):
-    return known
+  if path and (cached := _read(path, key)):
+    return cached
   began = time.monotonic()
   try:
-    compiled = compile_aloud(lowered, topology.name, len(text))
-    found = _measure(compiled, topology)
+    compiled = compile_with_progress(lowered, topology.name, len(text))
+    result = _measure(compiled, topology)
   except jax.errors.JaxRuntimeError as error:
-    found = Figures(fits=False, peak_bytes=_bytes_needed(str(error), topology))
+    result = Figures(fits=False, peak_bytes=_bytes_needed(str(error), topology))
   seconds = round(time.monotonic() - began, 2)
-  found = dataclasses.replace(
-    found, compile_seconds=seconds, jax=jax.__version__, libtpu=tpu.version()
+  result = dataclasses.replace(
+    result, compile_seconds=seconds, jax=jax.__version__, libtpu=tpu.version()
   )
   if path:
-    _write(path, key, found)
-  return found
+    _write(path, key, result)
+  return result
 
 
-def compile_aloud(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stages.Compiled:
-  """Compiles, and says meanwhile on stderr how long it takes; Ctrl-C ends it at once.
+def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stages.Compiled:
+  """Compile a program, and print the expected and the elapsed time to stderr.
+
+  Ctrl-C interrupts at once, because the compiler runs in a daemon thread.
 
   Args:
     lowered: program.
-    name: of what it is compiled for.
-    size: of its text, characters.
+    name: name of the topology, for the message.
+    size: length of the program's text in characters.
   """
   minutes = round(size / 1e6 * compile_cache.SECONDS_PER_MEGABYTE["tpu"] / 60)
   usual = f"usually about {minutes + 1} minutes" if minutes else "usually less than a minute"
-  said = f"compiling for {name}, {usual}"
+  message = f"compiling for {name}, {usual}"
   result: dict[str, Any] = {}
 
   def work() -> None:
@@ -122,12 +133,12 @@ def compile_aloud(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stag
   thread.start()
   terminal = sys.stderr.isatty()
   if not terminal:
-    print(said, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
   while thread.is_alive():
     thread.join(1.0)
     if terminal:
       spent = round(time.monotonic() - began)
-      line = f"{said}; {spent // 60}:{spent % 60:02d} so far"
+      line = f"{message}; {spent // 60}:{spent % 60:02d} so far"
       print(f"\r{line}", end="", file=sys.stderr, flush=True)
   if terminal:
     print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -137,17 +148,17 @@ def compile_aloud(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stag
 
 
 def _measure(compiled: jax.stages.Compiled, topology: tpu.Topology) -> Figures:
-  """Reads a program's text, and what jax says of its memory and cost."""
+  """Read figures from a program's text and from jax's analyses of its memory and cost."""
   program = hlo.parse(compiled.as_text())
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  # The cost analysis counts a loop's body once.
-  flops = cost.get("flops", 0.0) * planning_costs.loop_share(program, planning_costs.flops)
-  accessed = cost.get("bytes accessed", 0.0) * planning_costs.loop_share(
+  # XLA's cost analysis counts the body of a loop once.
+  flops = cost.get("flops", 0.0) * planning_costs.loop_factor(program, planning_costs.flops)
+  accessed = cost.get("bytes accessed", 0.0) * planning_costs.loop_factor(
     program, planning_costs.traffic
   )
-  # On newer TPUs some instructions are rated -1 second: no less than the work at its peak.
+  # On newer TPUs the analysis rates some instructions at -1 second: work at peak rate is the bound.
   generation = topology.generation
-  optimal = cost.get("optimal_seconds", 0.0) * planning_costs.loop_share(
+  optimal = cost.get("optimal_seconds", 0.0) * planning_costs.loop_factor(
     program, planning_costs.time
   )
   roofline = max(optimal, flops / generation.flops, accessed / generation.bandwidth)
@@ -171,38 +182,38 @@ def _measure(compiled: jax.stages.Compiled, topology: tpu.Topology) -> Figures:
 
 
 def _bytes_needed(message: str, topology: tpu.Topology) -> int:
-  """What a program that is too large would need, from the compiler's message.
+  """Memory in bytes that a too large program needs, from the compiler's message.
 
   Raises:
-    ConfigError: the message is about something else.
+    ConfigError: the message is about another error.
   """
   if "RESOURCE_EXHAUSTED" in message:
     size = r"([\d.]+)([KMGT]?)i?B?"
     for form in (rf"total memory required[^(]*\({size}\)", rf"Used {size} of [\d.]+\w* hbm"):
-      if found := re.search(form, message):
-        return round(float(found[1]) * _UNITS[found[2]])
+      if match := re.search(form, message):
+        return round(float(match[1]) * _UNITS[match[2]])
   reason = message.strip().partition("\n")[0]
   raise ConfigError(f"--topology={topology.name}: the compiler refuses this step: {reason}")
 
 
 def _key(text: str, name: str) -> str:
-  """What tells programs apart: their text, where they run and who compiles."""
+  """Hash of a program's text, its topology and the versions of jax and libtpu."""
   versions = json.dumps([FORMAT, name, jax.__version__, tpu.version()])
   return hashlib.sha256(f"{versions}\n{text}".encode()).hexdigest()[:32]
 
 
-def _write(path: Path, key: str, found: Figures) -> None:
-  body = json.dumps(dataclasses.asdict(found))
-  whole = {"format": FORMAT, "program": key, "digest": _digest(body), "figures": body}
-  files.write_atomically(path, json.dumps(whole) + "\n")
+def _write(path: Path, key: str, result: Figures) -> None:
+  body = json.dumps(dataclasses.asdict(result))
+  entry = {"format": FORMAT, "program": key, "digest": _checksum(body), "figures": body}
+  files.write_atomically(path, json.dumps(entry) + "\n")
 
 
 def _read(path: Path, key: str) -> Figures | None:
-  """What was kept, unless it is damaged, of an older format, or of another program."""
+  """Cached figures; None if the file is missing, damaged, of another format or another program."""
   try:
-    whole = json.loads(path.read_text())
-    body = whole["figures"]
-    if (whole["format"], whole["program"], whole["digest"]) != (FORMAT, key, _digest(body)):
+    entry = json.loads(path.read_text())
+    body = entry["figures"]
+    if (entry["format"], entry["program"], entry["digest"]) != (FORMAT, key, _checksum(body)):
       return None
     fields = json.loads(body)
     fields["costs"] = tuple(planning_costs.Cost(**cost) for cost in fields["costs"])
@@ -211,5 +222,5 @@ def _read(path: Path, key: str) -> Figures | None:
     return None
 
 
-def _digest(body: str) -> str:
+def _checksum(body: str) -> str:
   return hashlib.sha256(body.encode()).hexdigest()[:16]

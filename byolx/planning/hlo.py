@@ -1,9 +1,9 @@
-"""The text of a compiled TPU program as data: computations, instructions, how often each runs.
+"""Parse the text of a compiled TPU program: computations, instructions and their executions.
 
-The compiler schedules every core's program as one list of instructions and notes with most of them
-how many cycles it expects. A loop is one instruction with the computations of its body and its
-condition, which run as often as it turns; a fusion carries the cycles of all that it fuses.
-What follows from it is in `hlo_costs`. No jax here.
+The compiler schedules the program of a core as one list of instructions and annotates most of them
+with estimated cycles. A loop is one instruction that refers to the computations of its body and its
+condition. A fusion carries the cycles of all instructions that it fuses. The module `costs` derives
+totals from the parsed program. This module does not import jax.
 """
 
 import dataclasses
@@ -26,7 +26,16 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-  """One line of a computation; `attributes` is all that follows the operands."""
+  """One line of a computation.
+
+  Args:
+    name: name, unique in its computation.
+    shape: shape of the result as text, such as `f32[2,3]{1,0}`.
+    opcode: operation, such as `fusion`.
+    operands: names of the operands.
+    attributes: text after the operands; for a constant `value=` and its value.
+    is_root: whether its result is the result of the computation.
+  """
 
   name: str
   shape: str
@@ -37,100 +46,106 @@ class Instruction:
 
   @property
   def cycles(self) -> int:
-    """As the compiler estimates; 0 where it does not."""
-    found = _CYCLES.search(self.attributes)
-    return int(found[1]) if found else 0
+    """Cycles that the compiler estimates; 0 without an estimate."""
+    match = _CYCLES.search(self.attributes)
+    return int(match[1]) if match else 0
 
   def called(self, *roles: str) -> list[str]:
-    """Names of the computations called in these roles, such as `body`."""
+    """Names of the computations that the instruction calls in these roles, such as `body`."""
     return [name for role, name in _CALLED.findall(self.attributes) if role in roles]
 
   def branches(self) -> list[str]:
-    """Names of the computations of which a conditional runs one."""
-    found = _BRANCHES.search(self.attributes)
-    listed = [name.strip().lstrip("%") for name in found[1].split(",")] if found else []
-    return listed or self.called("true_computation", "false_computation")
+    """Names of the computations between which a conditional chooses."""
+    match = _BRANCHES.search(self.attributes)
+    branches = [name.strip().lstrip("%") for name in match[1].split(",")] if match else []
+    return branches or self.called("true_computation", "false_computation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A parsed program: instructions by computation, and where it starts."""
+  """A parsed program.
+
+  Args:
+    computations: instructions by the name of their computation.
+    entry: name of the computation in which the program starts.
+  """
 
   computations: dict[str, tuple[Instruction, ...]]
   entry: str
 
   @functools.cached_property
   def _by_name(self) -> dict[str, dict[str, Instruction]]:
-    return {name: {one.name: one for one in found} for name, found in self.computations.items()}
+    return {name: {each.name: each for each in body} for name, body in self.computations.items()}
 
   def find(self, computation: str, name: str) -> Instruction | None:
-    """The instruction of that name."""
+    """Instruction of a computation by its name; None if there is none of that name."""
     return self._by_name[computation].get(name)
 
 
 def parse(text: str) -> Program:
-  """Reads `compiled.as_text()`.
+  """Parse the text of a compiled program, `compiled.as_text()`.
 
   Raises:
-    ValueError: it has no entry computation.
+    ValueError: the text has no entry computation.
   """
   computations: dict[str, list[Instruction]] = {}
   entry, current = "", None
   for line in text.splitlines():
     if line.startswith("  ") and current is not None:
-      if found := _INSTRUCTION.match(line):
-        current.append(_instruction(found, line[found.end() :]))
-    elif found := _COMPUTATION.match(line):
-      current = computations.setdefault(found[2], [])
-      entry = found[2] if found[1] else entry
+      if match := _INSTRUCTION.match(line):
+        current.append(_instruction(match, line[match.end() :]))
+    elif match := _COMPUTATION.match(line):
+      current = computations.setdefault(match[2], [])
+      entry = match[2] if match[1] else entry
     elif line.startswith("}"):
       current = None
   if not entry:
     raise ValueError("expected the text of a compiled program, which has a line ENTRY")
-  return Program({name: tuple(found) for name, found in computations.items()}, entry)
+  return Program({name: tuple(body) for name, body in computations.items()}, entry)
 
 
 def executed(
   program: Program, computation: str = "", times: int = 1, loops: bool = True
 ) -> Iterator[tuple[str, Instruction, int]]:
-  """Every instruction that runs: its computation, itself, how often; not what is inside fusions.
+  """Yield every executed instruction: name of its computation, instruction, number of executions.
 
-  Of a conditional's branches it is the one with the most cycles.
+  Instructions inside fusions are not yielded. Of a conditional, only the branch with the most
+  cycles counts.
 
   Args:
-    program: whole.
-    computation: to start in; default: the entry.
-    times: that it runs.
-    loops: False lets every loop turn once.
+    program: parsed program.
+    computation: name of the computation to start in; empty: the entry.
+    times: number of executions of that computation.
+    loops: whether a loop counts as often as it runs; False counts every loop once.
   """
   computation = computation or program.entry
-  for one in program.computations.get(computation, ()):
-    yield computation, one, times
-    if one.opcode == "while":
-      known = _trips(program, computation, one) if loops else 1
-      turns = 1 if known is None else known
-      for name in one.called("body"):
-        yield from executed(program, name, times * turns, loops)
-      for name in one.called("condition"):
-        yield from executed(program, name, times * (turns + 1), loops)
-    elif one.opcode == "conditional":
-      runs = [list(executed(program, name, times, loops)) for name in one.branches()]
+  for instruction in program.computations.get(computation, ()):
+    yield computation, instruction, times
+    if instruction.opcode == "while":
+      count = _trip_count(program, computation, instruction) if loops else 1
+      trips = 1 if count is None else count
+      for name in instruction.called("body"):
+        yield from executed(program, name, times * trips, loops)
+      for name in instruction.called("condition"):
+        yield from executed(program, name, times * (trips + 1), loops)
+    elif instruction.opcode == "conditional":
+      runs = [list(executed(program, name, times, loops)) for name in instruction.branches()]
       yield from max(runs, key=lambda run: sum(o.cycles * n for _, o, n in run), default=[])
-    elif one.opcode in ("call", "async-start"):
-      for name in one.called("to_apply", "calls"):
+    elif instruction.opcode in ("call", "async-start"):
+      for name in instruction.called("to_apply", "calls"):
         yield from executed(program, name, times, loops)
 
 
 def unknown_loops(program: Program) -> int:
-  """Loops of which it is not known how often they turn: they are counted as turning once."""
+  """Number of loops with an unknown trip count, which `executed` counts once."""
   return sum(
-    one.opcode == "while" and _trips(program, computation, one) is None
-    for computation, one, _ in executed(program, loops=False)
+    instruction.opcode == "while" and _trip_count(program, computation, instruction) is None
+    for computation, instruction, _ in executed(program, loops=False)
   )
 
 
 def size(shape: str) -> int:
-  """Bytes of an array or tuple as the text writes its shape, without padding."""
+  """Bytes of an array or a tuple of arrays, without padding, from the text of its shape."""
   bits = 0
   for kind, dims in _ARRAY.findall(shape):
     digits = re.search(r"\d+", kind)
@@ -140,13 +155,13 @@ def size(shape: str) -> int:
 
 
 def dims(shape: str) -> list[int]:
-  """The first array of a shape."""
-  found = _ARRAY.search(shape)
-  return [int(dim) for dim in found[2].split(",") if dim] if found else []
+  """Dimensions of the first array in the text of a shape."""
+  match = _ARRAY.search(shape)
+  return [int(dim) for dim in match[2].split(",") if dim] if match else []
 
 
 def parts(shape: str) -> list[str]:
-  """The shapes of a tuple."""
+  """Texts of the shapes in a tuple."""
   parts, depth, begin = [], 0, 1
   for index, letter in enumerate(shape):
     depth += letter in "({["
@@ -157,8 +172,8 @@ def parts(shape: str) -> list[str]:
   return parts
 
 
-def _instruction(found: re.Match, rest: str) -> Instruction:
-  """From what follows `name = `."""
+def _instruction(head: re.Match, rest: str) -> Instruction:
+  """Parse an instruction from the match of `name = ` and the rest of the line."""
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   shape, rest = rest[:end], rest[end:].lstrip()
   start = rest.index("(")
@@ -166,12 +181,12 @@ def _instruction(found: re.Match, rest: str) -> Instruction:
   inside = re.sub(r"/\*.*?\*/", "", rest[start + 1 : stop])
   operands = tuple(re.findall(r"%([\w.\-]+)", inside))
   opcode = rest[:start]
-  kept = rest[stop + 1 :] if opcode != "constant" else f"value={inside}"
-  return Instruction(found[2], shape, opcode, operands, kept, bool(found[1]))
+  attributes = rest[stop + 1 :] if opcode != "constant" else f"value={inside}"
+  return Instruction(head[2], shape, opcode, operands, attributes, bool(head[1]))
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the parenthesis that opens at `start` closes."""
+  """Index at which the parenthesis that opens at `start` closes."""
   depth = 0
   for match in re.compile(r"[()]").finditer(text, start):
     depth += 1 if match[0] == "(" else -1
@@ -180,12 +195,12 @@ def _closing(text: str, start: int) -> int:
   return len(text) - 1
 
 
-def _trips(program: Program, computation: str, loop: Instruction) -> int | None:
-  """How often a loop turns: as noted, else from the constants that its counter runs between."""
-  if found := _TRIPS.search(loop.attributes):
-    return int(found[1])
+def _trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
+  """Trip count of a loop, from its annotation or the constants of its counter; None: unknown."""
+  if match := _TRIPS.search(loop.attributes):
+    return int(match[1])
   for name in loop.called("condition"):
-    root = next((one for one in program.computations[name] if one.is_root), None)
+    root = next((each for each in program.computations[name] if each.is_root), None)
     if root is None or root.opcode != "compare" or len(root.operands) != 2:
       continue
     counter = program.find(name, root.operands[0])
@@ -200,20 +215,20 @@ def _trips(program: Program, computation: str, loop: Instruction) -> int | None:
 
 
 def _stride(program: Program, loop: Instruction, index: int) -> int:
-  """What a loop's counter grows by at each turn; 1 where the text does not show it."""
+  """Increment of a loop's counter; 1 if it is not a constant."""
   for name in loop.called("body"):
-    root = next((one for one in program.computations[name] if one.is_root), None)
+    root = next((each for each in program.computations[name] if each.is_root), None)
     if root is None or root.opcode != "tuple":
       continue
-    grown = program.find(name, root.operands[index])
-    if grown is not None and grown.opcode == "add":
-      found = [_constant(program, name, operand) for operand in grown.operands]
-      return next((value for value in found if value is not None and value > 0), 1)
+    update = program.find(name, root.operands[index])
+    if update is not None and update.opcode == "add":
+      constants = [_constant(program, name, operand) for operand in update.operands]
+      return next((value for value in constants if value is not None and value > 0), 1)
   return 1
 
 
 def _start(program: Program, computation: str, loop: Instruction, index: int) -> int | None:
-  """The constant that a loop's counter starts from."""
+  """Constant from which a loop's counter starts; None if it is not a constant."""
   first = program.find(computation, loop.operands[0]) if loop.operands else None
   if first is None or first.opcode != "tuple":
     return None
@@ -221,11 +236,11 @@ def _start(program: Program, computation: str, loop: Instruction, index: int) ->
 
 
 def _constant(program: Program, computation: str, name: str) -> int | None:
-  """The whole number that a name stands for, behind copies."""
-  one = program.find(computation, name)
-  while one is not None and one.opcode in ("copy", "bitcast", "convert"):
-    one = program.find(computation, one.operands[0])
-  if one is None or one.opcode != "constant":
+  """Whole number of a constant, also behind copies and casts; None if it is not a constant."""
+  instruction = program.find(computation, name)
+  while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert"):
+    instruction = program.find(computation, instruction.operands[0])
+  if instruction is None or instruction.opcode != "constant":
     return None
-  found = re.fullmatch(r"value=(-?\d+)", one.attributes)
-  return int(found[1]) if found else None
+  match = re.fullmatch(r"value=(-?\d+)", instruction.attributes)
+  return int(match[1]) if match else None

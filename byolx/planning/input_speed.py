@@ -1,10 +1,10 @@
-"""`byolx bench input`: how fast the images of a config come, where the time goes, what it can feed.
+"""`byolx bench input`: speed of a config's input by stage, and the number of TPU cores it can feed.
 
-Everything is measured on the config's own images, records of the first epoch, in one run: first
-each stage in a loop in one thread; then the bare functions (decode, crop, resize, and the colour
-work where the host does it) on bytes in memory, which no pipeline can beat; then the pipeline
-itself, in this process and in worker processes. Pipeline and bare functions take turns, because
-machines are not equally fast all the time.
+All measurements use the config's images, in the order of the first epoch. The first one runs each
+stage in a loop in one thread. The second one runs the bare functions (decode, crop, resize, and the
+colour augmentations if the host applies them) on bytes in memory, which is the upper limit of any
+pipeline. The third one runs the pipeline itself, in this process and in worker processes. The last
+two alternate, because the speed of a machine changes with time.
 """
 
 import dataclasses
@@ -36,20 +36,26 @@ from byolx.runs import trainer
 from byolx.runs.images import build_sources
 
 SAMPLE = 512
-"""Records that are measured: their bytes are held in memory."""
+"""Number of records in the sample, at most; their bytes are held in memory."""
 
 ROUNDS = 3
+"""Number of measurements of the bare functions and of each pipeline; the report has the medians."""
 
 V3_CORE_FLOPS = tpu.GENERATIONS["v3"].flops
 """Peak bfloat16 operations per second of a TPU v3 core."""
 
 UTILISATION = 0.3
-"""Share of the peak that a fast step of a ResNet is expected to reach."""
+"""Expected share of the peak rate that a fast train step of a ResNet reaches."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One kind of work, in one thread."""
+  """Time of one stage of the input in one thread.
+
+  Args:
+    name: name of the stage, such as decode.
+    ms_per_image: milliseconds per image, with all its views.
+  """
 
   name: str
   ms_per_image: float
@@ -57,10 +63,15 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-  """The pipeline at full speed; `workers` 0 is a thread of this process.
+  """Speed of the pipeline with a number of workers.
 
-  `of_limit` compares one core of it with the bare functions in one process, `of_shared_limit` all
-  of it with the bare functions in as many processes at once, which share the machine's memory.
+  Args:
+    workers: number of worker processes; 0 is a thread of this process.
+    images_per_second: images per second, each with all its views.
+    per_core: images per second and core in use.
+    of_limit: `per_core` relative to the bare functions in one process.
+    of_shared_limit: `images_per_second` relative to the bare functions in the same number of
+      processes at once, which share the machine's memory.
   """
 
   workers: int
@@ -72,7 +83,21 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class InputReport:
-  """What `byolx bench input` found; `dataclasses.asdict` is its JSON."""
+  """Result of `byolx bench input`; `dataclasses.asdict` is its JSON.
+
+  Args:
+    source: name of the source of the images.
+    records: number of training images.
+    size: side of a view in pixels.
+    placement: `host` or `device`, for the colour augmentations.
+    batch_size: number of images of a train step.
+    cores: number of usable cores of this machine.
+    stages: times of the stages.
+    limit_images_per_second: images per second of the bare functions in one process.
+    rates: speeds of the pipeline.
+    gflop_per_image: 1e9 floating-point operations of a train step per image.
+    tpu_v3_cores: number of TPU v3 cores that the fastest pipeline can feed at UTILISATION.
+  """
 
   source: str
   records: int
@@ -88,11 +113,11 @@ class InputReport:
 
   @property
   def best(self) -> Rate:
-    """The fastest way."""
+    """Speed of the fastest pipeline."""
     return max(self.rates, key=lambda rate: rate.images_per_second)
 
   def text(self) -> str:
-    """One page."""
+    """Text of the report."""
     bare = "decode, crop, resize" + (", colour" if self.placement == "host" else "")
     lines = [
       f"{self.source}: {self.records:,} records, views of {self.size} px, colours on the"
@@ -109,13 +134,13 @@ class InputReport:
       f"{'the pipeline':<22}{'images/s':>12}{'per core':>12}{'of the limit':>15}"
       f"{'of as many bare':>18}",
       *(
-        f"  {_who(rate.workers):<20}{rate.images_per_second:12,.0f}{rate.per_core:12,.0f}"
+        f"  {_place(rate.workers):<20}{rate.images_per_second:12,.0f}{rate.per_core:12,.0f}"
         f"{rate.of_limit:15.1%}{rate.of_shared_limit:18.1%}"
         for rate in self.rates
       ),
       "",
       f"this host feeds {self.best.images_per_second / self.batch_size:.3g} steps/s of"
-      f" {self.batch_size:,} images, {_who(self.best.workers)}:",
+      f" {self.batch_size:,} images, {_place(self.best.workers)}:",
       f"enough for {self.tpu_v3_cores:.1f} TPU v3 cores at this config ({self.gflop_per_image:.1f}"
       f" GFLOP an image, cores at {UTILISATION:.0%} of {V3_CORE_FLOPS / 1e12} TFLOP/s)",
     ]
@@ -123,15 +148,16 @@ class InputReport:
 
 
 def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> InputReport:
-  """Measures the input of a config.
+  """Measure the speed of a config's input.
 
   Args:
-    cfg: a whole config.
-    workers: numbers of worker processes to try; 0 is a thread of this process.
-    seconds: of each measurement; there are about ROUNDS * (2 + 2 * len(workers)).
+    cfg: all fields.
+    workers: numbers of worker processes to measure; 0 is a thread of this process.
+    seconds: duration of each measurement in seconds; there are about
+      ROUNDS * (2 + 2 * len(workers)).
 
   Raises:
-    ConfigError: the images are not there, or fields do not go together.
+    ConfigError: there are no images, or fields contradict each other.
     TooManyFailuresError: no record can be read.
   """
   source = build_sources(cfg).train
@@ -139,16 +165,17 @@ def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> In
   batching.one_thread_per_image()
   stages = _stages(cfg, work, seconds)
   bare = functools.partial(_run_bare, work)
-  limits, found = [], {count: [] for count in workers}
-  shared = {count: [] for count in workers}
+  limits, speeds = [], {count: [] for count in workers}
+  shared_limits = {count: [] for count in workers}
   for _ in range(ROUNDS):
     limits.append(bare(seconds))
     for count in workers:
-      found[count].append(_run_pipeline(cfg, source, count, seconds))
-      shared[count].append(_run_side_by_side(work, count, seconds) if count > 1 else limits[-1])
+      speeds[count].append(_run_pipeline(cfg, source, count, seconds))
+      shared_limit = _run_side_by_side(work, count, seconds) if count > 1 else limits[-1]
+      shared_limits[count].append(shared_limit)
   limit = statistics.median(limits)
   rates = [
-    _rate(count, statistics.median(found[count]), limit, statistics.median(shared[count]))
+    _rate(count, statistics.median(speeds[count]), limit, statistics.median(shared_limits[count]))
     for count in workers
   ]
   flops = step_flops_per_image(cfg)
@@ -169,10 +196,10 @@ def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> In
 
 
 def step_flops_per_image(cfg: ConfigDict) -> float:
-  """Floating-point operations of a training step per image: two views, each four forward passes.
+  """Floating-point operations of a train step per image: two views, each of four forward passes.
 
-  One is the online network's, two its gradient, one the target's. Counted on the program for one
-  image, before any compilation; the heads and the optimiser are left out.
+  One pass is the online network, one the target, and the gradient counts as two. The operations are
+  counted in the encoder's program for one image, before compilation, without heads and optimiser.
   """
   spec = trainer.build_encoder(cfg)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: ResNet(spec, rngs=nnx.Rngs(0))))
@@ -243,7 +270,7 @@ class Work:
     return isinstance(self.transform, Views) and not self.transform.on_device
 
   def image(self, i: int) -> np.ndarray:
-    """Pixels of sample i, decoded from memory."""
+    """Decoded pixels of sample i, uint8[height, width, 3]."""
     if self.encoded[i]:
       return decode.decode(self.encoded[i], "")
     return self.source[self.records[i]].image
@@ -262,7 +289,7 @@ class Work:
     return [array for array in rows.values() if array.ndim]
 
   def colours(self, i: int, crops: list[np.ndarray]) -> list[np.ndarray]:
-    """The colour work, if the host does it."""
+    """Views of sample i after the colour augmentations, or `crops` if the device applies them."""
     if not self.on_host:
       return crops
     return [
@@ -272,7 +299,7 @@ class Work:
 
 
 def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
-  """Each stage in turn, image by image, as in a pipeline without any overlap."""
+  """Times of the stages, run one after the other for each image, without overlap."""
   count = len(work.records)
   batch_size = min(count, loader.PART_ROWS)
   first = work.crops(0, work.image(0))
@@ -309,7 +336,7 @@ def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
 
 
 def _run_bare(work: Work, seconds: float) -> float:
-  """Images per second of the bare functions, in a loop."""
+  """Images per second of the bare functions in a loop."""
   began = time.perf_counter()
   for done in itertools.count(1):
     i = done % len(work.records)
@@ -320,7 +347,7 @@ def _run_bare(work: Work, seconds: float) -> float:
 
 
 def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float) -> float:
-  """Images per second of the pipeline, once it runs."""
+  """Images per second of the pipeline after its start."""
   batch_size = min(cfg.train.batch_size, loader.PART_ROWS, len(source))
   batches = loader.train_batches(
     source,
@@ -333,7 +360,7 @@ def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float)
     prefetch=cfg.data.prefetch,
   )
   with batches:
-    # What was made while nobody asked is not counted, nor is the workers' start.
+    # The start of the workers and the prefetched batches are not counted.
     for _ in range(cfg.data.prefetch + 2 * max(workers, 1)):
       next(batches)
     began, done = time.perf_counter(), 0
@@ -344,7 +371,7 @@ def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float)
 
 
 def _run_side_by_side(work: Work, processes: int, seconds: float) -> float:
-  """Images per second of the bare functions in several processes at once, taken together."""
+  """Images per second, in total, of the bare functions in several processes at once."""
   context = multiprocessing.get_context("spawn")
   ready = context.Barrier(processes)
   with context.Pool(processes, _start_bare, (work, ready)) as pool:
@@ -371,5 +398,5 @@ def _rate(workers: int, images_per_second: float, limit: float, shared: float) -
   return Rate(workers, images_per_second, per_core, per_core / limit, images_per_second / shared)
 
 
-def _who(workers: int) -> str:
+def _place(workers: int) -> str:
   return f"{workers} worker{'s' if workers > 1 else ''}" if workers else "in this process"

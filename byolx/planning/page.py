@@ -1,4 +1,4 @@
-"""What `byolx plan` prints: a page for one plan, a table for several."""
+"""Output of `byolx plan`: a page for one plan, a table for several plans."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ from byolx.core.text import duration
 from byolx.planning.plan import Plan
 
 LEFT_OUT = (
-  "Neither estimate has run on a chip; neither sees network, input or checkpoints: collectives take "
-  "no time."
+  "Both estimates come from the compiler, not from a chip. They leave out network, input and "
+  "checkpoints: collectives take no time."
 )
 _GIB = 2**30
 
 
 def page(plan: Plan, costs: int = 0) -> str:
-  """All about one plan.
+  """Text of one plan, followed by the page of `plan.better`.
 
   Args:
-    plan: made.
-    costs: how many of the costliest instructions to list.
+    plan: plan.
+    costs: number of the costliest instructions to list.
   """
   slice_, figures = plan.topology, plan.figures
   head = [
@@ -31,24 +31,24 @@ def page(plan: Plan, costs: int = 0) -> str:
   if plan.tried:
     lines += [
       "",
-      "tried, from what costs least to what costs most:",
-      *(f"  {x}" for x in plan.tried),
+      "changes that were tried, the cheapest first:",
+      *(f"  {line}" for line in plan.tried),
     ]
   if costs and figures.costs:
     lines += ["", _costs(plan, costs)]
   if plan.better:
     lines += ["", "It fits with " + " ".join(plan.better.flags), "", page(plan.better, costs)]
   elif not figures.fits:
-    asked = "nothing that was tried fits" if plan.tried else "nothing was tried"
-    return "\n".join([*lines, "", f"{asked}; more cores or a smaller train.batch_size will help"])
+    outcome = "no change that was tried fits" if plan.tried else "no change was tried"
+    return "\n".join([*lines, "", f"{outcome}; more cores or a smaller train.batch_size will help"])
   else:
     lines += ["", LEFT_OUT]
   return "\n".join(lines)
 
 
 def table(plans: Sequence[Plan]) -> str:
-  """One row for each plan; one that does not fit is followed by what does."""
-  shown = [one for plan in plans for one in (plan, plan.better) if one]
+  """Table with one row per plan; a plan that does not fit is followed by its `better` plan."""
+  shown = [row for plan in plans for row in (plan, plan.better) if row]
   head = ["config", "topology", "cores", "fits", "GiB a core", "scheduled ms", "roofline ms"]
   head += ["TFLOP", "GB", "MXU %", "memory %", "images/s", "per host", "steps", "hours"]
   efficiency = plans[0].terms.efficiency
@@ -72,15 +72,15 @@ def table(plans: Sequence[Plan]) -> str:
     [
       *lines,
       "",
-      f"hours: of the whole schedule at the scheduled estimate, and at {efficiency:g} of its speed; "
-      "core-hours: at that.",
+      f"hours: the whole schedule at the scheduled speed, and at {efficiency:g} of it; core-hours: "
+      f"at {efficiency:g} of it.",
       LEFT_OUT,
     ]
   )
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
-  """Name and text of every line about a program that was compiled."""
+  """Name and text of each line about a compiled program."""
   figures, slice_, terms = plan.figures, plan.topology, plan.terms
   generation = slice_.generation
   seconds = plan.scheduled_seconds
@@ -105,7 +105,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     rows.append(("no cycles for", _counts(figures.unestimated)))
   if figures.unknown_loops:
     loops = _number(figures.unknown_loops, "loop")
-    rows.append(("counted once", f"{loops}, of which it is not known how often they turn"))
+    rows.append(("counted once", f"{loops} with an unknown trip count"))
   rate = plan.images_per_second
   rows += [
     ("input", f"{rate:,.0f} images/s, {rate / slice_.hosts:,.0f} per host, at the scheduled speed"),
@@ -123,41 +123,44 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _fits(plan: Plan) -> str:
   figures, memory = plan.figures, plan.topology.generation.memory_bytes
-  need, there = figures.peak_bytes / _GIB, memory / _GIB
+  needed, available = figures.peak_bytes / _GIB, memory / _GIB
   if not figures.fits:
-    return f"no: {need:.2f} GiB needed, {there:.2f} there on a core; {need - there:.2f} too much"
+    excess = needed - available
+    return (
+      f"no: {needed:.2f} GiB needed, {available:.2f} available on a core; {excess:.2f} too much"
+    )
   parts = (figures.argument_bytes, figures.temp_bytes, figures.output_bytes)
   state, temporary, output = (part / _GIB for part in parts)
   return (
-    f"yes: {need:.2f} of {there:.2f} GiB a core (arguments {state:.2f}, temporaries "
+    f"yes: {needed:.2f} of {available:.2f} GiB a core (arguments {state:.2f}, temporaries "
     f"{temporary:.2f}, outputs {output:.2f}, mostly in the arguments' place)"
   )
 
 
 def _collectives(plan: Plan) -> str:
-  found = plan.figures.collectives
+  collectives = plan.figures.collectives
   return (
     ", ".join(
       f"{entry['count']} {kind} of {entry['bytes'] / 1e6:,.1f} MB in all"
-      for kind, entry in found.items()
+      for kind, entry in collectives.items()
     )
     or "none"
   )
 
 
 def _kinds(kinds: dict[str, int]) -> str:
-  whole = max(1, sum(kinds.values()))
-  shares = [(kind, 100 * cycles / whole) for kind, cycles in kinds.items()]
+  total = max(1, sum(kinds.values()))
+  shares = [(kind, 100 * cycles / total) for kind, cycles in kinds.items()]
   return ", ".join(f"{kind} {share:.0f} %" for kind, share in shares if share >= 0.5)
 
 
 def _costs(plan: Plan, count: int) -> str:
-  clock, whole = plan.topology.generation.clock_hz, max(1, plan.figures.cycles)
+  clock, total = plan.topology.generation.clock_hz, max(1, plan.figures.cycles)
   lines = ["     ms    %  kind, result, source"]
   for cost in plan.figures.costs[:count]:
     times = f" x {cost.times}" if cost.times > 1 else ""
     lines.append(
-      f"{1e3 * cost.total / clock:7.3f} {100 * cost.total / whole:4.1f}  {cost.kind}{times}, "
+      f"{1e3 * cost.total / clock:7.3f} {100 * cost.total / total:4.1f}  {cost.kind}{times}, "
       f"{cost.shape}, {cost.source or cost.name}"
     )
   return "\n".join(lines)
@@ -194,8 +197,8 @@ def _in_passes(plan: Plan) -> str:
   return text + (f" in each of {plan.passes} passes" if plan.passes > 1 else "")
 
 
-def _counts(found: dict[str, int]) -> str:
-  return ", ".join(f"{count} {opcode}" for opcode, count in found.items())
+def _counts(counts: dict[str, int]) -> str:
+  return ", ".join(f"{count} {opcode}" for opcode, count in counts.items())
 
 
 def _number(count: int, word: str) -> str:

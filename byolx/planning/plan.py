@@ -1,7 +1,7 @@
-"""`byolx plan`: will a config's step fit a TPU slice, how fast, for how long, at what price.
+"""`byolx plan`: memory, speed, duration and price of a config's train step on a TPU slice.
 
-The very step that `byolx train` runs is compiled for the slice by the TPU compiler, without a TPU and
-without images. When it does not fit, changes are tried, from what costs least to what costs most.
+The TPU compiler compiles the same step that `byolx train` runs, without a TPU and without images.
+If the step does not fit, changes of the config are compiled too, the cheapest first.
 """
 
 import dataclasses
@@ -20,33 +20,36 @@ from byolx.planning import ahead_of_time, tpu
 from byolx.runs import trainer
 from byolx.runs.images import build_sources
 
-KNOWN = {
+SOURCE_SIZES = {
   "imagenet": (1_281_167, 1000),
   "places365": (1_803_460, 365),
   "cifar10": (50_000, 10),
   "cifar100": (50_000, 100),
   "fashion_mnist": (60_000, 10),
 }
-"""Training images and classes of the sources that are the same for everybody."""
+"""Numbers of training images and classes, by `data.source`, of the public data sets."""
 
 HELD_OUT = {"none": 0, "last_10009": 10_009, "first_10000": 10_000}
+"""Number of validation images held out of the training images, by `data.validation`."""
 
 STATES = ("replicated", "zero", "full")
 REMATS = ("none", "convolution", "block", "stage")
+"""Values of `mesh.state` and `train.remat`, in order of falling memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-  """What a plan is made under.
+  """Assumptions and options of a plan.
 
   Args:
-    efficiency: share of the scheduled speed that a run is expected to reach, input, network and
-      checkpoints included. The paper's own run reached 0.59 of what this compiler schedules for its
-      program.
-    price: USD per core and hour; a core is a device as jax sees it.
-    images, classes: of the training set, where the source's name does not say.
-    search: for a change with which a step fits that does not.
-    cache: folder of what the compiler said before.
+    efficiency: share of the scheduled speed that a run is expected to reach, above 0 and at most 1,
+      including input, network and checkpoints; 0.59 in the paper's run (docs/plan.md: 54.1 / 92
+      ms).
+    price: price of a core-hour in USD; a core is a device as jax counts them; None: no price.
+    images, classes: numbers of training images and classes; None: from the source, see
+      `count_images`.
+    search: whether to search for changes with which a step fits.
+    cache: folder of the compiler's cached estimates; None disables the cache.
   """
 
   efficiency: float = 0.5
@@ -59,20 +62,20 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One config on one slice.
+  """The compiler's estimates for one config on one slice, and numbers derived from them.
 
   Args:
-    config: as it was named.
-    changes: fields set beyond it to make it fit.
-    topology: the slice.
-    terms: see there.
-    batch_size: images of a step.
-    passes: forward passes of a step.
-    used: cores that it runs on.
-    steps: of the whole schedule.
-    figures: what the compiler says.
-    better: the same with the smallest change that fits, where this does not and one was found.
-    tried: what was tried to make it fit, in order, and what came of it.
+    config: name of the config.
+    changes: values of the fields that were changed to make the step fit.
+    topology: slice.
+    terms: assumptions and options.
+    batch_size: number of images of a step.
+    passes: number of micro-batches of a step.
+    used: number of cores that the step runs on.
+    steps: number of steps of the whole schedule.
+    figures: the compiler's estimates.
+    better: plan with the first change that fits; None if this plan fits or no change does.
+    tried: changes that were tried, in order, each with its result.
   """
 
   config: str
@@ -89,46 +92,46 @@ class Plan:
 
   @property
   def flags(self) -> list[str]:
-    """The changes as arguments of a command."""
+    """Changes as arguments of `byolx train`."""
     return [f"--config.{name}={value}" for name, value in self.changes.items()]
 
   @property
   def scheduled_seconds(self) -> float | None:
-    """Of a step, one instruction after the other."""
+    """Scheduled seconds of a step; None, as all below, if the compiler refused the step."""
     cycles = self.figures.cycles
     return None if cycles is None else cycles / self.topology.generation.clock_hz
 
   @property
   def images_per_second(self) -> float | None:
-    """Of the whole slice, at the scheduled estimate: what the input must deliver."""
+    """Images per second of the slice at the scheduled speed, which the input has to deliver."""
     seconds = self.scheduled_seconds
     return self.batch_size / seconds if seconds else None
 
   @property
   def hours(self) -> float | None:
-    """Of all steps at the scheduled estimate; at the terms' efficiency they take longer."""
+    """Hours of the whole schedule at the scheduled speed, before the expected efficiency."""
     seconds = self.scheduled_seconds
     return None if seconds is None else self.steps * seconds / 3600
 
   @property
   def core_hours(self) -> float | None:
-    """At the terms' efficiency."""
+    """Core-hours of the whole schedule at the expected efficiency, on all cores of the slice."""
     return self.hours and self.hours / self.terms.efficiency * self.topology.cores
 
   @property
   def usd(self) -> float | None:
-    """At the terms' efficiency and price."""
+    """Price of `core_hours` in USD; None without `Terms.price`."""
     price = self.terms.price
     return None if price is None or self.core_hours is None else price * self.core_hours
 
   @property
   def share_of_flops(self) -> float | None:
-    """Of the matrix units' peak, at the scheduled estimate."""
+    """Share of the matrix units' peak rate, 0 to 1, at the scheduled speed."""
     return self._share(self.figures.flops, self.topology.generation.flops)
 
   @property
   def share_of_bandwidth(self) -> float | None:
-    """Of the memory's peak, at the scheduled estimate."""
+    """Share of the memory's peak rate, 0 to 1, at the scheduled speed."""
     return self._share(self.figures.bytes_accessed, self.topology.generation.bandwidth)
 
   def _share(self, amount: float | None, peak: float) -> float | None:
@@ -136,9 +139,13 @@ class Plan:
     return amount / peak / seconds if amount is not None and seconds else None
 
   def json(self, costs: int = 0) -> dict[str, Any]:
-    """Every figure, in bytes, seconds, hours and USD, with the costliest instructions if wanted."""
+    """All figures as JSON values, in bytes, seconds, hours and USD.
+
+    Args:
+      costs: number of the costliest instructions to include.
+    """
     figures, topology = self.figures, self.topology
-    found = {
+    values = {
       "config": self.config,
       "changes": self.changes,
       "topology": topology.name,
@@ -178,98 +185,104 @@ class Plan:
       "smallest_change": self.better.json(costs) if self.better else None,
     }
     if costs:
-      found["costs"] = [dataclasses.asdict(cost) for cost in figures.costs[:costs]]
-    return found
+      values["costs"] = [dataclasses.asdict(cost) for cost in figures.costs[:costs]]
+    return values
 
 
 def build(config: ConfigDict, topology: tpu.Topology, terms: Terms) -> trainer.Recipe:
-  """What is to be compiled: quick, so that mistakes are known before anything is.
+  """Build and check the train step of a config for a slice, without compiling it.
+
+  Args:
+    config: all fields.
+    topology: slice.
+    terms: assumptions and options.
 
   Raises:
-    ConfigError: the config cannot run on the slice; its images cannot be counted; no compiler.
+    ConfigError: the config cannot run on the slice, its images cannot be counted, or libtpu is not
+      installed.
   """
   try:
     return trainer.build(config, tpu.devices(topology), *count_images(config, terms))
   except ConfigError as error:
-    given = f"--topology={topology.name}"
-    raise ConfigError(str(error) if given in str(error) else f"{given}: {error}") from None
+    flag = f"--topology={topology.name}"
+    raise ConfigError(str(error) if flag in str(error) else f"{flag}: {error}") from None
 
 
-def make(built: trainer.Recipe, name: str, topology: tpu.Topology, terms: Terms) -> Plan:
-  """Compiles a step for a slice, and if it does not fit looks for a change that does.
+def make(recipe: trainer.Recipe, name: str, topology: tpu.Topology, terms: Terms) -> Plan:
+  """Compile a step for a slice; if it does not fit, search for a change with which it does.
 
   Args:
-    built: by `build`.
-    name: of the config, for the page.
+    recipe: result of `build`.
+    name: name of the config, for the page.
     topology: slice.
-    terms: see there.
+    terms: assumptions and options.
 
   Raises:
     ConfigError: the compiler refuses the step for another reason than its size.
   """
 
-  def of(one: trainer.Recipe, changes: dict[str, Any]) -> Plan:
-    found = ahead_of_time.figures(one.lower(), topology, terms.cache)
-    batch_size, cores = one.config.train.batch_size, one.mesh.size
-    return Plan(name, changes, topology, terms, batch_size, one.passes, cores, one.steps, found)
+  def plan_of(recipe: trainer.Recipe, changes: dict[str, Any]) -> Plan:
+    figures = ahead_of_time.figures(recipe.lower(), topology, terms.cache)
+    batch_size, cores, passes = recipe.config.train.batch_size, recipe.mesh.size, recipe.passes
+    return Plan(name, changes, topology, terms, batch_size, passes, cores, recipe.steps, figures)
 
-  asked = of(built, {})
-  if asked.figures.fits or not terms.search:
-    return asked
+  unchanged = plan_of(recipe, {})
+  if unchanged.figures.fits or not terms.search:
+    return unchanged
   tried: list[str] = []
-  config = built.config
-  need = _Need(built, asked.figures.peak_bytes, topology.generation.memory_bytes)
-  for changes in candidates(config, built.mesh.size):
-    words = ", ".join(f"{field}={value}" for field, value in changes.items())
-    if not need.may_fit(changes):
-      tried.append(f"{words}: cannot free enough, not compiled")
+  config = recipe.config
+  estimate = _Estimate(recipe, unchanged.figures.peak_bytes, topology.generation.memory_bytes)
+  for changes in candidates(config, recipe.mesh.size):
+    label = ", ".join(f"{field}={value}" for field, value in changes.items())
+    if not estimate.may_fit(changes):
+      tried.append(f"{label}: cannot free enough, not compiled")
       continue
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(changes)
     try:
-      one = build(changed, topology, terms)
+      candidate = build(changed, topology, terms)
     except ConfigError as error:
-      tried.append(f"{words}: {error}")
+      tried.append(f"{label}: {error}")
       continue
-    found = of(one, changes)
-    need.note(changes, found.figures.peak_bytes)
-    tried.append(f"{words}: needs {found.figures.peak_bytes / 2**30:.2f} GiB")
-    if found.figures.fits:
-      return dataclasses.replace(asked, better=found, tried=tuple(tried))
-  return dataclasses.replace(asked, tried=tuple(tried))
+    plan = plan_of(candidate, changes)
+    estimate.add(changes, plan.figures.peak_bytes)
+    tried.append(f"{label}: needs {plan.figures.peak_bytes / 2**30:.2f} GiB")
+    if plan.figures.fits:
+      return dataclasses.replace(unchanged, better=plan, tried=tuple(tried))
+  return dataclasses.replace(unchanged, tried=tuple(tried))
 
 
 def count_images(config: ConfigDict, terms: Terms) -> tuple[int, int]:
-  """Training images and classes: as given, as the source's name says, else by looking.
+  """Numbers of training images and classes: from the terms, by `data.source`, or from the images.
 
   Raises:
-    ConfigError: nothing says, and they are not there.
+    ConfigError: neither terms nor `data.source` give the numbers, and the images cannot be read.
   """
   data = config.data
   images, classes = terms.images, terms.classes
   if images is None or classes is None:
-    if data.source in KNOWN:
-      whole, known_classes = KNOWN[data.source]
-      known = (_used(data, whole), known_classes)
+    if data.source in SOURCE_SIZES:
+      source_images, source_classes = SOURCE_SIZES[data.source]
+      counts = (_selected(data, source_images), source_classes)
     elif data.source == "digits":
       train = small.digits("train", test_share=data.test_share)
-      known = (_used(data, len(train)), len(train.classes))
+      counts = (_selected(data, len(train)), len(train.classes))
     else:
-      known = _look(config)
-    images = known[0] if images is None else images
-    classes = known[1] if classes is None else classes
+      counts = _count_in_source(config)
+    images = counts[0] if images is None else images
+    classes = counts[1] if classes is None else classes
   return images, classes
 
 
-def _used(data: ConfigDict, images: int) -> int:
-  """How many of a source's training images are trained on, by the fields of `data`."""
+def _selected(data: ConfigDict, images: int) -> int:
+  """Number of a source's training images that the fields of `data` select for training."""
   if data.label_list:
     return len(set(splits.read_list(data.label_list)))
-  held = HELD_OUT.get(data.validation, math.ceil(data.validation_share * images))
-  return min(images - held, round(data.labels * images))
+  held_out = HELD_OUT.get(data.validation, math.ceil(data.validation_share * images))
+  return min(images - held_out, round(data.labels * images))
 
 
-def _look(config: ConfigDict) -> tuple[int, int]:
+def _count_in_source(config: ConfigDict) -> tuple[int, int]:
   try:
     train = build_sources(config).train
   except (ConfigError, OSError) as error:
@@ -281,26 +294,26 @@ def _look(config: ConfigDict) -> tuple[int, int]:
 
 
 def candidates(config: ConfigDict, cores: int) -> Iterator[dict[str, Any]]:
-  """Changes that make a step smaller, the cheapest first.
+  """Yield changes that reduce the memory of a step, the cheapest first.
 
-  First what leaves results as they are: a state in pieces, then a backward pass that computes more
-  again. Last micro-batches, which change what normalisation sees.
+  A sharded state and the recomputation of activations come first, because they do not change the
+  results. Micro-batches come last, because they change the batches over which BatchNorm normalises.
 
   Args:
-    config: that does not fit.
-    cores: of the slice.
+    config: config that does not fit.
+    cores: number of cores that the step runs on.
   """
-  keep = [{}, *({"train.remat": name} for name in _after(REMATS, config.train.remat))]
-  place = [{}, *({"mesh.state": name} for name in _after(STATES, config.mesh.state))]
-  whole = config.train.micro_batch or config.train.batch_size
-  parts = [{}]
-  while whole % 2 == 0 and whole // 2 >= cores:
-    whole //= 2
-    parts.append({"train.micro_batch": whole})
-  for part in parts:
-    for kept in keep:
-      for placed in place:
-        if changes := {**part, **kept, **placed}:
+  remats = [{}, *({"train.remat": name} for name in _after(REMATS, config.train.remat))]
+  states = [{}, *({"mesh.state": name} for name in _after(STATES, config.mesh.state))]
+  size = config.train.micro_batch or config.train.batch_size
+  micro_batches = [{}]
+  while size % 2 == 0 and size // 2 >= cores:
+    size //= 2
+    micro_batches.append({"train.micro_batch": size})
+  for micro_batch in micro_batches:
+    for remat in remats:
+      for state in states:
+        if changes := {**micro_batch, **remat, **state}:
           yield changes
 
 
@@ -308,36 +321,36 @@ def _after(names: tuple[str, ...], name: str) -> tuple[str, ...]:
   return names[names.index(name) + 1 :]
 
 
-class _Need:
-  """Which changes may free enough memory, seen generously: the others need not be compiled.
+class _Estimate:
+  """Optimistic estimate of the memory that changes free, to skip compilations that cannot help.
 
   Args:
-    built: that does not fit.
-    peak: bytes that it needs on a core.
-    memory: bytes that there are.
+    recipe: step that does not fit.
+    peak: peak memory of the step on a core in bytes.
+    memory: memory of a core in bytes.
   """
 
-  def __init__(self, built: trainer.Recipe, peak: int, memory: int):
-    state = built.abstract_state
+  def __init__(self, recipe: trainer.Recipe, peak: int, memory: int):
+    state = recipe.abstract_state
     self._memory = memory
     self._peaks = {frozenset(): peak}
-    self._passes = built.passes
-    self._batch = built.config.train.batch_size
-    # Gradients and their update are as large as the parameters, and so is a copy of these.
+    self._passes = recipe.passes
+    self._batch = recipe.config.train.batch_size
+    # Gradients, their update and a copy of the parameters are each as large as the parameters.
     self._state = sharding.held_bytes(state) + 3 * sharding.held_bytes(state.params)
     self._activations = max(0, peak - sharding.held_bytes(state))
 
-  def note(self, changes: dict[str, Any], peak: int) -> None:
-    """Remembers what a step with these changes needs."""
+  def add(self, changes: dict[str, Any], peak: int) -> None:
+    """Add the peak memory, in bytes, of the compiled step with these changes."""
     self._peaks[frozenset(changes.items())] = peak
 
   def may_fit(self, changes: dict[str, Any]) -> bool:
-    """Whether all that the changes could free is as much as is missing."""
+    """Whether the changes could free enough memory."""
     others = {name: value for name, value in changes.items() if name != "mesh.state"}
     freed = float(self._state) if "mesh.state" in changes else 0.0
-    known = self._peaks.get(frozenset(others.items()))
-    if known is not None:
-      return known - freed <= self._memory
+    peak = self._peaks.get(frozenset(others.items()))
+    if peak is not None:
+      return peak - freed <= self._memory
     if "train.remat" in changes:
       freed += self._activations
     elif "train.micro_batch" in changes:

@@ -1,11 +1,11 @@
-"""TPUs that need not be there: what their makers say of them, and their devices for the compiler.
+"""Data of TPU generations, names of slices, and the devices of a slice for compiling without a TPU.
 
-Numbers are of one device as jax sees it: a core on v2, v3, v5e and v6e; on v4 and v5p a chip, whose
-two cores work as one. Sources: [docs] cloud.google.com/tpu/docs, the page of each generation;
+Numbers are per device as jax counts them: a core on v2, v3, v5e and v6e; a chip on v4 and v5p,
+whose two cores work as one. Sources: [docs] cloud.google.com/tpu/docs, the page of each generation;
 [J20] Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks";
-[J23] Jouppi et al. 2023, "TPU v4"; [libtpu] the memory that libtpu 0.0.52 names when a program does
-not fit; [units] the peak divided by what the matrix units do in a cycle, two operations for each
-of their cells, as the peaks of v2, v3 and v4 are.
+[J23] Jouppi et al. 2023, "TPU v4". Memory is the limit that libtpu 0.0.52 prints for a program that
+does not fit. [units]: the clock is the peak rate divided by the operations of the matrix units
+per cycle, two for each cell; this rule gives the published clocks of v2, v3 and v4.
 """
 
 import dataclasses
@@ -29,25 +29,25 @@ _QUIET = {
   "TPU_MIN_LOG_LEVEL": "3",
   "TPU_STDERR_LOG_LEVEL": "3",
 }
-_GOOGLE = "0x1ae0"
+_GOOGLE_VENDOR = "0x1ae0"
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """A kind of TPU; rates and memory are of one device as jax sees it.
+  """A TPU generation; rates and memory are per device as jax counts them.
 
   Args:
-    name: before the colon of a topology.
+    name: name, as before the colon of a topology.
     clock_hz: cycles per second of a core.
-    flops: bfloat16 operations per second at most.
-    memory_bytes: that a program may use.
-    bandwidth: bytes per second between memory and core.
-    devices_per_chip: as jax sees them.
-    axes: of a topology.
-    sizes: by the number in names such as `v3-512`, the usual topology.
-    prefix: of these names.
-    counts: what their number counts per chip.
-    options: to libtpu.
+    flops: peak bfloat16 operations per second.
+    memory_bytes: bytes of memory that a program may use.
+    bandwidth: peak bytes per second between memory and core.
+    devices_per_chip: number of devices of a chip as jax counts them.
+    axes: number of axes of a topology.
+    sizes: usual topology by the number in accelerator types such as `v3-512`.
+    prefix: text before the number in accelerator types.
+    counts: number that a chip adds in accelerator types: 2 where they count cores, 1 where chips.
+    options: options of libtpu for describing a topology.
   """
 
   name: str
@@ -92,8 +92,8 @@ GENERATIONS = {
       "v5p", 1750e6, 459e12, int(95.73 * _GIB), 2765e9, 1, 3,
       _CUBE | {8192: "16x16x16", 12288: "16x16x24"}, "v5p", 2,
     ),
-    # 918 TFLOP/s, 32 GB and 1640 GB/s a chip: [docs]. Clock: [units], as four of 256 x 256 (the
-    # docs say two; with two, libtpu would expect a product to take less time than they can).
+    # 918 TFLOP/s, 32 GB and 1640 GB/s a chip: [docs]. Clock: [units], four of 256 x 256. [docs] has
+    # two, but libtpu estimates fewer cycles for a product than two units need.
     Generation("v6e", 1750e6, 918e12, int(31.24 * _GIB), 1640e9, 1, 2, _FLAT, "v6e", 1),
   )
 }  # fmt: skip
@@ -101,7 +101,13 @@ GENERATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice: which chips, and how they are laid out; `name` is such as `v3:16x16`."""
+  """A slice of a TPU pod.
+
+  Args:
+    name: name, such as v3:16x16.
+    generation: generation of its chips.
+    shape: number of chips along each axis.
+  """
 
   name: str
   generation: Generation
@@ -109,17 +115,17 @@ class Topology:
 
   @property
   def chips(self) -> int:
-    """How many."""
+    """Number of chips."""
     return math.prod(self.shape)
 
   @property
   def cores(self) -> int:
-    """Devices as jax sees them."""
+    """Number of devices as jax counts them."""
     return self.chips * self.generation.devices_per_chip
 
   @property
   def host_shape(self) -> tuple[int, int, int]:
-    """Chips of one host: four, but one or eight where a whole slice is that."""
+    """Chips of one host along three axes: 2x2x1; for one chip or eight of v5e or v6e, the slice."""
     single = self.generation.axes == 2 and self.generation.devices_per_chip == 1
     if self.chips == 1 or (single and self.chips == 8):
       return (*self.shape, *(1,) * (3 - len(self.shape)))
@@ -127,15 +133,15 @@ class Topology:
 
   @property
   def hosts(self) -> int:
-    """How many machines feed it."""
+    """Number of hosts."""
     return self.chips // math.prod(self.host_shape)
 
 
 def topology(name: str) -> Topology:
-  """The slice of a name: `v3:16x16`, or `v3-512` as Google Cloud calls it.
+  """Parse the name of a slice: a topology as `v3:16x16`, or an accelerator type as `v3-512`.
 
   Raises:
-    ConfigError: there is no such TPU, or no such slice of it.
+    ConfigError: unknown generation, or a size that the generation does not have.
   """
   kind, mark, rest = name.partition(":")
   if not mark:
@@ -152,62 +158,64 @@ def topology(name: str) -> Topology:
       f"--topology={name}: expected {generation.axes} numbers of chips, as in "
       f"{kind}:{generation.sizes[16 if 16 in generation.sizes else 32]}"
     )
-  found = Topology(name, generation, shape)
-  bounds = found.host_shape[: generation.axes]
+  parsed = Topology(name, generation, shape)
+  bounds = parsed.host_shape[: generation.axes]
   if any(size % bound for size, bound in zip(shape, bounds, strict=True)):
     usual = ", ".join(f"{kind}:{size}" for size in generation.sizes.values())
     raise ConfigError(
       f"--topology={name}: expected multiples of a host's {'x'.join(map(str, bounds))} chips; "
       f"usual are {usual}"
     )
-  return found
+  return parsed
 
 
 def _by_accelerator_type(name: str) -> Topology:
-  found = re.fullmatch(r"(\w+)-(\d+)", name)
+  match = re.fullmatch(r"(\w+)-(\d+)", name)
   for generation in GENERATIONS.values():
-    if found and found[1] in (generation.prefix, generation.name):
-      if size := generation.sizes.get(int(found[2])):
+    if match and match[1] in (generation.prefix, generation.name):
+      if size := generation.sizes.get(int(match[2])):
         return topology(f"{generation.name}:{size}")
       names = ", ".join(f"{generation.prefix}-{size}" for size in generation.sizes)
       raise ConfigError(
         f"--topology={name}: expected one of {names}, or chips as in "
         f"{generation.name}:{generation.sizes[32]}"
       )
-  names = ", ".join(f"{one.prefix}-32" for one in GENERATIONS.values())
+  names = ", ".join(f"{generation.prefix}-32" for generation in GENERATIONS.values())
   raise ConfigError(
     f"--topology={name}: expected chips as in v3:16x16 or v4:4x4x4, or a name such as {names}"
   )
 
 
-def devices(wanted: Topology) -> list[Any]:
-  """The slice's devices, to compile for: nothing can run on them.
+def devices(slice_: Topology) -> list[Any]:
+  """Devices of a slice for compiling; no program can run on them.
 
   Raises:
-    ConfigError: libtpu is not installed, or does not know the slice.
+    ConfigError: libtpu is not installed, or it refuses the slice.
   """
   version()
-  # Several processes may compile at the same time: nothing here opens a TPU.
+  # No TPU is opened here, so several processes may load libtpu at the same time.
   for name, value in {**_QUIET, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
     os.environ.setdefault(name, value)
   try:
     described = topologies.get_topology_desc(
       platform="tpu",
-      topology_name=wanted.name,
-      chips_per_host_bounds=wanted.host_shape,
-      **wanted.generation.options,
+      topology_name=slice_.name,
+      chips_per_host_bounds=slice_.host_shape,
+      **slice_.generation.options,
     )
-  except Exception as error:  # jax raises its own errors here, and libtpu's as RuntimeError
+  except Exception as error:  # errors of jax's own types, and RuntimeError for libtpu's
     reason = str(error).strip().partition("\n")[0]
-    raise ConfigError(f"--topology={wanted.name}: libtpu {version()} says: {reason}") from None
+    raise ConfigError(
+      f"--topology={slice_.name}: libtpu {version()} refuses it: {reason}"
+    ) from None
   return list(described.devices)
 
 
 def version() -> str:
-  """libtpu's.
+  """Version of the installed libtpu.
 
   Raises:
-    ConfigError: it is not installed.
+    ConfigError: libtpu is not installed.
   """
   try:
     return importlib.metadata.version("libtpu")
@@ -218,9 +226,9 @@ def version() -> str:
 
 
 def quieten() -> None:
-  """Keeps an installed libtpu from looking and complaining where there is no TPU.
+  """Stop an installed libtpu from searching for a TPU and logging errors where there is none.
 
-  Call it before jax first looks for devices. Where there is a TPU it does nothing.
+  Must be called before jax first looks for devices. On a machine with a TPU it does nothing.
   """
   if importlib.util.find_spec("libtpu") and not _attached():
     for name, value in _QUIET.items():
@@ -228,6 +236,6 @@ def quieten() -> None:
 
 
 def _attached() -> bool:
-  """Whether Google's are on the bus: a TPU, or the network card of a machine that may have one."""
+  """Whether a PCI device of Google is present: a TPU, or the network card of a cloud machine."""
   vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-  return any(path.read_text().strip() == _GOOGLE for path in vendors)
+  return any(path.read_text().strip() == _GOOGLE_VENDOR for path in vendors)

@@ -1,1 +1,1 @@
-"""Results beside the paper's."""
+"""Comparison of measured results with the paper's tables."""

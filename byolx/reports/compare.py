@@ -1,4 +1,4 @@
-"""Measured results beside the paper's: means over seeds, and which result is which number of a table."""
+"""Comparison with the paper: means over seeds, and the cells of the paper's tables that they match."""
 
 import dataclasses
 import functools
@@ -17,7 +17,9 @@ _TASKS = ("linear", "finetune", "supervised", "pretrain")
 _PROBES = {"linear": "linear probe", "knn": "k-NN", "online_probe": "online probe"}
 _TASK_NAMES = {"finetune": "fine-tuning"}
 _METRICS = {"top1": "top-1", "top5": "top-5"}
-_UNSHAPING = ("seed", "init.workdir")  # the second names a place; `pretrain` says what is there
+# Fields that may differ between the runs of one mean. `init.workdir` is only a path: the fields of the
+# pretraining run in that workdir are in the record, under `pretrain`.
+_NOT_COMPARED = ("seed", "init.workdir")
 _RECORD_KEYS = (
   *("task", "protocol", "encoder", "labels", "split", "metric", "step"),
   *("pretrained_on", "pretrain_step"),
@@ -26,19 +28,21 @@ _RECORD_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One number: a measurement, or the mean of several that differ in nothing but seeds.
+  """One measurement, or the mean of several measurements that differ only in their seeds.
 
   Args:
-    record: of the first of them.
-    data: name of the data set, if known.
-    config: flat, of the first of them; empty if unknown.
-    value: in 0..1.
-    interval: half the range over seeds (appendix G), or what the record has; None for one run.
-    n: how many were averaged.
-    seeds: of them.
-    configs, commits: fingerprints of configs, and commits, each once.
-    workdirs: that were trained for it.
-    seconds: that one of them trained, on average; None if unknown.
+    record: record of the first measurement.
+    data: name of the data set; None if unknown.
+    config: config of the first measurement, as a flat mapping of field names; empty if unknown.
+    value: mean of the metric, in 0..1.
+    interval: half the range over seeds (appendix G); for one measurement, its record's interval or
+      None.
+    n: number of values in the mean.
+    seeds: distinct seeds of the measurements.
+    configs: distinct fingerprints of their configs.
+    commits: distinct commits of their code.
+    workdirs: workdirs of their training runs.
+    seconds: mean training time of one measurement, in seconds; None if unknown.
   """
 
   record: Mapping[str, Any]
@@ -56,13 +60,13 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Departure:
-  """A field in which a run is not what the paper's protocol says.
+  """A config field in which a run differs from the paper's protocol.
 
   Args:
     field: name of the field.
-    value: value of the run.
-    paper: value of the protocol, or a `OneOf`.
-    pretrain: whether it is a field of the pretraining that the encoder comes from.
+    value: value in the run.
+    paper: value in the paper's protocol, or a `OneOf` with several allowed values.
+    pretrain: True for a field of the encoder's pretraining run, False for one of the measured run.
   """
 
   field: str
@@ -76,26 +80,38 @@ class Departure:
     return f"{'pretraining ' * self.pretrain}{self.field}: {_show(self.value)} (paper: {paper})"
 
 
-def results(measurements: Iterable[Measurement], every: bool = False) -> list[Result]:
-  """Means over seeds, in the order of tasks, data sets, protocols and shares of labels.
+def results(measurements: Iterable[Measurement], include_all: bool = False) -> list[Result]:
+  """Average measurements over seeds.
 
   Args:
-    measurements: of any workdirs.
-    every: those on validation images, and those that were not chosen, as well.
+    measurements: measurements from any workdirs.
+    include_all: True to include results on validation images, and results of candidates that
+      validation did not choose.
+
+  Returns:
+    One result per group of measurements that differ only in seeds, sorted by data set, task, protocol,
+    split, metric, encoder and share of labels.
   """
   groups: dict[str, list[Measurement]] = {}
-  for one in measurements:
-    if every or (one.chosen and one.record["split"] == "test"):
-      groups.setdefault(_identity(one), []).append(one)
-  made = [_mean(part) for group in groups.values() for part in _repeats(group)]
-  places = {name: i for i, name in enumerate(dict.fromkeys(_encoder(one) for one in made))}
-  return sorted(made, key=lambda one: (*_order(one), places[_encoder(one)], labels(one)))
+  for measurement in measurements:
+    if include_all or (measurement.chosen and measurement.record["split"] == "test"):
+      groups.setdefault(_identity(measurement), []).append(measurement)
+  means = [_mean(part) for group in groups.values() for part in _repeats(group)]
+  encoders = list(dict.fromkeys(_encoder(result) for result in means))
+  places = {name: i for i, name in enumerate(encoders)}
+  return sorted(
+    means, key=lambda result: (*_order(result), places[_encoder(result)], labels(result))
+  )
 
 
 def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-  """Whether a record, of a run of this flat config, is what the condition says.
+  """Whether a measured run satisfies a condition.
 
-  Fields that the run did not write have their defaults; a run of unknown config matches nothing.
+  Args:
+    condition: condition of a cell of one of the paper's tables.
+    record: record of the run.
+    config: flat config of the run. Missing fields count as their defaults. An empty config means an
+      unknown one, which satisfies no condition on config fields.
   """
   return departures(condition, record, config) == []
 
@@ -103,40 +119,48 @@ def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str
 def departures(
   condition: Condition, record: Mapping[str, Any], config: Mapping[str, Any]
 ) -> list[Departure] | None:
-  """The fields in which a record's run differs from a condition; None if it is another measurement.
+  """Fields in which a measured run differs from a condition.
 
-  The keys of the record must be the condition's: task, data, metric, share of the labels, and what the
-  encoder was pretrained on.
+  Args:
+    condition: condition of a cell of one of the paper's tables.
+    record: record of the run.
+    config: flat config of the run; empty if unknown.
+
+  Returns:
+    The fields that differ; empty if the run satisfies the condition. None if the two cannot be
+    compared: the record has another value of a key of the condition (such as the task, the data set
+    or the metric), validation did not choose it, its config is unknown, or the pretraining of its
+    encoder is unfinished or unknown.
   """
   if record.get("chosen", True) is False or (condition.config and not config):
     return None
-  if record.get("pretrain_finished") is False:  # the paper has no number of half a pretraining
+  if record.get("pretrain_finished") is False:  # the paper has no results of unfinished pretraining
     return None
-  for key, wanted in condition.record.items():
+  for key, expected in condition.record.items():
     if key == "pretrained_on" and key not in record and not condition.origin_known:
       continue
-    known = record.get(key)
-    if key == "data" and known is None:
-      known = config.get("data.source")
-    if not _equal(known, wanted):
+    actual = record.get(key)
+    if key == "data" and actual is None:
+      actual = config.get("data.source")
+    if not _equal(actual, expected):
       return None
   pretrain = record.get("pretrain")
   if pretrain is None and condition.pretrain and condition.origin_known:
     return None
-  of_encoder = [] if pretrain is None else _departures(condition.pretrain, pretrain, True)
-  return _departures(condition.config, config, False) + of_encoder
+  pretrain_departures = [] if pretrain is None else _departures(condition.pretrain, pretrain, True)
+  return _departures(condition.config, config, False) + pretrain_departures
 
 
-def of_cell(table: Table, row: Row, column: Column, found: Sequence[Result]) -> list[Result]:
-  """The results that are one number of a table."""
+def of_cell(table: Table, row: Row, column: Column, candidates: Sequence[Result]) -> list[Result]:
+  """Results that measure one cell of a table."""
   condition = table.condition(row, column)
   if condition is None:
     return []
-  return [one for one in found if matches(condition, one.record, one.config)]
+  return [result for result in candidates if matches(condition, result.record, result.config)]
 
 
 def in_paper(result: Result) -> list[tuple[Table, Column, Cell]]:
-  """Where the paper has this result; most often in no table, or in one."""
+  """Cells of the paper's tables that a result measures; usually none or one."""
   return [
     (table, column, cell)
     for table, column, cell, condition in _measurable_cells()
@@ -146,7 +170,7 @@ def in_paper(result: Result) -> list[tuple[Table, Column, Cell]]:
 
 @functools.cache
 def _measurable_cells() -> tuple[tuple[Table, Column, Cell, Condition], ...]:
-  """Every number of the paper that a run can be."""
+  """All cells of the paper's tables that this library can measure, with their conditions."""
   return tuple(
     (table, column, cell, condition)
     for table in TABLES.values()
@@ -157,31 +181,39 @@ def _measurable_cells() -> tuple[tuple[Table, Column, Cell, Condition], ...]:
 
 
 def off_protocol(
-  table: Table, row: Row, column: Column, found: Sequence[Result]
+  table: Table, row: Row, column: Column, candidates: Sequence[Result]
 ) -> list[tuple[Result, list[Departure]]]:
-  """The results that would be one number of a table, were it not for fields of its protocol.
+  """Results that differ from one cell of a table only in its protocol.
 
-  They have the row's network, and every field that tells the rows of this table apart.
+  They have the network of the row, and its values of all fields that distinguish the rows of the table
+  (`Table.defining`).
+
+  Returns:
+    Each result with the protocol fields in which it differs.
   """
   condition = table.condition(row, column)
   if condition is None:
     return []
-  strays = [(one, _off_protocol(table, condition, one)) for one in found]
-  return [(one, fields) for one, fields in strays if fields]
+  pairs = [(result, _off_protocol(table, condition, result)) for result in candidates]
+  return [(result, fields) for result, fields in pairs if fields]
 
 
-def _off_protocol(table: Table, condition: Condition, one: Result) -> list[Departure]:
-  """Fields of a table's protocol in which a result differs; empty if it is not of the row."""
+def _off_protocol(table: Table, condition: Condition, result: Result) -> list[Departure]:
+  """Fields of a table's protocol in which a result differs; empty if it belongs to another row."""
   config, pretrain = table.defining
-  fields = departures(condition, one.record, one.config) or []
-  of_row = any(each.field in (pretrain if each.pretrain else config) for each in fields)
-  return [] if of_row else fields
+  fields = departures(condition, result.record, result.config) or []
+  of_other_row = any(
+    departure.field in (pretrain if departure.pretrain else config) for departure in fields
+  )
+  return [] if of_other_row else fields
 
 
 def nearest(result: Result) -> tuple[list[tuple[Table, Column, Cell]], list[Departure]]:
-  """Where the paper has a result by another protocol, with the fewest fields that differ.
+  """Cells of the paper that are closest to a result measured by another protocol.
 
-  Both lists are empty if the result is a number of the paper, or like none of them.
+  Returns:
+    The cells whose protocol differs from the result's in the fewest fields, and these fields. Both
+    lists are empty if the result measures a cell exactly, or if there is no similar cell.
   """
   places: list[tuple[Table, Column, Cell]] = []
   fewest: list[Departure] = []
@@ -196,50 +228,52 @@ def nearest(result: Result) -> tuple[list[tuple[Table, Column, Cell]], list[Depa
   return places, fewest
 
 
-def open_choices(one: Result) -> list[str]:
-  """Fields that the paper leaves open, of which a result's run has other values than the configs."""
-  pretrain = one.record.get("pretrain")
+def open_choices(result: Result) -> list[str]:
+  """Fields that the paper does not state and that differ from the shipped configs, as `field=value`."""
+  pretrain = result.record.get("pretrain")
   fields = (
-    _departures(LEFT_OPEN.get(one.record["task"], {}), one.config, False) if one.config else []
+    _departures(LEFT_OPEN.get(result.record["task"], {}), result.config, False)
+    if result.config
+    else []
   )
   if pretrain is not None:
     fields += _departures(LEFT_OPEN["pretrain"], pretrain, True)
   return [
-    f"{'pretraining ' * each.pretrain}{each.field}={_show(each.value)}"
-    for each in fields
-    if each.value is not None
+    f"{'pretraining ' * departure.pretrain}{departure.field}={_show(departure.value)}"
+    for departure in fields
+    if departure.value is not None
   ]
 
 
-def protocol(one: Result) -> str:
-  """What was done, and by which variation: `linear, pretrain views, tclip 20`."""
-  task, name = one.record["task"], one.record["protocol"]
+def protocol(result: Result) -> str:
+  """Name of a result's protocol with its variations: `linear, pretrain views, tclip 20`."""
+  task, name = result.record["task"], result.record["protocol"]
   words = [_PROBES.get(name, name) if task == "pretrain" else _TASK_NAMES.get(task, task)]
   if task != "pretrain":
-    views = one.config.get("classify.views")
+    views = result.config.get("classify.views")
     words += [f"{views} views"] if views and views != "spatial" else []
     for field, word in (("tclip", "tclip"), ("logit_penalty", "logit penalty")):
-      value = one.config.get(f"classify.{field}")
+      value = result.config.get(f"classify.{field}")
       words += [f"{word} {value:g}"] if value else []
-  if one.record["split"] != "test":
-    words.append(one.record["split"])
-  if one.record.get("chosen") is False:
+  if result.record["split"] != "test":
+    words.append(result.record["split"])
+  if result.record.get("chosen") is False:
     words.append("not chosen")
-  if "chosen" in one.record and one.record["split"] != "test" and one.record.get("rate"):
-    words.append(f"rate {one.record['rate']:g}")
+  if "chosen" in result.record and result.record["split"] != "test" and result.record.get("rate"):
+    words.append(f"rate {result.record['rate']:g}")
   return ", ".join(words)
 
 
-def encoder(one: Result) -> str:
-  """Which encoder of what network, and on what it was pretrained where that is another data set."""
-  words = [str(one.record.get("encoder") or ""), network(one.config)]
-  origin = one.record.get("pretrained_on")
-  words += [f"from {origin}"] if origin and origin != one.data else []
+def encoder(result: Result) -> str:
+  """Name of a result's encoder and network, and of its pretraining data set if that is another one."""
+  words = [str(result.record.get("encoder") or ""), network(result.config)]
+  origin = result.record.get("pretrained_on")
+  words += [f"from {origin}"] if origin and origin != result.data else []
   return ", ".join(filter(None, words))
 
 
 def network(config: Mapping[str, Any]) -> str:
-  """`ResNet-50 1×`; of a custom one its channels; empty if unknown."""
+  """Name of a flat config's network: `ResNet-50 1×`, `custom 64-128`; empty if unknown."""
   arch = config.get("model.arch", "")
   if arch == "custom":
     return f"custom {'-'.join(map(str, config.get('model.channels', ())))}"
@@ -247,41 +281,41 @@ def network(config: Mapping[str, Any]) -> str:
   return f"ResNet-{depth} {config.get('model.width', 1.0):g}×" if depth != arch else arch
 
 
-def share(one: Result) -> str:
-  """Of the labels: `1 %`."""
-  labels = one.record.get("labels")
+def share(result: Result) -> str:
+  """Share of the labels, as text: `1 %`; empty if unknown."""
+  labels = result.record.get("labels")
   return "" if labels is None else f"{100 * labels:g} %"
 
 
-def metric(one: Result) -> str:
-  """`top-1`."""
-  return _METRICS.get(one.record["metric"], one.record["metric"])
+def metric(result: Result) -> str:
+  """Name of a result's metric: `top-1`."""
+  return _METRICS.get(result.record["metric"], result.record["metric"])
 
 
-def cost(one: Result) -> str:
-  """`3 × 12 min 20 s on 2 x cpu`; `-` if unknown."""
-  devices = one.record.get("devices")
-  if one.seconds is None:
+def cost(result: Result) -> str:
+  """Training time and devices of a result: `3 × 12 min 20 s on 2 x cpu`; `-` if unknown."""
+  devices = result.record.get("devices")
+  if result.seconds is None:
     return "-"
-  runs = f"{len(one.workdirs)} × " if len(one.workdirs) > 1 else ""
-  return f"{runs}{text.duration(one.seconds)}" + (f" on {devices}" if devices else "")
+  runs = f"{len(result.workdirs)} × " if len(result.workdirs) > 1 else ""
+  return f"{runs}{text.duration(result.seconds)}" + (f" on {devices}" if devices else "")
 
 
 def _departures(
-  wanted: Mapping[str, Any], flat: Mapping[str, Any], pretrain: bool
+  expected: Mapping[str, Any], flat: Mapping[str, Any], pretrain: bool
 ) -> list[Departure]:
-  """Fields that do not have the wanted value; a field that is not there has its default."""
-  found, fields = [], schema.fields()
-  for name, value in wanted.items():
-    known = flat[name] if name in flat else fields[name].default if name in fields else None
+  """Fields whose value is not the expected one. A missing field counts as its default."""
+  different, fields = [], schema.fields()
+  for name, value in expected.items():
+    actual = flat[name] if name in flat else fields[name].default if name in fields else None
     choices = value.values if isinstance(value, OneOf) else (value,)
-    if not any(_equal(known, choice) for choice in choices):
-      found.append(Departure(name, known, value, pretrain))
-  return found
+    if not any(_equal(actual, choice) for choice in choices):
+      different.append(Departure(name, actual, value, pretrain))
+  return different
 
 
 def _show(value: Any) -> str:
-  """A value of a field as `byolx fields` has it, numbers without trailing zeros."""
+  """Text of a field's value, with numbers without trailing zeros."""
   if isinstance(value, list | tuple):
     return f"({', '.join(map(_show, value))})"
   if isinstance(value, float):
@@ -289,69 +323,76 @@ def _show(value: Any) -> str:
   return repr(value) if value == "" else str(value)
 
 
-def _equal(known: Any, wanted: Any) -> bool:
-  """Lists are tuples, and whole numbers are numbers; but a number is not True."""
-  if isinstance(known, list | tuple) and isinstance(wanted, list | tuple):
-    return len(known) == len(wanted) and all(map(_equal, known, wanted))
-  if isinstance(known, bool) or isinstance(wanted, bool) or not isinstance(wanted, int | float):
-    return type(known) is type(wanted) and known == wanted
-  return isinstance(known, int | float) and abs(known - wanted) <= 1e-9 * abs(wanted)
+def _equal(actual: Any, expected: Any) -> bool:
+  """Whether two values are equal. Lists equal tuples, and 1 equals 1.0, but 1 does not equal True."""
+  if isinstance(actual, list | tuple) and isinstance(expected, list | tuple):
+    return len(actual) == len(expected) and all(map(_equal, actual, expected))
+  if (
+    isinstance(actual, bool) or isinstance(expected, bool) or not isinstance(expected, int | float)
+  ):
+    return type(actual) is type(expected) and actual == expected
+  return isinstance(actual, int | float) and abs(actual - expected) <= 1e-9 * abs(expected)
 
 
-def _identity(one: Measurement) -> str:
-  """Equal for measurements that may differ in seeds, commits, and places, and in nothing else."""
+def _identity(measurement: Measurement) -> str:
+  """Key of a measurement: equal for those that differ at most in seeds, commits and workdirs."""
   fields = schema.fields()
   config: Any = {
     name: value
-    for name, value in one.config.items()
-    if name not in _UNSHAPING and (name not in fields or not fields[name].free)
+    for name, value in measurement.config.items()
+    if name not in _NOT_COMPARED and (name not in fields or not fields[name].free)
   }
-  pretrain = one.record.get("pretrain")
+  record = measurement.record
+  pretrain = record.get("pretrain")
   facts = {
-    **{key: one.record.get(key) for key in _RECORD_KEYS},
-    "data": one.data,
-    "config": config or one.record.get("config"),
-    "pretrain": pretrain and {k: v for k, v in pretrain.items() if k not in _UNSHAPING},
-    # Where validation images chose, each seed may have its own.
-    "rate": None if one.record.get("chosen") else one.record.get("rate"),
-    # A mean is not averaged again with others.
-    "mean of": one.record["seed"] if isinstance(one.record.get("seed"), list) else None,
+    **{key: record.get(key) for key in _RECORD_KEYS},
+    "data": measurement.data,
+    "config": config or record.get("config"),
+    "pretrain": pretrain and {k: v for k, v in pretrain.items() if k not in _NOT_COMPARED},
+    # If validation chose the rate, each seed may have another one.
+    "rate": None if record.get("chosen") else record.get("rate"),
+    # A record that is already a mean is not averaged with others.
+    "mean of": record["seed"] if isinstance(record.get("seed"), list) else None,
   }
   return json.dumps(facts, sort_keys=True, default=list)
 
 
 def _repeats(group: Sequence[Measurement]) -> list[list[Measurement]]:
-  """A group, cut by commits where these ran the same seeds; what is there twice counts once."""
+  """Divide a group by commits if it has several measurements of the same seed.
+
+  Measurements with the same seed, commit and value are duplicates, and count once.
+  """
   distinct: dict[tuple, Measurement] = {}
-  for one in group:
-    distinct.setdefault((_seeds(one), _commit(one), one.record["value"]), one)
-  kept = list(distinct.values())
-  if len({_seeds(one) for one in kept}) == len(kept):
-    return [kept]
+  for measurement in group:
+    key = (_seeds(measurement), _commit(measurement), measurement.record["value"])
+    distinct.setdefault(key, measurement)
+  measurements = list(distinct.values())
+  if len({_seeds(measurement) for measurement in measurements}) == len(measurements):
+    return [measurements]
   by_commit: dict[Any, list[Measurement]] = {}
-  for one in kept:
-    by_commit.setdefault(_commit(one), []).append(one)
+  for measurement in measurements:
+    by_commit.setdefault(_commit(measurement), []).append(measurement)
   return list(by_commit.values())
 
 
-def _commit(one: Measurement) -> str:
-  """That of its record; a mean over runs of several commits lists them."""
-  return json.dumps(one.record.get("commit"))
+def _commit(measurement: Measurement) -> str:
+  """Commit of a measurement as JSON: a string, or a list for a mean over several commits."""
+  return json.dumps(measurement.record.get("commit"))
 
 
-def _seeds(one: Measurement) -> str:
-  """Of the run and of its encoder's pretraining."""
-  pretrain = one.record.get("pretrain") or {}
-  return json.dumps([one.record.get("seed"), pretrain.get("seed", 0)])
+def _seeds(measurement: Measurement) -> str:
+  """Seeds of a measured run and of its encoder's pretraining, as JSON."""
+  pretrain = measurement.record.get("pretrain") or {}
+  return json.dumps([measurement.record.get("seed"), pretrain.get("seed", 0)])
 
 
 def _mean(group: Sequence[Measurement]) -> Result:
   first = group[0]
-  values = [one.record["value"] for one in group]
-  known = [one.seconds for one in group if one.seconds is not None]
+  values = [measurement.record["value"] for measurement in group]
+  seconds = [measurement.seconds for measurement in group if measurement.seconds is not None]
   seeds: list[int] = []
-  for one in group:
-    seed = one.record.get("seed")
+  for measurement in group:
+    seed = measurement.record.get("seed")
     seeds += seed if isinstance(seed, list) else [] if seed is None else [seed]
   return Result(
     first.record,
@@ -359,36 +400,37 @@ def _mean(group: Sequence[Measurement]) -> Result:
     first.config,
     sum(values) / len(values),
     (max(values) - min(values)) / 2 if len(values) > 1 else first.record.get("interval"),
-    sum(one.record.get("n") or 1 for one in group),
+    sum(measurement.record.get("n") or 1 for measurement in group),
     tuple(dict.fromkeys(seeds)),
-    _distinct(one.record.get("config") for one in group),
-    _distinct(one.record.get("commit") for one in group),
-    tuple(dict.fromkeys(workdir for one in group for workdir in one.workdirs)),
-    sum(known) / len(known) if len(known) == len(group) else None,
+    _distinct(measurement.record.get("config") for measurement in group),
+    _distinct(measurement.record.get("commit") for measurement in group),
+    tuple(dict.fromkeys(workdir for measurement in group for workdir in measurement.workdirs)),
+    sum(seconds) / len(seconds) if len(seconds) == len(group) else None,
   )
 
 
-def _distinct(found: Iterable[str | list[str] | None]) -> tuple[str, ...]:
-  """Each name once; a mean over runs that differ lists theirs."""
-  names = [name for one in found for name in (one if isinstance(one, list) else [one])]
+def _distinct(values: Iterable[str | list[str] | None]) -> tuple[str, ...]:
+  """Distinct names, in order. Each value is a name, a list of names, or None."""
+  names = [name for value in values for name in (value if isinstance(value, list) else [value])]
   return tuple(dict.fromkeys(name for name in names if name))
 
 
-def _order(one: Result) -> tuple:
-  task, name = one.record["task"], one.record["protocol"]
+def _order(result: Result) -> tuple:
+  record = result.record
+  task, name = record["task"], record["protocol"]
   places = (_place(_TASKS, task), _place(_PROTOCOLS, name))
-  return (str(one.data), *places, str(task), str(name), one.record["split"], one.record["metric"])
+  return (str(result.data), *places, str(task), str(name), record["split"], record["metric"])
 
 
 def _place(order: Sequence[str], name: str) -> int:
-  """Its index; names that are not there come last."""
+  """Index of a name in an order; a name that is not in the order comes last."""
   return order.index(name) if name in order else len(order)
 
 
-def _encoder(one: Result) -> str:
-  return str(one.record.get("encoder"))
+def _encoder(result: Result) -> str:
+  return str(result.record.get("encoder"))
 
 
-def labels(one: Result) -> float:
-  """The share of the labels that was used; 0 if unknown."""
-  return float(one.record.get("labels") or 0)
+def labels(result: Result) -> float:
+  """Share of the labels that a result used, in 0..1; 0 if unknown."""
+  return float(result.record.get("labels") or 0)

@@ -1,4 +1,4 @@
-"""Pictures of results: accuracy over the share of labels (Figure 4), or one bar for each protocol."""
+"""Figures of results: accuracy over the share of labels (Figure 4), or one bar per result."""
 
 import math
 from collections.abc import Sequence
@@ -16,49 +16,54 @@ from byolx.reports.compare import Result
 
 _METRICS = {"top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)"}
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_FEW = len(plots.COLOURS)  # lines that colours alone tell apart
-_SHORT = 34  # letters of a bar's name on one line
+_MAX_COLOURS = len(plots.COLOURS)  # largest number of lines that have distinct colours
+_MAX_LETTERS = 34  # longest name of a bar on one line
 
 Name = tuple[str, str]
-"""What a line or bar is: the protocol, and the encoder."""
+"""Name of a line or bar: protocol and encoder."""
 Panel = tuple[str, list[Result]]
-"""Title, and what is drawn below it."""
+"""Title and results of one pair of axes."""
 
 
-def draw(found: Sequence[Result], path: Path) -> None:
-  """Lines where something was measured at several shares of the labels, and bars elsewhere.
+def draw(results: Sequence[Result], path: Path) -> None:
+  """Draw results as a PNG, with marks at the paper's numbers.
 
-  The paper's numbers, for the results that it has, are marked.
+  Draws lines over the share of labels if some protocol and encoder has results at several shares, and
+  bars otherwise. Each data set and metric has its own panel.
 
   Args:
-    found: at least one result; those of several data sets or metrics get a panel each.
-    path: of the PNG.
+    results: at least one result.
+    path: path of the PNG.
   """
   panels: dict[str, list[Result]] = {}
-  for one in found:
-    metric = _METRICS.get(one.record["metric"], one.record["metric"])
-    panels.setdefault(f"{one.data}: {metric}" if one.data else metric, []).append(one)
+  for result in results:
+    metric = _METRICS.get(result.record["metric"], result.record["metric"])
+    panels.setdefault(f"{result.data}: {metric}" if result.data else metric, []).append(result)
   shares = [{name: _shares(group, name) for name in _names(group)} for group in panels.values()]
   over_shares = any(len(of_name) > 1 for of_panel in shares for of_name in of_panel.values())
   figure = (_lines if over_shares else _bars)(list(panels.items()))
   plots.save(figure, path)
 
 
-def _names(found: Sequence[Result]) -> list[Name]:
-  """Every line or bar once, in the order of the results."""
-  return list(dict.fromkeys(_name(one) for one in found))
+def _names(results: Sequence[Result]) -> list[Name]:
+  """Distinct names of lines or bars, in the order of the results."""
+  return list(dict.fromkeys(_name(result) for result in results))
 
 
-def _name(one: Result) -> Name:
-  return compare.protocol(one), compare.encoder(one)
+def _name(result: Result) -> Name:
+  return compare.protocol(result), compare.encoder(result)
 
 
-def _shares(found: Sequence[Result], name: Name) -> set[float]:
-  return {one.record["labels"] for one in found if _name(one) == name and one.record.get("labels")}
+def _shares(results: Sequence[Result], name: Name) -> set[float]:
+  return {
+    result.record["labels"]
+    for result in results
+    if _name(result) == name and result.record.get("labels")
+  }
 
 
 def _labels(names: Sequence[Name]) -> dict[Name, str]:
-  """What the legend says: the encoder as well only where there are several, or nothing else does."""
+  """Labels in the legend. They include the encoder only if there are several encoders."""
   several = len({encoder for _, encoder in names}) > 1
   return {
     (protocol, encoder): _plain(f"{protocol}: {encoder}" if several and encoder else protocol)
@@ -67,7 +72,7 @@ def _labels(names: Sequence[Name]) -> dict[Name, str]:
 
 
 def _plain(text: str) -> str:
-  """matplotlib would read $ as a formula."""
+  """Escape $, which would start a formula in matplotlib."""
   return text.replace("$", r"\$")
 
 
@@ -75,21 +80,21 @@ def _lines(panels: Sequence[Panel]) -> Figure:
   """Accuracy over the share of labels on a log scale, as in Figure 4."""
   across = min(2, len(panels))
   down = math.ceil(len(panels) / across)
-  names = _names([one for _, group in panels for one in group])
+  names = _names([result for _, group in panels for result in group])
   labels = _labels(names)
   figure = Figure(figsize=(4.4 * across + 2.6, 3.4 * down), layout="constrained")
   figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
-  every = figure.subplots(down, across, squeeze=False).ravel()
+  axes = figure.subplots(down, across, squeeze=False).ravel()
   looks = _looks(names)
   paper = False
-  for ax, (title, group) in zip(every, panels, strict=False):
+  for ax, (title, group) in zip(axes, panels, strict=False):
     plots.style(ax, _plain(title))
     for name in _names(group):
-      of_name = [one for one in group if _name(one) == name]
-      _line(ax, of_name, *looks[name])
-      paper |= _paper_points(ax, of_name, looks[name][0])
+      line = [result for result in group if _name(result) == name]
+      _line(ax, line, *looks[name])
+      paper |= _paper_points(ax, line, looks[name][0])
     _scale_shares(ax, group)
-  for ax in every[len(panels) :]:
+  for ax in axes[len(panels) :]:
     ax.set_axis_off()
   handles = [
     Line2D(
@@ -112,10 +117,14 @@ def _lines(panels: Sequence[Panel]) -> Figure:
 
 
 def _looks(names: Sequence[Name]) -> dict[Name, tuple[str, Any, str]]:
-  """A colour and a shape for each line; of many, a colour for each encoder and dashes by protocol."""
+  """Colour, dashes and marker of each line.
+
+  If several encoders and protocols make more lines than there are colours, the colour shows the encoder
+  and the dashes show the protocol.
+  """
   protocols = list(dict.fromkeys(protocol for protocol, _ in names))
   encoders = list(dict.fromkeys(encoder for _, encoder in names))
-  crossed = len(names) > _FEW and len(protocols) > 1 and len(encoders) > 1
+  crossed = len(names) > _MAX_COLOURS and len(protocols) > 1 and len(encoders) > 1
   looks = {}
   for i, (protocol, encoder) in enumerate(names):
     colour = encoders.index(encoder) if crossed else i
@@ -128,20 +137,24 @@ def _looks(names: Sequence[Name]) -> dict[Name, tuple[str, Any, str]]:
   return looks
 
 
-def _line(ax: Axes, found: Sequence[Result], colour: str, dash: Any, shape: str) -> None:
-  points = sorted((one for one in found if one.record.get("labels")), key=compare.labels)
-  x = [100 * compare.labels(one) for one in points]
-  y = [100 * one.value for one in points]
+def _line(ax: Axes, results: Sequence[Result], colour: str, dash: Any, shape: str) -> None:
+  labelled = sorted(
+    (result for result in results if result.record.get("labels")), key=compare.labels
+  )
+  x = [100 * compare.labels(result) for result in labelled]
+  y = [100 * result.value for result in labelled]
   ax.plot(x, y, color=colour, linestyle=dash, marker=shape, markersize=4.5, linewidth=1.4)
-  for one in points:
-    if one.n > 1 and one.interval:
-      at = (100 * compare.labels(one), 100 * one.value, 100 * one.interval)
-      ax.errorbar(*at, color=colour, capsize=2.5, linewidth=1, fmt="none")
+  for result in labelled:
+    if result.n > 1 and result.interval:
+      point = (100 * compare.labels(result), 100 * result.value, 100 * result.interval)
+      ax.errorbar(*point, color=colour, capsize=2.5, linewidth=1, fmt="none")
 
 
-def _scale_shares(ax: Axes, found: Sequence[Result]) -> None:
-  """A log axis whose ticks are the shares themselves."""
-  shares = sorted({100 * compare.labels(one) for one in found if one.record.get("labels")})
+def _scale_shares(ax: Axes, results: Sequence[Result]) -> None:
+  """Use a logarithmic x axis with one tick per measured share of labels."""
+  shares = sorted(
+    {100 * compare.labels(result) for result in results if result.record.get("labels")}
+  )
   ax.set_xscale("log")
   ax.xaxis.set_minor_formatter(NullFormatter())
   ax.set_xticks(shares, [f"{share:g}%" for share in shares])
@@ -153,17 +166,17 @@ def _scale_shares(ax: Axes, found: Sequence[Result]) -> None:
   ax.set_axisbelow(True)
 
 
-def _paper_points(ax: Axes, found: Sequence[Result], colour: str) -> bool:
-  """Marks the paper's numbers; whether there was one."""
-  points = [(100 * compare.labels(one), value) for one in found for value in _paper(one)]
+def _paper_points(ax: Axes, results: Sequence[Result], colour: str) -> bool:
+  """Mark the paper's numbers; return whether there were any."""
+  points = [(100 * compare.labels(result), value) for result in results for value in _paper(result)]
   for x, y in points:
     ax.plot(x, y, "D", markersize=7, markerfacecolor="none", color=colour, zorder=4)
   return bool(points)
 
 
-def _paper(one: Result) -> list[float]:
-  """The paper's numbers for a result, in %; most often none or one."""
-  cells = compare.in_paper(one)
+def _paper(result: Result) -> list[float]:
+  """Distinct numbers of the paper for a result, in %; usually none or one."""
+  cells = compare.in_paper(result)
   return list(dict.fromkeys(cell.value for _, _, cell in cells if cell.value is not None))
 
 
@@ -175,7 +188,7 @@ def _paper_handle(marker: str) -> Line2D:
 
 
 def _bars(panels: Sequence[Panel]) -> Figure:
-  """One bar for each result, from zero; the paper's number is a mark on it."""
+  """One bar per result, from zero, with a mark at the paper's number."""
   counts = [len(group) for _, group in panels]
   inches = [0.34 * count + 0.55 for count in counts]
   labels = [_bar_labels(group) for _, group in panels]
@@ -200,32 +213,34 @@ def _bars(panels: Sequence[Panel]) -> Figure:
   return figure
 
 
-def _bar_labels(found: Sequence[Result]) -> list[str]:
-  """Protocol and encoder, on two lines if they are long; the share of labels if they differ."""
-  names = _labels(_names(found))
-  shares = {one.record.get("labels") for one in found}
+def _bar_labels(results: Sequence[Result]) -> list[str]:
+  """Labels of bars: protocol and encoder, on two lines if long, and share of labels if it varies."""
+  names = _labels(_names(results))
+  shares = {result.record.get("labels") for result in results}
   labels = []
-  for one in found:
-    text = names[_name(one)] + (f", {compare.share(one)}" if len(shares) > 1 else "")
-    labels.append(text.replace(": ", ":\n", 1) if len(text) > _SHORT else text)
+  for result in results:
+    text = names[_name(result)] + (f", {compare.share(result)}" if len(shares) > 1 else "")
+    labels.append(text.replace(": ", ":\n", 1) if len(text) > _MAX_LETTERS else text)
   return labels
 
 
-def _draw_bars(ax: Axes, found: Sequence[Result]) -> bool:
-  """The bars, what they measure, and the paper's marks; whether there was one."""
-  values = [100 * one.value for one in found]
-  errors = [100 * one.interval if one.n > 1 and one.interval else 0.0 for one in found]
-  ax.barh(range(len(found)), values, height=0.62, color=plots.BLUE, alpha=0.75, linewidth=0)
+def _draw_bars(ax: Axes, results: Sequence[Result]) -> bool:
+  """Draw bars with their values and the paper's marks; return whether there were any marks."""
+  values = [100 * result.value for result in results]
+  errors = [
+    100 * result.interval if result.n > 1 and result.interval else 0.0 for result in results
+  ]
+  ax.barh(range(len(results)), values, height=0.62, color=plots.BLUE, alpha=0.75, linewidth=0)
   marked = False
-  for y, (one, value, error) in enumerate(zip(found, values, errors, strict=True)):
+  for y, (result, value, error) in enumerate(zip(results, values, errors, strict=True)):
     if error:
       ax.errorbar(value, y, xerr=error, color=plots.INK, capsize=2.5, linewidth=1, fmt="none")
     ends = [value + error]
-    for number in _paper(one):
+    for number in _paper(result):
       ax.plot([number, number], [y - 0.4, y + 0.4], color=plots.INK, linewidth=1.8)
       ends.append(number)
       marked = True
-    paper = ", ".join(f"{number:.1f}" for number in _paper(one))
+    paper = ", ".join(f"{number:.1f}" for number in _paper(result))
     ax.annotate(
       f"{value:.1f}" + (f" (paper {paper})" if paper else ""),
       (max(ends), y),

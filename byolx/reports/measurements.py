@@ -1,4 +1,4 @@
-"""What workdirs measured: their records, with the config and the cost of the run behind each."""
+"""Records of workdirs, each with the config and the training time of its run."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ CONFIG, RESULTS, SWEEP = "config.json", "results.json", "sweep.json"
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """One record, and where it comes from.
+  """One record of a results.json, and the runs that it comes from.
 
   Args:
-    record: of results.json; keys that its version did not write are missing.
-    workdirs: of the runs that were trained for it, where they can still be found.
-    config: their flat config, without the seed's meaning; empty if unknown.
-    seconds: that one of them trained, on average; None if unknown.
+    record: the record; records of older versions may lack keys.
+    workdirs: existing workdirs of its training runs: several if it is a mean over seeds.
+    config: flat config of the first of these runs; empty if unknown.
+    seconds: mean training time of these runs, in seconds; None if unknown.
   """
 
   record: Mapping[str, Any]
@@ -34,28 +34,28 @@ class Measurement:
 
   @property
   def data(self) -> str | None:
-    """Name of the data set: the record's, or the config's source where an older record has none."""
+    """Name of the data set, from the record or else from the config; None if unknown."""
     return self.record.get("data") or self.config.get("data.source")
 
   @property
   def chosen(self) -> bool:
-    """Whether it is a result, and not one of several that validation images decide between."""
+    """False if validation images chose another candidate, such as another learning rate."""
     return self.record.get("chosen", True) is not False
 
 
-def read(paths: Iterable[Path], every: bool = False) -> list[Measurement]:
-  """Records of workdirs of runs and sweeps, and of folders of them; each workdir once.
+def read(paths: Iterable[Path], include_all: bool = False) -> list[Measurement]:
+  """Read the records of runs and sweeps. Each workdir is read once.
 
   Args:
-    paths: workdirs, or folders with workdirs anywhere below. Of a sweep, its own results.
-    every: of a sweep, every cell's and every final run's too.
+    paths: workdirs of runs or sweeps, or folders with workdirs at any depth.
+    include_all: True to include the runs of a sweep as well; False to read only its own results.json.
 
   Raises:
-    ConfigError: not a workdir and none below, or none of them has results yet.
+    ConfigError: a path has no workdir, or no workdir of it has results, or a file is damaged.
   """
-  found: dict[Path, list[Measurement]] = {}
+  by_folder: dict[Path, list[Measurement]] = {}
   for path in paths:
-    folders = _workdirs(path, every)
+    folders = _workdirs(path, include_all)
     finished = [folder for folder in folders if (folder / RESULTS).is_file()]
     missing = [folder for folder in folders if folder not in finished]
     if not finished:
@@ -63,20 +63,27 @@ def read(paths: Iterable[Path], every: bool = False) -> list[Measurement]:
     for folder in missing:
       _log.warning("%s", _no_results([folder]))
     for folder in finished:
-      of = _of_sweep if (folder / SWEEP).is_file() else _of_run
-      found.setdefault(folder.resolve(), of(folder))
-    if not any(found[folder.resolve()] for folder in finished):
+      measure = _of_sweep if (folder / SWEEP).is_file() else _of_run
+      by_folder.setdefault(folder.resolve(), measure(folder))
+    if not any(by_folder[folder.resolve()] for folder in finished):
       raise ConfigError(
-        f"{path}: no record in {RESULTS}; expected labelled test images, without which nothing is "
-        "measured"
+        f"{path}: no record in {RESULTS}; expected records, which need labelled test images"
       )
-  return [one for of_folder in found.values() for one in of_folder]
+  return [measurement for measurements in by_folder.values() for measurement in measurements]
 
 
 def training_seconds(workdir: Path, batch_size: int) -> float | None:
-  """Time spent training, from metrics.jsonl: of each row, its images over its images a second.
+  """Training time of a run, from its metrics.jsonl.
 
-  Waiting, compiling before the first step, evaluation and restarts are not in it. None if unknown.
+  Sums images / (images per second) over the rows. The time excludes waiting, compilation before the
+  first step, evaluation and restarts.
+
+  Args:
+    workdir: workdir of the run.
+    batch_size: number of images per training step.
+
+  Returns:
+    Seconds, or None if unknown.
 
   Raises:
     ConfigError: metrics.jsonl is damaged.
@@ -93,51 +100,51 @@ def training_seconds(workdir: Path, batch_size: int) -> float | None:
   return seconds or None
 
 
-def _workdirs(path: Path, every: bool) -> list[Path]:
-  """The folder itself if it is a workdir or holds nothing but results, or the workdirs below it."""
+def _workdirs(path: Path, include_sweep_runs: bool) -> list[Path]:
+  """The folder itself if it is a workdir or has only results, otherwise the workdirs below it."""
   if not path.is_dir():
-    what = "which is not a folder" if path.exists() else "which does not exist"
+    problem = "which is not a folder" if path.exists() else "which does not exist"
     raise ConfigError(
-      f"{path}, {what}: expected a workdir of a run or a sweep, or a folder of them"
+      f"{path}, {problem}: expected a workdir of a run or a sweep, or a folder of them"
     )
   if (path / CONFIG).is_file() and not (path / SWEEP).is_file():
     return [path]
-  found = _below(path, every)
-  if not found and (path / RESULTS).is_file():
+  workdirs = _below(path, include_sweep_runs)
+  if not workdirs and (path / RESULTS).is_file():
     return [path]
-  if not found:
+  if not workdirs:
     raise ConfigError(
       f"{path}: no workdir, and none below; expected a folder with a {CONFIG} or a {SWEEP}, as "
       "`byolx train` and `byolx sweep` write them"
     )
-  return found
+  return workdirs
 
 
-def _below(path: Path, every: bool) -> list[Path]:
-  """Every workdir at or below a folder, in the order of their names; nothing inside a run's."""
-  found = []
+def _below(path: Path, include_sweep_runs: bool) -> list[Path]:
+  """Workdirs at or below a folder, sorted by name. Folders inside a run's workdir are skipped."""
+  workdirs = []
   for name, folders, files in os.walk(path):
     folders.sort()
     sweep, run = SWEEP in files, CONFIG in files
     if sweep or run:
-      found.append(Path(name))
-    if not (sweep and every) and (sweep or run):
+      workdirs.append(Path(name))
+    if not (sweep and include_sweep_runs) and (sweep or run):
       folders.clear()
-  return found
+  return workdirs
 
 
 def _no_results(folders: Sequence[Path]) -> str:
   first = folders[0]
   if (first / SWEEP).is_file():
-    how = "the `byolx sweep` that made it writes them when it ends; --all reports its finished runs"
+    advice = "let its `byolx sweep` finish, or report its finished runs with --all"
   else:
-    how = f"`byolx eval --from={first}` makes them, or the `byolx train` that made it when it ends"
+    advice = f"run `byolx eval --from={first}`, or let its `byolx train` finish"
   more = f" (nor in {len(folders) - 1} more)" if len(folders) > 1 else ""
-  return f"{first}: no results yet{more}; {how}"
+  return f"{first}: no results yet{more}; {advice}"
 
 
 def _of_run(folder: Path) -> list[Measurement]:
-  """Records of one run; or of a folder with nothing but results, of which means replace the rest."""
+  """Records of one run. If the folder has results but no config, only its means, if it has any."""
   records = _read_records(folder)
   if not (folder / CONFIG).is_file():
     means = [record for record in records if isinstance(record.get("seed"), list)]
@@ -148,36 +155,38 @@ def _of_run(folder: Path) -> list[Measurement]:
 
 
 def _of_sweep(folder: Path) -> list[Measurement]:
-  """Records of a sweep: each names the workdir, or the folder of workdirs, that it comes from."""
-  found = []
+  """Records of a sweep. Each record names its workdirs, or a folder of workdirs."""
+  measurements = []
   for record in _read_records(folder):
-    named = record.get("workdir") or []
+    names = record.get("workdir") or []
     runs: list[Path] = []
-    for name in [named] if isinstance(named, str) else named:
+    for name in [names] if isinstance(names, str) else names:
       places = (folder / name, Path(name))
-      runs += next((_below(place, every=False) for place in places if place.is_dir()), [])
+      runs += next(
+        (_below(place, include_sweep_runs=False) for place in places if place.is_dir()), []
+      )
     config = _read_config(runs[0]) if runs else {}
-    found.append(Measurement(record, tuple(runs), config, _seconds(runs)))
-  return found
+    measurements.append(Measurement(record, tuple(runs), config, _seconds(runs)))
+  return measurements
 
 
 def _seconds(runs: Sequence[Path]) -> float | None:
-  """Average over runs; None if it is unknown of any."""
-  every = []
+  """Mean training time over runs, in seconds; None if that of some run is unknown."""
+  seconds = []
   for run in runs:
     batch = _read_config(run).get("train.batch_size")
-    every.append(training_seconds(run, batch) if batch else None)
-  known = [seconds for seconds in every if seconds is not None]
-  return sum(known) / len(known) if known and len(known) == len(every) else None
+    seconds.append(training_seconds(run, batch) if batch else None)
+  measured = [value for value in seconds if value is not None]
+  return sum(measured) / len(measured) if measured and len(measured) == len(seconds) else None
 
 
 def _read_records(folder: Path) -> list[dict[str, Any]]:
   records = _read_json(folder / RESULTS, list, "a list of records")
-  needed = ("task", "protocol", "split", "metric", "value")
+  required = ("task", "protocol", "split", "metric", "value")
   for record in records:
-    if not isinstance(record, dict) or any(key not in record for key in needed):
+    if not isinstance(record, dict) or any(key not in record for key in required):
       raise ConfigError(
-        f"{folder / RESULTS}: {str(record)[:60]!r}; expected records with {', '.join(needed)}"
+        f"{folder / RESULTS}: {str(record)[:60]!r}; expected records with {', '.join(required)}"
       )
     if not isinstance(record["value"], int | float):
       raise ConfigError(f"{folder / RESULTS}: value {record['value']!r}; expected a number in 0..1")

@@ -1,4 +1,4 @@
-"""What `byolx report` prints: results, or a table of the paper, as text, Markdown, CSV or JSON."""
+"""Output of `byolx report`: results or a table of the paper, as text, Markdown, CSV or JSON."""
 
 import csv
 import io
@@ -14,70 +14,75 @@ from byolx.reports.paper import MEASURABLE, NOT_MEASURABLE, TABLES, Cell, Column
 FORMATS = ("text", "markdown", "csv", "json")
 NOT_RUN = "not run"
 SMALLEST_INTERVAL = 0.25
-"""Points: the paper leaves out smaller intervals (appendix G), and so do text and Markdown."""
+"""Smallest interval that text and Markdown show, in points. The paper omits smaller ones (appendix G)."""
 
 OFF_PROTOCOL = "off protocol"
 LISTED_DEPARTURES = 8
-"""Fields of a run off protocol that text and Markdown list; CSV and JSON have all."""
+"""Largest number of differing fields that text and Markdown list; CSV and JSON list all."""
 
 Grid = list[list[str]]
-"""Rows of cells; the first row is the heading."""
+"""Rows of cells. The first row is the heading."""
 
 
-def results_page(found: Sequence[Result], style: str) -> str:
-  """Every result: protocol, data, encoder, labels, the paper's number, ours, config, commit, cost.
+def results_page(results: Sequence[Result], style: str) -> str:
+  """Format results beside the paper's numbers.
 
   Args:
-    found: results.
-    style: one of `FORMATS`. CSV and JSON have values and the paper's numbers in 0..1, other units as
-      they are.
+    results: results, in the order of the rows.
+    style: one of `FORMATS`. Text and Markdown show accuracies in %; CSV and JSON have them in 0..1.
+      Numbers of the paper in other units are not converted.
+
+  Returns:
+    One row per result: protocol, data set, encoder, share of labels, metric, the paper's number, the
+    measured number, number of repeats, config, commit and training time.
   """
   if style in ("csv", "json"):
-    rows = [_result_facts(one) for one in found]
+    rows = [_result_facts(result) for result in results]
     return _csv(rows) if style == "csv" else _json(rows)
   heading = ["protocol", "data", "encoder", "labels", "metric", "paper", "measured", "n"]
   grid: Grid = [[*heading, "config", "commit", "cost"]]
-  strays: dict[str, int] = {}
-  for one in found:
+  footnotes: dict[str, int] = {}
+  for result in results:
     grid.append(
       [
-        protocol(one),
-        one.data or "",
-        encoder(one),
-        share(one),
-        metric(one),
-        _paper_text(one) or _stray_text(one, strays),
-        _percent(one.value, one.interval),
-        str(one.n),
-        ", ".join(one.configs),
-        ", ".join(commit[:12] for commit in one.commits),
-        cost(one),
+        protocol(result),
+        result.data or "",
+        encoder(result),
+        share(result),
+        metric(result),
+        _paper_text(result) or _off_protocol_text(result, footnotes),
+        _percent(result.value, result.interval),
+        str(result.n),
+        ", ".join(result.configs),
+        ", ".join(commit[:12] for commit in result.commits),
+        cost(result),
       ]
     )
   notes = [
     "paper, measured: in %; ± half the range over repeats, from "
     f"{SMALLEST_INTERVAL:g} points on; n: repeats; the paper's table in brackets",
     "cost: training alone, of each run",
-    *(f"[{number}] {text}" for text, number in strays.items()),
+    *(f"[{number}] {text}" for text, number in footnotes.items()),
   ]
   return _grid_text(grid, notes, style, numbers={"labels", "n"})
 
 
-def table_page(table: Table, found: Sequence[Result], style: str) -> str:
-  """A table of the paper, what was measured beside each of its columns.
+def table_page(table: Table, results: Sequence[Result], style: str) -> str:
+  """Format a table of the paper, with a column of measured numbers beside each of its columns.
 
-  A column of which no row can be measured has none beside it in text and Markdown, and is named below.
-  Results that differ from a number of the table in its protocol alone are listed below as off protocol.
+  In text and Markdown, columns without a measurable row have no measured column, and a note names them.
+  Results that differ from a cell only in the table's protocol are listed below the table, marked "off
+  protocol".
 
   Args:
-    table: of `byolx.reports.paper`.
-    found: results; those of other tables are left out.
-    style: one of `FORMATS`. In CSV and JSON every number of the table is a row, in its own unit.
+    table: table of `byolx.reports.paper`.
+    results: results; those that do not belong to this table are ignored.
+    style: one of `FORMATS`. CSV and JSON have one row per cell of the table, in the unit of its column.
   """
-  strays = [one for one in found if not compare.in_paper(one)]
+  candidates = [result for result in results if not compare.in_paper(result)]
   if style in ("csv", "json"):
     facts = [
-      _cell_facts(table, row, column, cell, found, strays)
+      _cell_facts(table, row, column, cell, results, candidates)
       for row in table.rows
       for column, cell in zip(table.columns, row.cells, strict=True)
     ]
@@ -91,13 +96,13 @@ def table_page(table: Table, found: Sequence[Result], style: str) -> str:
   for row in table.rows:
     cells = list(row.labels)
     for column, cell in zip(table.columns, row.cells, strict=True):
-      text = _number(cell.value, cell.interval, column)
-      cells.append(_Bold(text) if cell.best and style == "markdown" else text)
+      number = _number(cell.value, cell.interval, column)
+      cells.append(_Bold(number) if cell.best and style == "markdown" else number)
       if _measured_in(table, column):
-        cells.append(_measured(table, row, column, found, sources))
+        cells.append(_measured(table, row, column, results, sources))
     grid.append(cells)
-  notes = [*_table_notes(table, grid), *_off_protocol_notes(table, strays, sources)]
-  notes += [f"[{n}] {text}" for text, n in sources.items()]
+  notes = [*_table_notes(table, grid), *_off_protocol_notes(table, candidates, sources)]
+  notes += [f"[{number}] {source}" for source, number in sources.items()]
   title = f"Table {table.number}" if table.number != "text" else "Stated in the text"
   units = {column.unit for column in table.columns}
   caption = f"{title}. {table.caption}" + ("; in %" if units == {"%"} else "")
@@ -106,7 +111,7 @@ def table_page(table: Table, found: Sequence[Result], style: str) -> str:
 
 
 def tables_page() -> str:
-  """All tables of the paper: number, rows, how many numbers could be measured, caption."""
+  """List the paper's tables as text: table, count of numbers, count of measurable ones, caption."""
   grid: Grid = [["table", "numbers", "measurable", ""]]
   for table in TABLES.values():
     cells = [
@@ -121,7 +126,7 @@ def tables_page() -> str:
 
 
 class _Bold(str):
-  """A cell that Markdown shows bold."""
+  """Text of a cell that is bold in Markdown."""
 
 
 def _measured_in(table: Table, column: Column) -> bool:
@@ -129,39 +134,39 @@ def _measured_in(table: Table, column: Column) -> bool:
 
 
 def _measured(
-  table: Table, row: Row, column: Column, found: Sequence[Result], sources: dict[str, int]
+  table: Table, row: Row, column: Column, results: Sequence[Result], sources: dict[str, int]
 ) -> str:
-  """A measured cell; every result behind it gets its number among the sources."""
+  """Text of a measured cell: results with the numbers of their footnotes, which `sources` collects."""
   status = table.status(row, column)
   if status != MEASURABLE:
     return NOT_MEASURABLE if status == NOT_MEASURABLE else ""
   texts = []
-  for one in compare.of_cell(table, row, column, found):
-    number = sources.setdefault(_source(one), len(sources) + 1)
+  for result in compare.of_cell(table, row, column, results):
+    number = sources.setdefault(_source(result), len(sources) + 1)
     texts.append(
-      f"{_number(_in_unit(one.value, column), _interval(one, column), column)} [{number}]"
+      f"{_number(_in_unit(result.value, column), _interval(result, column), column)} [{number}]"
     )
   return ", ".join(texts) or NOT_RUN
 
 
 def _off_protocol_notes(
-  table: Table, strays: Sequence[Result], sources: dict[str, int]
+  table: Table, candidates: Sequence[Result], sources: dict[str, int]
 ) -> list[str]:
-  """Below a table: results off its protocol, each with its row and column, and what differs."""
+  """Notes below a table: each result off its protocol, with row, column and differing fields."""
   notes = []
   for row in table.rows:
     for column in table.columns:
-      for one, fields in compare.off_protocol(table, row, column, strays):
-        number = sources.setdefault(_source(one), len(sources) + 1)
+      for result, fields in compare.off_protocol(table, row, column, candidates):
+        number = sources.setdefault(_source(result), len(sources) + 1)
         place = ", ".join(filter(None, [*row.labels, column.title]))
-        value = _number(_in_unit(one.value, column), _interval(one, column), column)
+        value = _number(_in_unit(result.value, column), _interval(result, column), column)
         notes.append(f"{OFF_PROTOCOL}: {place}: {value} [{number}]; {_departures_text(fields)}")
   return notes
 
 
-def _stray_text(one: Result, notes: dict[str, int]) -> str:
-  """`off protocol [1]`, with a note of what differs; empty if the paper has nothing like it."""
-  places, fields = compare.nearest(one)
+def _off_protocol_text(result: Result, footnotes: dict[str, int]) -> str:
+  """`off protocol [1]` with a footnote on the differing fields; empty if no cell is similar."""
+  places, fields = compare.nearest(result)
   if not places:
     return ""
   cells: dict[str, list[str]] = {}
@@ -169,29 +174,29 @@ def _stray_text(one: Result, notes: dict[str, int]) -> str:
     cells.setdefault(_number(cell.value, cell.interval, column), []).append(table.number)
   paper = "; ".join(f"{text} ({', '.join(dict.fromkeys(n))})" for text, n in cells.items())
   note = f"{OFF_PROTOCOL}, so not the paper's {paper}: {_departures_text(fields)}"
-  return f"{OFF_PROTOCOL} [{notes.setdefault(note, len(notes) + 1)}]"
+  return f"{OFF_PROTOCOL} [{footnotes.setdefault(note, len(footnotes) + 1)}]"
 
 
 def _departures_text(fields: Sequence[Departure]) -> str:
-  listed = [str(each) for each in fields[:LISTED_DEPARTURES]]
+  listed = [str(departure) for departure in fields[:LISTED_DEPARTURES]]
   more = len(fields) - len(listed)
   return ", ".join(listed) + (f", and {more} more" if more else "")
 
 
-def _source(one: Result) -> str:
-  """Where a number comes from; the same for all metrics of a run."""
-  seeds = ", ".join(map(str, one.seeds)) or "unknown"
+def _source(result: Result) -> str:
+  """Footnote on the origin of a number: seeds, config, commit, training time and workdirs."""
+  seeds = ", ".join(map(str, result.seeds)) or "unknown"
   facts = [
-    f"seed{'s' if len(one.seeds) > 1 else ''} {seeds}",
-    f"config {', '.join(one.configs) or 'unknown'}",
-    f"commit {', '.join(commit[:12] for commit in one.commits) or 'unknown'}",
-    cost(one) if one.seconds is not None else "cost unknown",
+    f"seed{'s' if len(result.seeds) > 1 else ''} {seeds}",
+    f"config {', '.join(result.configs) or 'unknown'}",
+    f"commit {', '.join(commit[:12] for commit in result.commits) or 'unknown'}",
+    cost(result) if result.seconds is not None else "cost unknown",
   ]
-  if one.record["task"] != "supervised" and one.record.get("pretrain") is None:
+  if result.record["task"] != "supervised" and result.record.get("pretrain") is None:
     facts.append("how its encoder was pretrained is unknown")
-  if choices := compare.open_choices(one):
+  if choices := compare.open_choices(result):
     facts.append(f"left open by the paper: {', '.join(choices)}")
-  places = ", ".join(map(str, one.workdirs))
+  places = ", ".join(map(str, result.workdirs))
   return "; ".join(facts) + (f"; {places}" if places else "")
 
 
@@ -217,12 +222,12 @@ def _in_unit(value: float, column: Column) -> float:
   return 100 * value if column.unit == "%" else value
 
 
-def _interval(one: Result, column: Column) -> float | None:
-  return None if one.interval is None else _in_unit(one.interval, column)
+def _interval(result: Result, column: Column) -> float | None:
+  return None if result.interval is None else _in_unit(result.interval, column)
 
 
 def _number(value: float | None, interval: float | None, column: Column) -> str:
-  """As the paper prints it; more decimals where it has them."""
+  """Text of a number with the decimals of its column, or more if it would be rounded to zero."""
   if value is None:
     return "-"
   text = f"{value:.{column.decimals}f}"
@@ -236,45 +241,45 @@ def _percent(value: float, interval: float | None) -> str:
   return _number(100 * value, None if interval is None else 100 * interval, Column(""))
 
 
-def _paper_text(one: Result) -> str:
-  """`74.3 (7, 9, 13)`; empty if the paper has no such number."""
+def _paper_text(result: Result) -> str:
+  """The paper's number with its tables: `74.3 (7, 9, 13)`; empty if the paper has none."""
   places: dict[str, list[str]] = {}
-  for table, column, cell in compare.in_paper(one):
+  for table, column, cell in compare.in_paper(result):
     places.setdefault(_number(cell.value, cell.interval, column), []).append(table.number)
   return "; ".join(f"{text} ({', '.join(tables)})" for text, tables in places.items())
 
 
-def _result_facts(one: Result) -> dict[str, Any]:
-  """A result for programs."""
-  paper = compare.in_paper(one)
-  _, departures = compare.nearest(one)
-  record = one.record
+def _result_facts(result: Result) -> dict[str, Any]:
+  """A result as one row of CSV or JSON."""
+  paper = compare.in_paper(result)
+  _, departures = compare.nearest(result)
+  record = result.record
   return {
     "task": record["task"],
     "protocol": record["protocol"],
-    "variation": protocol(one),
-    "data": one.data,
+    "variation": protocol(result),
+    "data": result.data,
     "encoder": record.get("encoder"),
-    "network": network(one.config),
+    "network": network(result.config),
     "pretrained_on": record.get("pretrained_on"),
     "labels": record.get("labels"),
     "split": record["split"],
     "metric": record["metric"],
     "paper": next((_fraction(cell.value, column) for _, column, cell in paper), None),
     "paper_tables": [table.number for table, _, _ in paper],
-    "off_protocol": [str(each) for each in departures],
-    "value": one.value,
-    "interval": one.interval,
-    "n": one.n,
-    "seeds": list(one.seeds),
+    "off_protocol": [str(departure) for departure in departures],
+    "value": result.value,
+    "interval": result.interval,
+    "n": result.n,
+    "seeds": list(result.seeds),
     "step": record.get("step"),
     "rate": record.get("rate"),
     "chosen": record.get("chosen"),
-    "configs": list(one.configs),
-    "commits": list(one.commits),
-    "seconds": one.seconds,
+    "configs": list(result.configs),
+    "commits": list(result.commits),
+    "seconds": result.seconds,
     "devices": record.get("devices"),
-    "workdirs": [str(workdir) for workdir in one.workdirs],
+    "workdirs": [str(workdir) for workdir in result.workdirs],
   }
 
 
@@ -287,15 +292,16 @@ def _cell_facts(
   row: Row,
   column: Column,
   cell: Cell,
-  found: Sequence[Result],
-  strays: Sequence[Result],
+  results: Sequence[Result],
+  candidates: Sequence[Result],
 ) -> dict[str, Any]:
-  """One number of a table for programs; `measured` has every result that is this number.
+  """A cell of a table as one row of CSV or JSON.
 
-  `off_protocol` has those that differ in the protocol, `off_protocol_fields` their fields.
+  `measured` lists the results that measure this cell. `off_protocol` lists the results that differ from
+  it only in the protocol, and `off_protocol_fields` the differing fields.
   """
-  off = compare.off_protocol(table, row, column, strays)
-  here = compare.of_cell(table, row, column, found)
+  off_protocol = compare.off_protocol(table, row, column, candidates)
+  matching = compare.of_cell(table, row, column, results)
   status = table.status(row, column)
   return {
     **dict(zip(table.headings, row.labels, strict=True)),
@@ -304,22 +310,22 @@ def _cell_facts(
     "better": "higher" if column.higher_is_better else "lower",
     "paper": cell.value,
     "paper_interval": cell.interval,
-    "status": ("measured" if here else NOT_RUN) if status == MEASURABLE else status,
-    "measured": [round(_in_unit(one.value, column), 6) for one in here],
-    "interval": [_interval(one, column) for one in here],
-    "n": [one.n for one in here],
-    "configs": [", ".join(one.configs) for one in here],
-    "commits": [", ".join(one.commits) for one in here],
-    "seconds": [one.seconds for one in here],
-    "devices": [one.record.get("devices") for one in here],
-    "workdirs": [", ".join(map(str, one.workdirs)) for one in here],
-    "off_protocol": [round(_in_unit(one.value, column), 6) for one, _ in off],
-    "off_protocol_fields": [", ".join(map(str, fields)) for _, fields in off],
+    "status": ("measured" if matching else NOT_RUN) if status == MEASURABLE else status,
+    "measured": [round(_in_unit(result.value, column), 6) for result in matching],
+    "interval": [_interval(result, column) for result in matching],
+    "n": [result.n for result in matching],
+    "configs": [", ".join(result.configs) for result in matching],
+    "commits": [", ".join(result.commits) for result in matching],
+    "seconds": [result.seconds for result in matching],
+    "devices": [result.record.get("devices") for result in matching],
+    "workdirs": [", ".join(map(str, result.workdirs)) for result in matching],
+    "off_protocol": [round(_in_unit(result.value, column), 6) for result, _ in off_protocol],
+    "off_protocol_fields": [", ".join(map(str, fields)) for _, fields in off_protocol],
   }
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-  """One line a row; lists are joined by semicolons, None is empty."""
+  """CSV with one line per row. Semicolons join the elements of lists; None is empty."""
   text = io.StringIO()
   writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
   writer.writeheader()
@@ -342,7 +348,7 @@ def _json(content: Any) -> str:
 def _grid_text(
   grid: Grid, notes: Iterable[str], style: str, numbers: set[str], caption: str = ""
 ) -> str:
-  """A grid as text or Markdown, with a caption above and notes below."""
+  """A grid as text or Markdown, with the caption above and the notes below."""
   if style == "markdown":
     sections = [f"**{_escape(caption)}**" if caption else "", _markdown(grid, numbers)]
     sections += [_escape(note) for note in notes]
@@ -352,7 +358,7 @@ def _grid_text(
 
 
 def _aligned(grid: Grid, numbers: set[str]) -> str:
-  """Columns of equal width; those whose heading is among `numbers` to the right."""
+  """A grid as aligned text. Columns whose heading is in `numbers` are aligned to the right."""
   widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
   lines = []
   for row in grid:
@@ -375,5 +381,5 @@ def _markdown(grid: Grid, numbers: set[str]) -> str:
 
 
 def _escape(text: str) -> str:
-  """Text that Markdown shows as it is, in a cell or below a table."""
+  """Escape the characters that have a meaning in Markdown."""
   return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", " ".join(text.split()))

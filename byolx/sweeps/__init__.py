@@ -1,1 +1,1 @@
-"""Grids, selection, and runs as processes."""
+"""Hyperparameter sweeps: grids, runs as processes, selection on validation images, final tests."""

@@ -1,7 +1,7 @@
-"""Runs as processes of their own: several at once, none twice, all of them stopped in good order.
+"""Parallel runs as processes, which stop together on a signal.
 
-Each holds a lock on its workdir for as long as it lives. So a run that outlives who started it is
-not started again beside itself, but waited for.
+Each process holds a lock on its workdir until it exits. If a sweep is killed and its processes continue,
+the next sweep waits for them instead of starting the same runs twice.
 """
 
 import collections
@@ -20,28 +20,32 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from byolx.core import text
-from byolx.core.config import ConfigError, differences, flatten, from_json
+from byolx.core.config import ConfigError, flatten
 from byolx.runs import results
+from byolx.runs.config import differences, from_json
 
 BYOLX = (sys.executable, "-m", "byolx")
-"""What runs; tests put a stand-in here."""
+"""Command that starts `byolx`. Tests replace it."""
 
 LOG = "log.txt"
 LAST_LINES = 12
 POLL = 0.1  # seconds
-_STOPPED = (75, 130)
+_STOPPED = (
+  75,
+  130,
+)  # exit codes of a run that was stopped, by SIGTERM or Ctrl-C, and can be resumed
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One call of `byolx` that fills a workdir.
+  """One call of `byolx` that writes to a workdir.
 
   Args:
-    name: for people.
-    workdir: of the run, with its log.
-    arguments: of `byolx`.
-    config: that the workdir must have.
-    tests: it is finished only when there are records of test images.
+    name: name of the run in messages.
+    workdir: workdir of the run, and of its log.
+    arguments: command-line arguments of `byolx`.
+    config: config that an existing workdir must have.
+    tests: True if the run is finished only with records of test images.
   """
 
   name: str
@@ -51,15 +55,15 @@ class Run:
   tests: bool = False
 
   def matches(self) -> bool:
-    """Whether the workdir has this config; False where it has none."""
+    """Whether the workdir has this config; False if it has none."""
     path = self.workdir / "config.json"
     return path.exists() and not self._changed(path)
 
   def finished(self) -> bool:
-    """Whether there is nothing left to do.
+    """Whether the workdir has the run's results.
 
     Raises:
-      ConfigError: the workdir holds a run of another config.
+      ConfigError: the workdir has a run of another config.
     """
     path = self.workdir / "config.json"
     if not path.exists():
@@ -74,29 +78,37 @@ class Run:
     return not self.tests or any(r["split"] == "test" for r in results.read(self.workdir))
 
   def _changed(self, path: Path) -> list[str]:
-    found = flatten(from_json(path.read_text()))
-    return differences(found, flatten(self.config))
+    current = flatten(from_json(path.read_text()))
+    return differences(current, flatten(self.config))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """The runs that did not get to their end: failed, or stopped so that they can go on."""
+  """Runs that are not finished.
+
+  Args:
+    failed: runs that ended with an error, or without results.
+    stopped: runs that were stopped, and can be resumed.
+  """
 
   failed: tuple[Run, ...]
   stopped: tuple[Run, ...]
 
 
-class _Child:
-  """A run under way: its process, or the wait for another process that is at it."""
+class _Job:
+  """A run in progress: its process, or the wait for an earlier process that locks its workdir."""
 
   def __init__(self, run: Run):
     self.run, self.began = run, time.monotonic()
     self.process: subprocess.Popen | None = None
-    self._from, self._waits = 0, False
+    self._log_start, self._announced = 0, False
     run.workdir.mkdir(parents=True, exist_ok=True)
 
   def code(self) -> int | None:
-    """The exit code, 0 where nothing was left to do; None as long as it goes on."""
+    """Exit code of the run; None until it ends. Starts the process once the workdir is not locked.
+
+    The code is 0 as well if an earlier process finished the run.
+    """
     if self.process:
       return self.process.poll()
     folder = os.open(self.run.workdir, os.O_RDONLY)
@@ -106,9 +118,11 @@ class _Child:
         return 0
       self._start(folder)
     except BlockingIOError:
-      if not self._waits:
-        self._waits = True
-        print(f"{self.run.name}: a process of before is still at it, and is waited for", flush=True)
+      if not self._announced:
+        self._announced = True
+        print(
+          f"{self.run.name}: waiting for an earlier process, which is still running it", flush=True
+        )
     finally:
       os.close(folder)
     return None
@@ -118,14 +132,14 @@ class _Child:
     with (self.run.workdir / LOG).open("ab") as log:
       log.write(f"$ {shlex.join(command)}\n".encode())
       log.flush()
-      self._from = log.tell()
+      self._log_start = log.tell()
       self.process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         pass_fds=[lock],
-        start_new_session=True,  # Ctrl-C comes to the sweep alone, which passes it on
+        start_new_session=True,  # Ctrl-C reaches only the sweep, which then stops the runs
       )
 
   def terminate(self) -> None:
@@ -134,71 +148,72 @@ class _Child:
 
   def last_lines(self) -> list[str]:
     with (self.run.workdir / LOG).open("rb") as log:
-      log.seek(self._from)
+      log.seek(self._log_start)
       lines = log.read().decode(errors="replace").splitlines()
     return [line for line in lines if line.strip()][-LAST_LINES:]
 
 
 def run_all(
-  runs: Sequence[Run], jobs: int, stopping: Callable[[], bool], say: Callable[[Run], str]
+  runs: Sequence[Run], jobs: int, should_stop: Callable[[], bool], describe: Callable[[Run], str]
 ) -> Outcome:
-  """Runs what is not finished, so many at once, with a line for each that ends.
+  """Execute the runs that are not finished, and print a line when each ends.
 
   Args:
-    runs: in the order in which they start.
-    jobs: at once.
-    stopping: when this turns true, runs are told to stop and save, and waited for.
-    say: what a finished run found.
+    runs: runs, in the order of their start.
+    jobs: largest number of runs at the same time.
+    should_stop: function that returns True to stop. The runs then get SIGTERM, on which they save, and
+      this function waits for them.
+    describe: function that returns the results of a finished run as text. Its errors are raised here.
 
   Raises:
-    ConfigError: a workdir holds a run of another config, or what `say` raises.
+    ConfigError: a workdir has a run of another config.
   """
-  waiting = collections.deque(run for run in runs if not run.finished())
-  before = len(runs) - len(waiting)
-  if before:
-    print(f"{before} of {len(runs)} were finished before", flush=True)
-  progress = _Progress(len(runs), before, jobs)
-  failed, stopped, told = [], [], False
-  with _orderly() as running:
-    while running or (waiting and not stopping()):
-      while waiting and len(running) < jobs and not stopping():
-        running.append(_Child(waiting.popleft()))
-      if stopping() and not told:
-        told = True
-        running[:] = [child for child in running if child.process]
-        for child in running:
-          child.terminate()
-      for child in list(running):
-        code = child.code()
+  pending = collections.deque(run for run in runs if not run.finished())
+  finished_before = len(runs) - len(pending)
+  if finished_before:
+    print(f"{finished_before} of {len(runs)} runs are already finished", flush=True)
+  progress = _Progress(len(runs), finished_before, jobs)
+  failed, stopped, terminated = [], [], False
+  with _terminating() as running:
+    while running or (pending and not should_stop()):
+      while pending and len(running) < jobs and not should_stop():
+        running.append(_Job(pending.popleft()))
+      if should_stop() and not terminated:
+        terminated = True
+        running[:] = [job for job in running if job.process]
+        for job in running:
+          job.terminate()
+      for job in list(running):
+        code = job.code()
         if code is None:
           continue
-        running.remove(child)
-        if code == 0 and child.run.finished():
-          progress.line(child, say(child.run), running)
-        elif code in _STOPPED or told:
-          stopped.append(child.run)
-          progress.line(child, "stopped, and goes on by the same command", running)
+        running.remove(job)
+        if code == 0 and job.run.finished():
+          progress.line(job, describe(job.run), running)
+        elif code in _STOPPED or terminated:
+          stopped.append(job.run)
+          progress.line(job, "stopped; the same command resumes it", running)
         else:
-          failed.append(child.run)
-          progress.line(child, f"failed: {_reason(code)}", running)
-          lines = "\n".join(f"  | {line}" for line in child.last_lines())
-          print(f"{child.run.name}: {child.run.workdir / LOG} ends\n{lines}", file=sys.stderr)
+          failed.append(job.run)
+          progress.line(job, f"failed: {_reason(code)}", running)
+          lines = "\n".join(f"  | {line}" for line in job.last_lines())
+          print(f"{job.run.name}: last lines of {job.run.workdir / LOG}\n{lines}", file=sys.stderr)
       time.sleep(POLL if running else 0)
   return Outcome(tuple(failed), tuple(stopped))
 
 
 @contextlib.contextmanager
-def _orderly() -> Iterator[list[_Child]]:
-  """A list whose processes have ended when this is left, however it is left."""
-  running: list[_Child] = []
+def _terminating() -> Iterator[list[_Job]]:
+  """A list of jobs. On exit, also by an exception, terminates their processes and waits for them."""
+  running: list[_Job] = []
   try:
     yield running
   finally:
-    for child in running:
-      child.terminate()
-    for child in running:
-      if child.process:
-        child.process.wait()
+    for job in running:
+      job.terminate()
+    for job in running:
+      if job.process:
+        job.process.wait()
 
 
 def _reason(code: int) -> str:
@@ -208,19 +223,19 @@ def _reason(code: int) -> str:
 
 
 class _Progress:
-  """Lines on how far it is, and how long it will take by how long it took."""
+  """Progress lines, with an estimate of the remaining time from the mean duration of finished runs."""
 
   def __init__(self, total: int, done: int, jobs: int):
     self._total, self._done, self._jobs = total, done, jobs
     self._seconds: list[float] = []
 
-  def line(self, child: _Child, what: str, running: Sequence[_Child]) -> None:
+  def line(self, job: _Job, result: str, running: Sequence[_Job]) -> None:
     now = time.monotonic()
     self._done += 1
-    self._seconds.append(now - child.began)
+    self._seconds.append(now - job.began)
     mean, left = sum(self._seconds) / len(self._seconds), self._total - self._done
     spent = sum(min(mean, now - other.began) for other in running)
-    parts = [f"{self._done}/{self._total}", child.run.name, what]
+    parts = [f"{self._done}/{self._total}", job.run.name, result]
     if left:
       ahead = (mean * left - spent) / min(self._jobs, left)
       parts.append(f"about {text.duration(ahead)} left")

@@ -1,6 +1,7 @@
-"""What a sweep writes: `sweep.json` as it goes, its results, and their table.
+"""Files and table of a sweep: `sweep.json`, `results.json`, and the table of chosen cells.
 
-`sweep.json` says what the sweep is, so that another one in its workdir is refused; see `changes`.
+`sweep.json` holds the settings of the sweep, so that a different sweep in the same workdir is rejected
+(see `changes`).
 """
 
 import contextlib
@@ -18,24 +19,31 @@ from byolx.runs import config, results
 from byolx.sweeps.jobs import Run
 from byolx.sweeps.sweep import Choice, Sweep, tested
 
-PAGE = "sweep.json"
+SWEEP_FILE = "sweep.json"
 
 
-class Page:
-  """`sweep.json`, written whole whenever there is news.
+class SweepFile:
+  """The file `sweep.json`, replaced atomically at each change.
 
   Args:
-    sweep: whose workdir it is in; an earlier page there must be of the same.
+    sweep: sweep whose workdir has the file. An earlier file there must belong to the same sweep.
   """
 
   def __init__(self, sweep: Sweep):
-    self._path = sweep.workdir / PAGE
+    self._path = sweep.workdir / SWEEP_FILE
     earlier = _read(self._path)
     self._content = {**_identity(sweep), "chosen": earlier.get("chosen", {}), "finished": False}
     self._write()
 
   def choose(self, choices: Mapping[str, Choice]) -> dict[str, str]:
-    """Notes what was chosen; returns for each group that had another choice before what that was."""
+    """Write the chosen cells.
+
+    Args:
+      choices: choice of each group.
+
+    Returns:
+      Label of the earlier choice, for each group whose choice has changed.
+    """
     old, new, changed = self._content["chosen"], {}, {}
     for group, choice in choices.items():
       before = old.get(group, {}).get("before", [])
@@ -54,7 +62,7 @@ class Page:
     return changed
 
   def finish(self) -> None:
-    """Notes that all is tested."""
+    """Write that all chosen cells are tested."""
     self._content["finished"] = True
     self._write()
 
@@ -63,11 +71,11 @@ class Page:
 
 
 @contextlib.contextmanager
-def claimed(sweep: Sweep) -> Iterator[Page]:
-  """Makes the workdir this sweep's, for this process alone.
+def locked(sweep: Sweep) -> Iterator[SweepFile]:
+  """Create and lock the workdir of a sweep.
 
   Raises:
-    ConfigError: it holds another sweep or something else, or another process works there.
+    ConfigError: the workdir has another sweep or a run, or another process has locked it.
   """
   check(sweep)
   sweep.workdir.mkdir(parents=True, exist_ok=True)
@@ -78,18 +86,22 @@ def claimed(sweep: Sweep) -> Iterator[Page]:
     except BlockingIOError:
       raise ConfigError(f"--workdir={sweep.workdir}: another process runs a sweep there") from None
     check(sweep)
-    yield Page(sweep)
+    yield SweepFile(sweep)
   finally:
     os.close(folder)
 
 
 def check(sweep: Sweep) -> None:
-  """Refuses a workdir of another sweep or of something else."""
+  """Check that the workdir has no other sweep and no run.
+
+  Raises:
+    ConfigError: it has one.
+  """
   if (sweep.workdir / "config.json").exists():
     raise ConfigError(
       f"--workdir={sweep.workdir} is the workdir of a run; expected one of a sweep, or a new one"
     )
-  earlier = _read(sweep.workdir / PAGE)
+  earlier = _read(sweep.workdir / SWEEP_FILE)
   if earlier and (changed := changes(earlier, sweep)):
     raise ConfigError(
       f"--workdir={sweep.workdir} holds another sweep ({'; '.join(changed)}); choose another "
@@ -98,29 +110,34 @@ def check(sweep: Sweep) -> None:
 
 
 def changes(earlier: Mapping[str, Any], sweep: Sweep) -> list[str]:
-  """What keeps a sweep from going on as this one, in words.
+  """Differences that forbid to continue an earlier sweep with these settings, as text.
 
-  The config has to be the same, and cells that have results stay. From when a cell was chosen, and
-  with it perhaps tested, how that is done stays as well. There may always be more cells and seeds.
+  The config must be the same, and the grid must keep all cells that have results. Once cells are chosen
+  (and perhaps tested), the settings of the choice must be the same and all seeds must stay. New cells
+  and new seeds are always allowed.
+
+  Args:
+    earlier: content of the `sweep.json`.
+    sweep: the sweep to continue with.
   """
   base = config.flatten(config.from_json(json.dumps(earlier["fields"])))
-  found = config.differences(base, config.flatten(sweep.base))
+  differences = config.differences(base, config.flatten(sweep.base))
   labels = {cell.label for cell in sweep.cells}
-  found += [
+  differences += [
     f"--grid: without {label}, which has results"
     for label in earlier["cells"]
     if label not in labels and (sweep.workdir / "cells" / label / "results.json").exists()
   ]
   if earlier["chosen"]:
-    new = _identity(sweep)
-    found += [
-      f"--{name}: {earlier[name]} -> {new[name]}"
+    identity = _identity(sweep)
+    differences += [
+      f"--{name}: {earlier[name]} -> {identity[name]}"
       for name in ("per", "select", "retrain")
-      if earlier[name] != new[name]
+      if earlier[name] != identity[name]
     ]
     if left_out := [seed for seed in earlier["seeds"] if seed not in sweep.seeds]:
-      found.append(f"--seeds: without {', '.join(map(str, left_out))}")
-  return found
+      differences.append(f"--seeds: without {', '.join(map(str, left_out))}")
+  return differences
 
 
 def _identity(sweep: Sweep) -> dict[str, Any]:
@@ -143,7 +160,16 @@ def _read(path: Path) -> dict[str, Any]:
 def summarise(
   sweep: Sweep, choices: dict[str, Choice], finals: dict[str, list[Run]]
 ) -> list[results.Record]:
-  """The test records of every group, averaged over seeds."""
+  """Average the test records of each group over seeds.
+
+  Args:
+    sweep: the sweep.
+    choices: choice of each group.
+    finals: finished final runs of each group, one per seed.
+
+  Returns:
+    Records of the sweep's results.json, with the keys n, group, cell and workdir added.
+  """
   keys = [key for key in results.KEYS if key != "commit"]
   summary = []
   for group, runs in finals.items():
@@ -167,13 +193,15 @@ def summarise(
 
 
 def table(sweep: Sweep, choices: Mapping[str, Choice], records: Sequence[results.Record]) -> str:
-  """For each group what was chosen, and what it reached on validation and test images."""
+  """Text table with the chosen cell of each group and its validation and test values."""
   columns = list(dict.fromkeys(_column(record, records) for record in records))
   rows = [["group", "chosen", f"validation {sweep.by.metric}", *(f"test {c}" for c in columns)]]
   for group, choice in choices.items():
-    own = {_column(r, records): r for r in records if r["group"] == group}
-    shown = [_shown(sweep, own[column]) if column in own else "-" for column in columns]
-    rows.append([group, choice.cell.label, sweep.by.show(choice.record["value"]), *shown])
+    by_column = {_column(r, records): r for r in records if r["group"] == group}
+    values = [
+      _shown(sweep, by_column[column]) if column in by_column else "-" for column in columns
+    ]
+    rows.append([group, choice.cell.label, sweep.by.show(choice.record["value"]), *values])
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -185,9 +213,11 @@ def table(sweep: Sweep, choices: Mapping[str, Choice], records: Sequence[results
 
 
 def _column(record: results.Record, records: Sequence[results.Record]) -> str:
-  """Metric, and where a group has several of it what tells them apart."""
-  same = [r for r in records if (r["group"], r["metric"]) == (record["group"], record["metric"])]
-  keys = [key for key in results.KEYS if len({str(r.get(key)) for r in same}) > 1]
+  """Heading of a record: its metric, and the keys that distinguish it from others in its group."""
+  alternatives = [
+    r for r in records if (r["group"], r["metric"]) == (record["group"], record["metric"])
+  ]
+  keys = [key for key in results.KEYS if len({str(r.get(key)) for r in alternatives}) > 1]
   return " ".join([record["metric"], *(str(record.get(key)) for key in keys)])
 
 

@@ -1,4 +1,4 @@
-"""`byolx sweep`: runs what a grid compares, chooses on validation images, tests what was chosen."""
+"""Execution of `byolx sweep`: train all cells, choose on validation images, test the chosen cells."""
 
 import json
 import shlex
@@ -12,51 +12,65 @@ from byolx.sweeps.sweep import Choice, Sweep, cell_run, choose, final_runs, test
 
 
 def run(sweep: Sweep, jobs: int) -> list[Run]:
-  """Runs what is missing, chooses, tests what was chosen, writes and prints the results.
+  """Execute a sweep: train the cells, choose, test the chosen cells, write and print the results.
+
+  Finished runs are skipped, so the same call resumes a stopped sweep.
+
+  Args:
+    sweep: the sweep.
+    jobs: largest number of runs at the same time.
 
   Returns:
-    The runs that failed; none where there are results.
+    The runs that failed. If it is empty, results.json is written.
 
   Raises:
-    ConfigError: the workdir holds another sweep, or runs without what is compared.
-    StoppedError: by a signal, or since a run was; the same call goes on.
+    ConfigError: the workdir has another sweep, or a run has no validation record to compare.
+    StoppedError: a signal stopped the sweep or one of its runs.
   """
-  with record.claimed(sweep) as page, Stop() as stop:
+  with record.locked(sweep) as sweep_file, Stop() as stop:
     cells = [cell_run(sweep, cell) for cell in sweep.cells]
-    print(f"choosing from {len(cells)} cells by validation {sweep.by}", flush=True)
+    print(f"comparing {len(cells)} cells by validation {sweep.by}", flush=True)
     if failed := _stage(cells, jobs, stop, lambda r: _validation(sweep, r.name)):
       return failed
     choices = choose(sweep)
-    changed = page.choose(choices)
+    changed = sweep_file.choose(choices)
     finals = final_runs(sweep, choices)
     for group, choice in choices.items():
       _announce(sweep, group, choice, changed.get(group, ""))
-    every = [r for runs in finals.values() for r in runs]
-    print(f"testing what was chosen: {len(every)} runs", flush=True)
-    if failed := _stage(every, jobs, stop, lambda r: _tested(sweep, r)):
+    tests = [r for runs in finals.values() for r in runs]
+    print(f"testing the chosen cells: {len(tests)} runs", flush=True)
+    if failed := _stage(tests, jobs, stop, lambda r: _tested(sweep, r)):
       return failed
     records = record.summarise(sweep, choices, finals)
     text = json.dumps(records, indent=1) + "\n"
     files.write_atomically(sweep.workdir / "results.json", text)
-    page.finish()
+    sweep_file.finish()
   print(f"\n{record.table(sweep, choices, records)}\n")
-  print(f"results.json and {record.PAGE} are in {sweep.workdir}")
+  print(f"results.json and {record.SWEEP_FILE} are in {sweep.workdir}")
   return []
 
 
 def missing(sweep: Sweep) -> list[str]:
-  """The commands that `run` would run now: cells, or once all are finished, tests of the chosen."""
+  """Commands that `run` would start now: unfinished cells, or if there are none, final tests.
+
+  Raises:
+    ConfigError: the workdir has another sweep, or a run has no validation record to compare.
+  """
   record.check(sweep)
-  left = [r for r in (cell_run(sweep, cell) for cell in sweep.cells) if not r.finished()]
-  if not left:
+  unfinished = [r for r in (cell_run(sweep, cell) for cell in sweep.cells) if not r.finished()]
+  if not unfinished:
     finals = final_runs(sweep, choose(sweep))
-    left = [r for runs in finals.values() for r in runs if not r.finished()]
-  return [shlex.join(["byolx", *each.arguments]) for each in left]
+    unfinished = [r for runs in finals.values() for r in runs if not r.finished()]
+  return [shlex.join(["byolx", *run.arguments]) for run in unfinished]
 
 
-def _stage(runs: Sequence[Run], jobs: int, stop: Stop, say: Callable[[Run], str]) -> list[Run]:
-  """Runs all; returns those that failed, and raises where some were stopped and none failed."""
-  outcome = run_all(runs, jobs, lambda: bool(stop.name), say)
+def _stage(runs: Sequence[Run], jobs: int, stop: Stop, describe: Callable[[Run], str]) -> list[Run]:
+  """Execute runs and return those that failed.
+
+  Raises:
+    StoppedError: the sweep was stopped, or a run was stopped and none failed.
+  """
+  outcome = run_all(runs, jobs, lambda: bool(stop.name), describe)
   finished = sum(r.finished() for r in runs)
   if finished < len(runs) and (stop.name or not outcome.failed):
     raise StoppedError(stop.name, f"with {finished} of {len(runs)} runs finished")
@@ -67,15 +81,15 @@ def _validation(sweep: Sweep, label: str) -> str:
   return f"validation {sweep.by.metric} {sweep.by.show(validation(sweep, label)['value'])}"
 
 
-def _tested(sweep: Sweep, r: Run) -> str:
-  values = [f"{x['metric']} {sweep.by.show(x['value'])}" for x in tested(r)]
+def _tested(sweep: Sweep, run: Run) -> str:
+  values = [f"{x['metric']} {sweep.by.show(x['value'])}" for x in tested(run)]
   return f"test {', '.join(values)}"
 
 
-def _announce(sweep: Sweep, group: str, choice: Choice, before: str) -> None:
+def _announce(sweep: Sweep, group: str, choice: Choice, earlier: str) -> None:
   value = sweep.by.show(choice.record["value"])
   print(f"{group}: {choice.cell.label} is the best of {len(choice.validation)}, {value}")
-  if before:
-    print(f"{group}: {before} was before, and may have been tested already")
+  if earlier:
+    print(f"{group}: the earlier choice was {earlier}, which may have been tested already")
   for edge in choice.edges:
-    print(f"{group}: the best is at an edge of the grid, {edge}; go further", flush=True)
+    print(f"{group}: the best is at an edge of the grid: {edge}; extend the grid", flush=True)

@@ -1,8 +1,8 @@
-"""What a sweep compares, chooses and tests: its cells, their runs, and the runs of those chosen.
+"""Definition of a sweep: its cells, their runs, the choice among them, and the final runs.
 
-Appendix D.1: what a grid varies is chosen by a validation set that is apart from training and test
-images; what was chosen is trained with several seeds, on training and validation images together where
-the protocol says so (E.2, E.3), and tested once.
+Appendix D.1: a validation set that is separate from the training and test images chooses the
+hyperparameters. The chosen cell is trained with several seeds, on training and validation images
+together if the protocol requires it (E.2, E.3), and tested once.
 """
 
 import dataclasses
@@ -22,14 +22,21 @@ from byolx.sweeps.selection import By
 from byolx.tasks import TASKS
 
 ALL = "all"
-"""The group of all cells, where none are studied apart."""
+"""Name of the only group, if there are no grouping fields."""
 
 LONGEST_LABEL = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One candidate: what it sets, with values of the fields' types, and its whole config."""
+  """One candidate of a sweep.
+
+  Args:
+    label: name of the cell and of its folder.
+    fields: values of the varied config fields, in the fields' types.
+    config: complete config of the cell's run.
+    group: name of the group of cells that it is compared with.
+  """
 
   label: str
   fields: dict[str, Any]
@@ -39,7 +46,19 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What a command asks for; see `build`."""
+  """Settings of a sweep; `build` makes and checks them.
+
+  Args:
+    config: config file, as FILE[:ARGS].
+    overrides: command-line overrides, each as `--config.FIELD=VALUE`.
+    workdir: workdir of the sweep.
+    cells: all cells.
+    per: grouping fields: one cell is chosen for each combination of their values.
+    by: criterion of the choice.
+    seeds: seeds of the final runs.
+    retrain: True to test cells that are trained again, on training and validation images together.
+    base: config with the overrides, without the values of a cell.
+  """
 
   config: str
   overrides: tuple[str, ...]
@@ -53,7 +72,7 @@ class Sweep:
 
   @property
   def groups(self) -> dict[str, list[Cell]]:
-    """Cells that are compared with each other, in the order of the grid."""
+    """Cells by group, in the order of the grid."""
     groups: dict[str, list[Cell]] = {}
     for cell in self.cells:
       groups.setdefault(cell.group, []).append(cell)
@@ -62,7 +81,14 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The cell of a group that is best on validation images, and what all of them reached."""
+  """The best cell of a group on validation images.
+
+  Args:
+    cell: the chosen cell.
+    record: its validation record.
+    validation: validation value of each cell of the group, by label.
+    edges: descriptions of numeric fields in which the cell is at an edge of the grid.
+  """
 
   cell: Cell
   record: results.Record
@@ -73,7 +99,7 @@ class Choice:
 def build(
   path: str,
   overrides: Sequence[str],
-  words: Sequence[str],
+  specs: Sequence[str],
   workdir: Path,
   *,
   per: Sequence[str] = (),
@@ -81,33 +107,35 @@ def build(
   seeds: Sequence[int] = (),
   retrain: bool = False,
 ) -> Sweep:
-  """Every cell of a sweep with its config, none of them run.
+  """Load and check all configs of a sweep, without any run.
 
   Args:
-    path: config, FILE[:ARGS].
-    overrides: `--config.FIELD=VALUE`.
-    words: grids, NAME or FIELD=VALUE,...; their product is run.
-    workdir: of the sweep.
-    per: fields that are studied apart, besides those of named grids.
-    by: what is compared.
-    seeds: of the test; none: the config's.
-    retrain: test what was trained on training and validation images together.
+    path: config file, as FILE[:ARGS].
+    overrides: command-line overrides, each as `--config.FIELD=VALUE`.
+    specs: grids, each as NAME or FIELD=VALUE,...; the sweep runs their product.
+    workdir: workdir of the sweep.
+    per: grouping fields, in addition to those of named grids.
+    by: criterion of the choice.
+    seeds: seeds of the final runs; if empty, the seed of the config.
+    retrain: True to test cells that are trained again, on training and validation images together.
 
   Raises:
-    ConfigError: an unknown field, or configs that cannot be or are no different.
+    ConfigError: a grid, field or value is invalid, or two cells have the same label.
   """
-  grid = grids.read(words)
+  base = load(path, overrides)  # first, as the file may register a task whose fields the grid has
+  grid = grids.read(specs)
   per = tuple(dict.fromkeys([*grid.per, *per]))
   varied = list(dict.fromkeys(name for cell in grid.cells for name in cell))
-  given = [override.removeprefix("--config.").partition("=")[0] for override in overrides]
+  overridden = [override.removeprefix("--config.").partition("=")[0] for override in overrides]
   if "seed" in varied:
-    raise ConfigError("--grid: seed is nothing to choose; expected --seeds, of the tests")
-  if "eval.test" in [*varied, *given]:
-    raise ConfigError("eval.test is set by the sweep, which tests the chosen cells alone")
+    raise ConfigError(
+      "--grid: seed cannot be compared; expected --seeds, the seeds of the final runs"
+    )
+  if "eval.test" in [*varied, *overridden]:
+    raise ConfigError("eval.test is set by the sweep, which tests only the chosen cells")
   if unknown := [name for name in per if name not in varied]:
     raise ConfigError(f"--per={unknown[0]}: expected a field of the grid: {', '.join(varied)}")
   cells = tuple(_cell(path, overrides, fields, per) for fields in grid.cells)
-  base = load(path, overrides)
   for cell in cells:
     _check_cell(cell.config, varied, by, retrain)
   _check_labels(cells, per)
@@ -117,7 +145,7 @@ def build(
 
 
 def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) -> None:
-  """Refuses what would be found out only after the cells have run."""
+  """Check a cell's config for errors that would otherwise appear only after the cells have run."""
   kind = TASKS[cell.task]
   if not (kind.selects or retrain):
     raise ConfigError(
@@ -131,8 +159,8 @@ def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) 
     )
   if retrain and (cell.data.labels < 1 or cell.data.label_list):
     raise ConfigError(
-      f"--retrain with data.labels={cell.data.labels}, data.label_list={cell.data.label_list!r}: as many "
-      "labels are trained on with validation images as without; expected no --retrain"
+      f"--retrain with data.labels={cell.data.labels}, data.label_list={cell.data.label_list!r}: with "
+      "a share of the labels, --retrain adds no labels; expected no --retrain"
     )
   if "optim.base_rate" in varied and cell.optim.rates:
     raise ConfigError(
@@ -142,10 +170,10 @@ def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) 
 
 
 def _check_labels(cells: Sequence[Cell], per: Sequence[str]) -> None:
-  """Labels are folders: those of cells differ, and those of groups where the groups do."""
+  """Check that labels, which are names of folders, are distinct and not too long."""
   labels = [cell.label for cell in cells]
-  if twice := [label for label in labels if labels.count(label) > 1]:
-    raise ConfigError(f"--grid: two cells are called {twice[0]}; expected different cells")
+  if repeated := [label for label in labels if labels.count(label) > 1]:
+    raise ConfigError(f"--grid: two cells are called {repeated[0]}; expected different cells")
   groups: dict[str, tuple] = {}
   for cell in cells:
     values = tuple(flatten(cell.config)[name] for name in per)
@@ -157,35 +185,45 @@ def _check_labels(cells: Sequence[Cell], per: Sequence[str]) -> None:
 
 
 def _cell(path: str, overrides: Sequence[str], fields: grids.Cell, per: Sequence[str]) -> Cell:
-  made = load(path, [*overrides, *grids.overrides(fields), "--config.eval.test=False"])
-  if made.data.validation == "none":
+  cell_config = load(path, [*overrides, *grids.overrides(fields), "--config.eval.test=False"])
+  if cell_config.data.validation == "none":
     raise ConfigError(
-      "data.validation='none': expected validation images, which the sweep chooses by"
+      "data.validation='none': expected validation images, on which the sweep compares cells"
     )
-  flat = flatten(made)
+  flat = flatten(cell_config)
   fields = {name: flat[name] for name in fields}
   return Cell(
-    grids.label(fields), fields, made, grids.label({name: flat[name] for name in per}) or ALL
+    grids.label(fields), fields, cell_config, grids.label({name: flat[name] for name in per}) or ALL
   )
 
 
 def cell_run(sweep: Sweep, cell: Cell) -> Run:
-  """The run by which a cell is compared; it does not look at test images."""
+  """Run that trains and validates a cell, without test images."""
   overrides = (*sweep.overrides, *grids.overrides(cell.fields), "--config.eval.test=False")
   return _train(sweep, cell.label, sweep.workdir / "cells" / cell.label, overrides)
 
 
 def _train(sweep: Sweep, name: str, workdir: Path, overrides: Sequence[str]) -> Run:
   if sweep.base.compile.cache == schema.fields()["compile.cache"].default:
-    # One folder for all: a cell's programs are those of its tests with other seeds.
-    shared = os.path.relpath(sweep.workdir / "compiled", workdir)
-    overrides = (*overrides, f"--config.compile.cache={shared}")
-  words = ("train", f"--config={sweep.config}", *overrides, f"--workdir={workdir}")
-  return Run(name, workdir, words, load(sweep.config, overrides))
+    # One compilation cache for the sweep: final runs compile the same programs as their cells.
+    cache = os.path.relpath(sweep.workdir / "compiled", workdir)
+    overrides = (*overrides, f"--config.compile.cache={cache}")
+  arguments = ("train", f"--config={sweep.config}", *overrides, f"--workdir={workdir}")
+  return Run(name, workdir, arguments, load(sweep.config, overrides))
 
 
 def choose(sweep: Sweep) -> dict[str, Choice]:
-  """For each group the cell with the best validation value; of equal ones the first of the grid."""
+  """Choose the cell with the best validation value in each group; of equal ones, the first.
+
+  Args:
+    sweep: sweep whose cells are all finished.
+
+  Returns:
+    Choice of each group, by name.
+
+  Raises:
+    ConfigError: a cell has no validation record for the criterion.
+  """
   choices = {}
   for group, cells in sweep.groups.items():
     records = [validation(sweep, cell.label) for cell in cells]
@@ -200,13 +238,21 @@ def choose(sweep: Sweep) -> dict[str, Choice]:
 
 
 def validation(sweep: Sweep, label: str) -> results.Record:
-  """The record by which a cell that is finished is compared."""
+  """Validation record by which a finished cell is compared.
+
+  Args:
+    sweep: the sweep.
+    label: label of the cell.
+
+  Raises:
+    ConfigError: the cell has no such record.
+  """
   workdir = sweep.workdir / "cells" / label
   return selection.record(results.read(workdir), sweep.by, str(workdir))
 
 
 def final_runs(sweep: Sweep, choices: dict[str, Choice]) -> dict[str, list[Run]]:
-  """For each group the runs that are tested, one for each seed."""
+  """Final runs of each group, which are tested: one per seed, in the order of the seeds."""
   return {
     group: [_final(sweep, group, choice, seed) for seed in sweep.seeds]
     for group, choice in choices.items()
@@ -215,32 +261,36 @@ def final_runs(sweep: Sweep, choices: dict[str, Choice]) -> dict[str, list[Run]]
 
 def _final(sweep: Sweep, group: str, choice: Choice, seed: int) -> Run:
   name, cell = f"{group}, seed {seed}", choice.cell
-  if seed == cell.config.seed and not sweep.retrain:  # it is trained already
+  if seed == cell.config.seed and not sweep.retrain:  # the cell's run is already trained
     workdir = sweep.workdir / "cells" / cell.label
-    words = ("eval", f"--from={workdir}", "--test", f"--tasks={sweep.config.partition(':')[0]}")
-    return Run(name, workdir, words, cell.config, tests=True)
+    arguments = ("eval", f"--from={workdir}", "--test", f"--tasks={sweep.config.partition(':')[0]}")
+    return Run(name, workdir, arguments, cell.config, tests=True)
   overrides = [*sweep.overrides, *grids.overrides(cell.fields)]
   overrides += [f"--config.seed={seed}", "--config.eval.test=True"]
   if sweep.retrain:
     overrides.append("--config.data.validation=none")
-    # Without validation images a run cannot choose from its rates: it is given the one it chose.
+    # A run without validation images cannot choose a rate, so it gets the one chosen before.
     if len(flatten(cell.config).get("optim.rates", ())) > 1:
       overrides.append(f"--config.optim.rates=({choice.record['rate']},)")
   folder = sweep.workdir / "final" / group
-  made = _train(sweep, name, folder / f"seed_{seed}", overrides)
-  if (made.workdir / "config.json").exists() and not made.matches():
-    # Another cell was the best before the grid got more cells: what it reached stays.
-    made = _train(sweep, name, folder / cell.label / f"seed_{seed}", overrides)
-  return made
+  run = _train(sweep, name, folder / f"seed_{seed}", overrides)
+  if (run.workdir / "config.json").exists() and not run.matches():
+    # This folder has the run of an earlier choice, made before the grid was extended: keep its results.
+    run = _train(sweep, name, folder / cell.label / f"seed_{seed}", overrides)
+  return run
 
 
-def tested(r: Run) -> list[results.Record]:
-  """The test records of a run that is finished, of several rates those of the chosen one."""
-  found = [
+def tested(run: Run) -> list[results.Record]:
+  """Test records of a finished run, at its chosen learning rate if it has several.
+
+  Raises:
+    ConfigError: the run has no test records.
+  """
+  records = [
     record
-    for record in results.read(r.workdir)
+    for record in results.read(run.workdir)
     if record["split"] == "test" and record.get("chosen", True)
   ]
-  if not found:
-    raise ConfigError(f"{r.workdir}: results.json has no records of test images; expected some")
-  return found
+  if not records:
+    raise ConfigError(f"{run.workdir}: results.json has no records of test images; expected some")
+  return records

@@ -1,4 +1,4 @@
-"""Compiled programs on disk, so that what was compiled once is not compiled again."""
+"""Persistent cache of compiled programs: a later start loads them instead of compiling."""
 
 import contextlib
 import dataclasses
@@ -15,10 +15,10 @@ from byolx.core.fields import field
 from byolx.training import programs
 
 SECONDS_PER_MEGABYTE = {"cpu": 8.0, "gpu": 15.0, "tpu": 40.0}
-"""Compile time of a train step over the size of its lowered text, on one core: measured for ResNets on
-a CPU and for TPU v3 ahead of time, within a factor of two; a GPU's is a guess."""
+"""Rough compile time of a ResNet's train step on one core, in seconds per megabyte of its lowered text,
+by the platform that it is compiled for. The value for GPUs is a guess."""
 
-_ours: set[str] = set()
+_folders_set_here: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,46 +34,58 @@ class CompileSpec:
 
 
 def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
-  """The programs of a run, kept in its folder; its step, the slowest of them, begins to load.
+  """Sets up the compile cache of a run and starts loading its train step in the background.
 
-  Takes little time and imports little, to come before all that takes some. What is wrong with a config
-  is told by whoever builds it.
+  It is fast, and so is called before images are opened and networks are traced. A config with an
+  invalid mesh raises no error here, but when the experiment is built.
+
+  Args:
+    config: config of the run, with all fields.
+    workdir: folder of the run.
+    source: digest of the file that defines the user's own task; empty without one.
+
+  Returns:
+    The run's stored programs; an empty store if the mesh is invalid.
   """
   keep_in(config.compile.cache, workdir)
   try:
     mesh = sharding.lay_out(sharding.MeshSpec(**config.mesh), sharding.find_devices(config)).mesh
   except ValueError:
     return programs.none()
-  kept = programs.of(config, mesh.devices.ravel().tolist(), source)
-  kept.begin("step")
-  return kept
+  stored = programs.of(config, mesh.devices.ravel().tolist(), source)
+  stored.begin("step")
+  return stored
 
 
 def keep_in(folder: str, workdir: Path) -> None:
-  """From now on keeps every compiled program in a folder, and takes from there what it has.
+  """Sets the folder where jax stores compiled programs and looks for them.
 
-  A damaged program there is compiled again. jax's own setting (JAX_COMPILATION_CACHE_DIR) wins.
+  A damaged program is compiled again. If the user has set a folder (JAX_COMPILATION_CACHE_DIR), that
+  setting is left as it is.
 
   Args:
-    folder: seen from the workdir; empty keeps nothing.
-    workdir: of the run.
+    folder: path of the cache, relative to the workdir or absolute; empty for no cache.
+    workdir: folder of the run.
   """
-  set_before = jax.config.jax_compilation_cache_dir
-  if set_before is not None and set_before not in _ours:
+  current = jax.config.jax_compilation_cache_dir
+  if current is not None and current not in _folders_set_here:
     return
   path = str((workdir / folder).resolve()) if folder else None
-  if path == set_before:
+  if path == current:
     return
   if path:
-    _ours.add(path)
-    # The step is one program of many: without the small ones a second start is not much faster.
+    _folders_set_here.add(path)
+    # A start compiles many small programs too; loading only the step would save little time.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   _use(path)
 
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
-  """Inside, jax keeps no compiled program: those for devices that are not there it could not load."""
+  """Context manager that turns the cache off.
+
+  It is for programs that are compiled for other devices: jax could not load them again.
+  """
   folder = jax.config.jax_compilation_cache_dir
   _use(None)
   try:
@@ -92,12 +104,18 @@ def compile_aloud(
   platform: str,
   compile_it: Callable[[jax.stages.Lowered], jax.stages.Compiled] = jax.stages.Lowered.compile,
 ) -> jax.stages.Compiled:
-  """Compiles a train step, and says before how long that usually takes, and how long it took."""
+  """Compiles a train step, and prints the expected time before and the actual time after.
+
+  Args:
+    lowered: lowered train step.
+    platform: platform of the devices, `cpu`, `gpu` or `tpu`.
+    compile_it: function that compiles it.
+  """
   folder = jax.config.jax_compilation_cache_dir
-  kept = f", less if it is in {folder}" if folder else ""
+  cached = f", less if it is in {folder}" if folder else ""
   usual = usual_seconds(lowered, platform)
   wait = f"about {text.duration(usual)}" if usual > 5 else "a few seconds"
-  print(f"compiling the step ({wait}{kept}) ...", flush=True)
+  print(f"compiling the step ({wait}{cached}) ...", flush=True)
   began = time.monotonic()
   compiled = compile_it(lowered)
   print(f"compiled in {text.duration(time.monotonic() - began)}", flush=True)
@@ -105,5 +123,5 @@ def compile_aloud(
 
 
 def usual_seconds(lowered: jax.stages.Lowered, platform: str) -> float:
-  """Roughly how long a step takes to compile."""
+  """Estimates the compile time of a step, in seconds; arguments as in `compile_aloud`."""
   return len(lowered.as_text()) / 1e6 * SECONDS_PER_MEGABYTE.get(platform, 40.0)

@@ -1,4 +1,4 @@
-"""The one loop: steps until the end, rows for the log, saves, and refusal of divergence."""
+"""The training loop of every task: steps, log rows, checkpoints and the detection of divergence."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from byolx.training.step import StepFunction
 from byolx.training.task import Batch
 
 IN_FLIGHT = 2
-"""Steps that may be under way at once; each holds a batch on the devices."""
+"""Number of steps queued on the devices at one time; each of them holds a batch in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,12 @@ class TrainSpec:
 
 
 class DivergedError(RuntimeError):
-  """A loss or an update that is not finite, or a gradient beyond its limit, at `step`."""
+  """A scalar of a step that is not finite, or a gradient norm above its limit.
+
+  Args:
+    message: error message.
+    step: number of the step, from 1.
+  """
 
   def __init__(self, message: str, step: int):
     super().__init__(message)
@@ -68,23 +73,27 @@ def train(
   save: Callable[[int, TrainState, dict[str, float]], None],
   most_gradient: float = math.inf,
 ) -> TrainState:
-  """Runs from the state's step to `steps`, or to where it is stopped.
+  """Trains until `steps` steps are done, or `stop_when` stops it.
 
   Args:
-    step_function: from `compile_step`, as it is or compiled ahead of time.
-    state: is donated.
-    batches: on the devices already, starting at the state's step.
-    key: of whatever a loss draws; folded with the step.
-    steps: to stop at.
-    log_every: steps between calls of `log`, which is also called at the end.
-    save_when: asked after each step whether to save; the last step and one that stops are saved.
-    stop_when: asked after each step whether to stop there.
-    log: takes a step (1 is the first) and its scalars.
-    save: takes a step, its state, which is good, and its scalars.
-    most_gradient: a norm of the gradient above this counts as divergence.
+    step_function: result of `compile_step`, jitted or compiled ahead of time.
+    state: state to start from, which is donated.
+    batches: batches on the devices, the first one for the step after the state's.
+    key: key of the loss's random draws; the step function folds the step into it.
+    steps: number of the last step.
+    log_every: interval of log rows, in steps; the last step is logged too.
+    save_when: function of the step that returns True if the state must be saved. The last step is
+      always saved, and so is a step that stops the loop.
+    stop_when: function of the step that returns True if the loop must stop after it.
+    log: function that logs a row; takes the step, from 1, and its scalars.
+    save: function that saves; takes the step, from 1, its state and its scalars.
+    most_gradient: largest norm of the gradient that does not count as divergence.
+
+  Returns:
+    The state after the last step that ran.
 
   Raises:
-    DivergedError: before a state that is not good would be logged or saved.
+    DivergedError: training diverged; raised before the diverged step is logged or saved.
   """
   pending: list[tuple[int, Scalars]] = []
   for step in range(int(state.step) + 1, steps + 1):

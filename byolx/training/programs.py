@@ -1,17 +1,18 @@
-"""Programs of a run that a later start takes from disk without tracing or lowering them again.
+"""Warm start: loads a run's compiled programs from disk without tracing or lowering them.
 
-jax keeps compiled programs by what they compute, which is known only after seconds of tracing. Beside
-each of its entries a note is kept here, found by what a program is made from and what is known at once:
-config, devices, versions, flags and this package's source as it is on disk. So a start that changes
-none of these begins to load while it still imports and counts images, and sees at last whether these
-are as many as they were; any other goes on as if there were no notes.
+jax's compilation cache finds a program by its lowered text, so jax must trace the program first. This
+module stores a JSON manifest beside each of jax's cache entries. A manifest is found by the facts that
+determine the program and are known at once: config, devices, package versions, flags, and the source
+code of byolx. If none of them has changed, a start loads the program in the background while it still
+imports modules and counts images. Only then it compares the numbers of images and classes, which the
+program depends on too. Without a matching manifest, programs are traced and compiled as usual.
 
-A note is JSON, and jax's entries are the compiler's own bytes: nothing is unpickled. A note holds the
-digest of itself and of the entry, and the facts that both were made from: one that is damaged, or
-was made from others, is as if it were not there. As jax says of its own folder, who can write into
-it can run code: it is meant to be the user's own.
+Loading never unpickles: manifests are JSON, and jax's entries are the compiler's bytes. A manifest
+holds the facts and the checksums of itself and of the entry; a damaged one, or one with other facts,
+is not used. As with jax's own cache, a person who can write to the folder can run code in the
+process, so the folder should belong to the user alone.
 
-What jax does not say in public about a compiled program is read and rebuilt here, and nowhere else.
+This is the only module that uses private attributes of jax's compiled programs.
 """
 
 import concurrent.futures
@@ -29,8 +30,8 @@ from typing import Any
 
 import jax
 
-# jax has no public name for a program that was not traced in this process, but for one that
-# unpickles. Whatever is not as expected there means that a program is traced and lowered.
+# jax's only public function that loads a program without tracing unpickles it. If these private
+# modules are not as expected, the program is traced and compiled.
 from jax._src import compilation_cache, core
 from jax._src.interpreters import pxla
 from jax._src.lib import xla_client
@@ -45,7 +46,7 @@ NOT_IN_PROGRAMS = (
   *("data.workers", "data.threads", "data.prefetch"),
   *("checkpoint.", "compile.", "eval.", "init.", "log.", "seed"),
 )
-"""Fields, or groups of them, that no program depends on; every other field is part of the facts."""
+"""Config fields, or groups of fields, on which no program depends; all others are in the facts."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "libtpu")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _NOT_FLAGS = (
@@ -58,29 +59,27 @@ _NOT_FLAGS = (
 
 
 class Kept:
-  """The programs of one experiment, in jax's folder of compiled programs.
+  """The stored programs of one experiment.
 
   Args:
-    folder: of jax's entries, and of the notes beside them; None keeps nothing.
-    facts: what the programs are made from, as JSON takes it.
-    devices: of the mesh, in its order.
-
-  What `find` and `compile` get as `late` are facts as well, of those that are known only by then.
+    folder: folder of jax's cache entries and of the manifests; None stores nothing.
+    facts: values that determine the programs, serialisable as JSON; see `facts`.
+    devices: devices of the mesh, in row-major order.
   """
 
   def __init__(self, folder: Path | None, facts: Mapping[str, Any], devices: Sequence[Any]):
     self._folder = folder
     self._facts = json.loads(json.dumps(facts))
     self._devices = tuple(devices)
-    self._key = _digest(self._facts)[:32]
+    self._key = _sha256(self._facts)[:32]
     self._loading: dict[str, concurrent.futures.Future] = {}
 
   def path(self, name: str) -> Path | None:
-    """The note on a program, whether it is there or not."""
+    """Returns the path of a program's manifest, which need not exist; None if nothing is stored."""
     return self._folder / f"byolx_{name}-{self._key}.json" if self._folder else None
 
   def begin(self, name: str) -> None:
-    """Begins to load a program in another thread, if it is there and was not begun before."""
+    """Starts loading a program in another thread, if it is stored and is not being loaded already."""
     path = self.path(name)
     if name in self._loading or path is None or not path.is_file():
       return
@@ -90,34 +89,35 @@ class Kept:
     def load() -> None:
       try:
         future.set_result(self._load(path))
-      except Exception as error:  # of whatever kind: told in `find`, by whoever needs the program
+      except Exception as error:  # reported by `find`
         future.set_exception(error)
 
     threading.Thread(target=load, name=f"load {name}").start()
 
   def find(
-    self, name: str, arguments: tuple, result: Any, late: Mapping[str, Any]
+    self, name: str, arguments: tuple, result: Any, counts: Mapping[str, Any]
   ) -> jax.stages.Compiled | None:
-    """A program that was kept, or None.
+    """Returns a stored program, or None if it is not stored or cannot be used.
 
     Args:
-      name: of the program.
-      arguments: what it takes, as shapes with shardings.
-      result: what it returns, or the first part of that: scalars by their names may follow.
-      late: see the class.
+      name: name of the program.
+      arguments: its arguments, as pytrees of `jax.ShapeDtypeStruct` with shardings.
+      result: its result, as such a pytree. If the program returns a pair of this and a dictionary of
+        scalars, only the first of the two.
+      counts: numbers of images and classes, which determine the program in addition to the facts.
     """
     self.begin(name)
     future = self._loading.pop(name, None)
     if future is None:
       return None
     try:
-      note, executable = future.result()
-      _same("images and classes", note["late"], dict(late))
-      _same("arguments and results", note["shapes"], _shapes(arguments, result))
-      return _rebuild(note, executable, self._devices, arguments, result)
+      manifest, executable = future.result()
+      _require_equal("images and classes", manifest["counts"], dict(counts))
+      _require_equal("arguments and results", manifest["shapes"], _shapes(arguments, result))
+      return _rebuild(manifest, executable, self._devices, arguments, result)
     except Exception as error:
       reason = f"{type(error).__name__}: {error}"
-      _log.warning("%s cannot be used (%s); the program is made anew", self.path(name), reason)
+      _log.warning("%s cannot be used (%s); the program is compiled again", self.path(name), reason)
       return None
 
   def compile(
@@ -126,98 +126,102 @@ class Kept:
     lowered: jax.stages.Lowered,
     arguments: tuple,
     result: Any,
-    late: Mapping[str, Any],
+    counts: Mapping[str, Any],
   ) -> jax.stages.Compiled:
-    """Compiles a program and, in another thread, makes a note on it; `arguments` as for `find`."""
+    """Compiles a program and writes its manifest in another thread; arguments as in `find`."""
     with _entries() as entries:
       compiled = lowered.compile()
     if (path := self.path(name)) is None or not entries:
       return compiled
 
-    def make_note() -> None:
+    def write_manifest() -> None:
       try:
-        note = _describe(compiled, self._devices, arguments, result)
+        manifest = _describe(compiled, self._devices, arguments, result)
         content = self._entry(entries[-1]).read_bytes()
-        note |= {"entry": entries[-1], "sha256": hashlib.sha256(content).hexdigest()}
-        note |= {"facts": self._facts, "late": dict(late), "shapes": _shapes(arguments, result)}
-        files.write_atomically(path, json.dumps(note | {"digest": _digest(note)}) + "\n")
-      except Exception as error:  # the run goes on without; the next one traces again
-        _log.info("no note on %s: %s: %s", name, type(error).__name__, error)
+        manifest |= {"entry": entries[-1], "sha256": hashlib.sha256(content).hexdigest()}
+        manifest |= {"facts": self._facts, "counts": dict(counts)}
+        manifest |= {"shapes": _shapes(arguments, result)}
+        files.write_atomically(path, json.dumps(manifest | {"checksum": _sha256(manifest)}) + "\n")
+      except Exception as error:  # this run needs no manifest; the next one traces again
+        _log.info("no manifest of %s: %s: %s", name, type(error).__name__, error)
 
-    threading.Thread(target=make_note, name=f"note {name}").start()
+    threading.Thread(target=write_manifest, name=f"manifest {name}").start()
     return compiled
 
   def _entry(self, key: str) -> Path:
     return self._folder / f"{key}-cache"
 
   def _load(self, path: Path) -> tuple[dict, Any]:
-    note = json.loads(path.read_text())
-    if note.pop("digest") != _digest(note):
+    manifest = json.loads(path.read_text())
+    if manifest.pop("checksum") != _sha256(manifest):
       raise ValueError("it is damaged")
-    if note["facts"] != self._facts:
+    if manifest["facts"] != self._facts:
       raise ValueError("it was made from another config, other versions or other devices")
-    content = self._entry(note["entry"]).read_bytes()
-    if hashlib.sha256(content).hexdigest() != note["sha256"]:
-      raise ValueError(f"{note['entry']}-cache is not the program that it was")
+    content = self._entry(manifest["entry"]).read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+      raise ValueError(f"{manifest['entry']}-cache: sha256 mismatch")
     plain = compilation_cache.decompress_executable(content)
     program, _ = compilation_cache.extract_executable_and_time(plain)
     devices = xla_client.DeviceList(self._devices)
     executable = self._devices[0].client.deserialize_executable(program, devices)
-    return note, executable
+    return manifest, executable
 
 
 @contextlib.contextmanager
 def _entries() -> Iterator[list[str]]:
-  """The names of jax's entries that are looked for inside, as they come."""
-  asked, before = [], compilation_cache.get_cache_key
+  """Context manager that records the names of the cache entries that jax looks up, in order."""
+  names, original = [], compilation_cache.get_cache_key
 
   def get_cache_key(*arguments: Any, **options: Any) -> str:
-    asked.append(before(*arguments, **options))
-    return asked[-1]
+    names.append(original(*arguments, **options))
+    return names[-1]
 
   compilation_cache.get_cache_key = get_cache_key
   try:
-    yield asked
+    yield names
   finally:
-    compilation_cache.get_cache_key = before
+    compilation_cache.get_cache_key = original
 
 
 def _shapes(arguments: tuple, result: Any) -> str:
-  """The digest of what a program takes and returns, and where that lives."""
+  """Returns the checksum of the shapes, types and shardings of arguments and result."""
   leaves = jax.tree.leaves((arguments, result))
-  return _digest([[x.shape, str(x.dtype), str(x.sharding.spec)] for x in leaves])
+  return _sha256([[x.shape, str(x.dtype), str(x.sharding.spec)] for x in leaves])
 
 
-def _digest(value: Any) -> str:
+def _sha256(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def none() -> Kept:
-  """No programs."""
+  """Returns an empty store, which stores nothing."""
   return Kept(None, {}, ())
 
 
 def of(config: ConfigDict, devices: Sequence[Any], source: str = "") -> Kept:
-  """The programs of an experiment, in the folder that jax has; arguments as for `facts`.
+  """Returns the stored programs of an experiment, in the folder of jax's compilation cache.
 
-  Several processes keep none: each of them would have to find the same, or none.
+  The store is empty without a local folder, and in a multi-process run, where all processes would
+  have to find the same programs. Arguments as in `facts`.
   """
   folder = jax.config.jax_compilation_cache_dir
   if not folder or "://" in folder or jax.process_count() > 1:
     return none()
   try:
     return Kept(Path(folder), facts(config, devices, source), devices)
-  except Exception as error:  # a backend may not say what it is: then programs are traced, as ever
-    _log.info("no programs are kept: %s: %s", type(error).__name__, error)
+  except Exception as error:  # some backends cannot describe their devices
+    _log.info("no programs are stored: %s: %s", type(error).__name__, error)
     return none()
 
 
 def facts(config: ConfigDict, devices: Sequence[Any], source: str = "") -> dict[str, Any]:
-  """What an experiment's programs are made from, but for the number of its images and classes.
+  """Returns all values that determine an experiment's programs, as JSON.
+
+  Only the numbers of images and classes, which determine them too, are not included.
 
   Args:
-    config: all fields.
-    devices: devices of the mesh, in its order.
+    config: config of the experiment, with all fields.
+    devices: devices of the mesh, in row-major order.
     source: digest of the user's own code that the programs are traced from; empty without any.
   """
   fields = configs.flatten(config)
@@ -227,7 +231,7 @@ def facts(config: ConfigDict, devices: Sequence[Any], source: str = "") -> dict[
       name: value
       for name, value in fields.items()
       if not any(
-        name == one or (one[-1] == "." and name.startswith(one)) for one in NOT_IN_PROGRAMS
+        name == entry or (entry[-1] == "." and name.startswith(entry)) for entry in NOT_IN_PROGRAMS
       )
     },
     "devices": [[device.id, device.process_index, device.device_kind] for device in devices],
@@ -245,26 +249,26 @@ def facts(config: ConfigDict, devices: Sequence[Any], source: str = "") -> dict[
   }
 
 
-def source_digest(folder: Path) -> str:
-  """Of every Python file below a folder, names and contents."""
-  digest = hashlib.sha256()
+def source_checksum(folder: Path) -> str:
+  """Returns the SHA-256 of the names and contents of all Python files below a folder."""
+  checksum = hashlib.sha256()
   for path in sorted(folder.rglob("*.py")):
-    digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-    digest.update(path.read_bytes())
-  return digest.hexdigest()
+    checksum.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+    checksum.update(path.read_bytes())
+  return checksum.hexdigest()
 
 
-SOURCE = source_digest(Path(__file__).parents[1])
-"""Of this package, taken as its code is read: what runs is not what was edited since."""
+SOURCE = source_checksum(Path(__file__).parents[1])
+"""Checksum of this package's source, computed at import, because files may be edited during a run."""
 
 
 def _topology(devices: Sequence[Any]) -> int:
-  """jax's number for the kind of devices and how they are connected."""
+  """Returns jax's fingerprint of the type of the devices and their connections."""
   return xla_client.get_topology_for_devices(list(devices)).fingerprint()
 
 
 def _processor() -> str:
-  """What instructions a program may have been compiled for."""
+  """Returns a checksum of the CPU's model and instruction sets."""
   info = Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
   kinds = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}
@@ -281,68 +285,70 @@ def _version(package: str) -> str:
 def _describe(
   compiled: jax.stages.Compiled, devices: Sequence[Any], arguments: tuple, result: Any
 ) -> dict[str, Any]:
-  """What must be known of a program besides jax's entry; raises where `_rebuild` would differ."""
-  known = compiled._executable
-  rest = jax.tree.unflatten(compiled.out_tree, known.out_avals)
-  plain = jax.tree.structure(rest) == jax.tree.structure(result)
-  scalars = (
-    None if plain else {name: [x.shape, x.dtype.name, x.weak_type] for name, x in rest[1].items()}
-  )
-  note = {
-    "name": known._unloaded_executable.name,
-    "used": sorted(known._kept_var_idx),
+  """Returns the part of the manifest that `_rebuild` needs besides jax's cache entry.
+
+  Raises:
+    ValueError: `_rebuild` would not give the same program.
+  """
+  executable = compiled._executable
+  output = jax.tree.unflatten(compiled.out_tree, executable.out_avals)
+  without_scalars = jax.tree.structure(output) == jax.tree.structure(result)
+  manifest = {
+    "name": executable._unloaded_executable.name,
+    "used": sorted(executable._kept_var_idx),
     "donated": [info.donated for info in jax.tree.leaves(compiled.args_info)],
-    "scalars": scalars,
+    "scalars": None
+    if without_scalars
+    else {name: [x.shape, x.dtype.name, x.weak_type] for name, x in output[1].items()},
   }
-  note = json.loads(json.dumps(note))
-  again = _rebuild(note, known.xla_executable, devices, arguments, result)
+  manifest = json.loads(json.dumps(manifest))
+  rebuilt = _rebuild(manifest, executable.xla_executable, devices, arguments, result)
   for name in ("in_tree", "out_tree"):
-    _same(name, getattr(again, name), getattr(compiled, name))
-  new = again._executable
+    _require_equal(name, getattr(rebuilt, name), getattr(compiled, name))
+  new = rebuilt._executable
   for name in ("in_avals", "out_avals", "_in_shardings", "_out_shardings", "_kept_var_idx",
                "_dispatch_in_layouts", "_mut"):  # fmt: skip
-    _same(name, _plain(getattr(new, name)), _plain(getattr(known, name)))
+    _require_equal(name, _as_tuple(getattr(new, name)), _as_tuple(getattr(executable, name)))
   for name in ("committed", "unordered_effects", "ordered_effects", "host_callbacks", "keepalive"):
-    one, other = (getattr(x._unloaded_executable, name) for x in (new, known))
-    _same(name, one or None, other or None)
-  _same("constants", list(compiled._params.const_args), [])
-  return note
+    actual, expected = (getattr(x._unloaded_executable, name) for x in (new, executable))
+    _require_equal(name, actual or None, expected or None)
+  _require_equal("constants", list(compiled._params.const_args), [])
+  return manifest
 
 
-def _plain(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
   return tuple(value) if isinstance(value, Sequence) else value
 
 
-def _same(name: str, one: Any, other: Any) -> None:
-  if one != other:
-    raise ValueError(
-      f"its {name} would not be the same again: {str(one)[:200]}, {str(other)[:200]}"
-    )
+def _require_equal(name: str, actual: Any, expected: Any) -> None:
+  if actual != expected:
+    raise ValueError(f"its {name} are {str(actual)[:200]}, expected {str(expected)[:200]}")
 
 
 def _rebuild(
-  note: Mapping[str, Any],
+  manifest: Mapping[str, Any],
   executable: Any,
   devices: Sequence[Any],
   arguments: tuple,
   result: Any,
 ) -> jax.stages.Compiled:
-  """A program as jax would have it after compiling: for arguments and results in default layouts."""
-  given, in_tree = jax.tree.flatten((arguments, {}))
-  if note["scalars"] is not None:
+  """Wraps an executable as `lowered.compile()` would, with all arrays in their default layouts."""
+  inputs, in_tree = jax.tree.flatten((arguments, {}))
+  if manifest["scalars"] is not None:
+    # The first leaf of a train state is its step, which is replicated, as all scalars are.
     everywhere = jax.tree.leaves(result)[0].sharding
     result = (
       result,
       {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere, weak_type=weak)
-        for name, (shape, dtype, weak) in note["scalars"].items()
+        for name, (shape, dtype, weak) in manifest["scalars"].items()
       },
     )
-  made, out_tree = jax.tree.flatten(result)
-  used = [given[index] for index in note["used"]]
-  in_avals, out_avals = _avals(used), _avals(made)
+  outputs, out_tree = jax.tree.flatten(result)
+  used = [inputs[index] for index in manifest["used"]]
+  in_avals, out_avals = _avals(used), _avals(outputs)
   in_layouts, out_layouts = pxla._get_layouts_from_executable(
-    executable, (None,) * len(used), (None,) * len(made), 0, in_avals, out_avals
+    executable, (None,) * len(used), (None,) * len(outputs), 0, in_avals, out_avals
   )
   loaded = pxla.UnloadedMeshExecutable(
     xla_executable=executable,
@@ -351,14 +357,14 @@ def _rebuild(
     input_avals=in_avals,
     input_shardings=[x.sharding for x in used],
     output_avals=out_avals,
-    output_shardings=[x.sharding for x in made],
+    output_shardings=[x.sharding for x in outputs],
     committed=True,
-    name=note["name"],
+    name=manifest["name"],
     unordered_effects=[],
     ordered_effects=[],
     keepalive=None,
     host_callbacks=[],
-    kept_var_idx=set(note["used"]),
+    kept_var_idx=set(manifest["used"]),
     mut=None,
     xla_in_layouts=in_layouts,
     dispatch_in_layouts=[None] * len(used),
@@ -368,7 +374,7 @@ def _rebuild(
   ).load()
   infos = [
     jax.stages.ArgInfo(aval, donated)
-    for aval, donated in zip(_avals(given), note["donated"], strict=True)
+    for aval, donated in zip(_avals(inputs), manifest["donated"], strict=True)
   ]
   return jax.stages.Compiled(
     loaded, [], jax.tree.unflatten(in_tree, infos), out_tree, no_kwargs=True

@@ -10,27 +10,49 @@ Schedule = Callable[[ArrayLike], Array]
 
 
 def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> Schedule:
-  """Linear from 0 to `peak` over `warmup_steps`, then a cosine to 0 at `steps`, without restarts."""
+  """Learning rate with a linear warm-up and a cosine decay without restarts (appendix A).
+
+  Args:
+    peak: largest rate, reached at the end of the warm-up.
+    warmup_steps: number of steps of the linear rise from 0; 0 for no warm-up.
+    steps: number of all steps, warm-up included; the rate is 0 at its end.
+
+  Returns:
+    A function of the step, counted from 0.
+  """
   if warmup_steps == 0:
     return _once(optax.cosine_decay_schedule(peak, steps))
   return _once(optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps))
 
 
 def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
-  """Linear from 0 to `peak` over `warmup_steps`, then `peak`."""
+  """Learning rate with a linear warm-up, then constant.
+
+  Args:
+    peak: rate after the warm-up.
+    warmup_steps: number of steps of the linear rise from 0; 0 for no warm-up.
+
+  Returns:
+    A function of the step, counted from 0.
+  """
   if warmup_steps == 0:
     return optax.constant_schedule(peak)
   return optax.linear_schedule(0.0, peak, warmup_steps)
 
 
 def tau(step: ArrayLike, steps: int, base: float, rule: str = "cosine") -> Float[Array, ""]:
-  """tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2: from `base` at k = 0 to 1 at k = K.
+  """Decay rate of the target network at one step (appendices A and J.5).
+
+  tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2, which rises from `base` at k = 0 to 1 at k = K.
 
   Args:
-    step: k, counted before the optimiser's update.
-    steps: K, all optimiser steps of the run; there is no warm-up.
+    step: step k, in 0 to K; the index of the step before it is incremented.
+    steps: number K of all optimiser steps of the run; tau has no warm-up.
     base: tau at step 0, in [0, 1].
-    rule: "cosine", or "constant" for base throughout (appendix J.1 runs with tau = 0).
+    rule: "cosine", or "constant" for tau = base at every step (appendix J.1 has runs with tau = 0).
+
+  Returns:
+    float32 scalar in [base, 1].
   """
   if rule == "constant":
     return jnp.float32(base)
@@ -38,9 +60,10 @@ def tau(step: ArrayLike, steps: int, base: float, rule: str = "cosine") -> Float
 
 
 def _once(schedule: Schedule) -> Schedule:
-  """The same schedule of one step, computed in one place of a program.
+  """Wraps a schedule so that a compiled program computes it only once.
 
-  XLA repeats what makes a scalar in every kernel that uses it: 507 cosines in a ResNet-50's step on a
-  CPU, and a fifth of its instructions. A sum it does not repeat, if there is more than one number.
+  XLA copies the computation of a scalar into every kernel that uses the scalar, which made hundreds
+  of cosines in one train step (docs/plan.md, "How long it takes to start"). It does not copy a sum of
+  two or more numbers, so the value is written as a sum of two, one of them times 0.
   """
   return lambda step: jnp.sum(schedule(step + jnp.arange(2)) * jnp.array([1.0, 0.0]))

@@ -1,4 +1,4 @@
-"""TrainState: everything that training changes, made, described and placed on a mesh."""
+"""Training state: the pytree of everything that training changes, and its placement on a mesh."""
 
 import dataclasses
 import functools
@@ -19,11 +19,16 @@ Scalars = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that training changes: one pytree, one checkpoint.
+  """Everything that training changes, as one pytree; a checkpoint stores all of it.
 
-  `step` is an int32 scalar, of any leaf type: jax builds this class around shapes and shardings too.
-  `params` are what the optimiser sees; `rest` is every other variable (statistics, target network,
-  frozen parameters).
+  The leaves are arrays, or shapes or shardings of these.
+
+  Attributes:
+    step: number of optimiser steps done, an int32 scalar.
+    params: trainable variables, which the optimiser updates.
+    rest: all other variables: batch statistics, target network, frozen parameters.
+    opt_state: state of the optimiser.
+    graphdef: static structure of the model.
   """
 
   step: Any
@@ -33,15 +38,15 @@ class TrainState:
   graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
 
   def model(self) -> nnx.Module:
-    """The model, merged from copies of the state's variables."""
+    """Returns the model, merged from copies of the state's variables."""
     return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
 
 
 class _Stream(nnx.RngStream):
-  """The same keys, counted outside of the traced program.
+  """An nnx.RngStream with the same keys, which counts its draws in a Python integer.
 
-  flax counts in a variable, and to set one under tracing prints all that was traced so far: half of
-  the seconds that tracing a ResNet-50's initialisation took, and more than half of a larger one's.
+  flax counts them in a variable. Setting a variable while tracing is slow, because flax then formats
+  the whole traced program as text.
   """
 
   drawn: int = 0
@@ -52,13 +57,13 @@ class _Stream(nnx.RngStream):
 
 
 def new_state(task: Task, tx: optax.GradientTransformation, key: Array) -> TrainState:
-  """A state at step 0, a pure function of the key."""
+  """Returns the state at step 0, a pure function of the key."""
   state = _untrained(task, key)
   return dataclasses.replace(state, opt_state=tx.init(state.params))
 
 
 def _untrained(task: Task, key: Array) -> TrainState:
-  """A state at step 0 without the optimiser's."""
+  """Returns the state at step 0, with None as the state of the optimiser."""
   rngs = nnx.Rngs(key)
   rngs.default = _Stream(key, tag="default")
   graphdef, params, rest = nnx.split(task.init(rngs), task.trainable, ...)
@@ -66,7 +71,11 @@ def _untrained(task: Task, key: Array) -> TrainState:
 
 
 def abstract_untrained(task: Task) -> TrainState:
-  """Shapes and types of a state without the optimiser's: seconds of tracing for a large network."""
+  """Returns shapes and types of a new state, with None as the state of the optimiser.
+
+  It traces the whole initialisation, which is slow for a large network (docs/plan.md, "How long it
+  takes to start").
+  """
   return jax.eval_shape(functools.partial(_untrained, task), jax.random.key(0))
 
 
@@ -77,7 +86,15 @@ def initialise(
   layout: sharding.Layout,
   abstract: TrainState | None = None,
 ) -> TrainState:
-  """A new state, made where it lives; `abstract` as for `compile_step`."""
+  """Returns the state at step 0, created directly with its shardings.
+
+  Args:
+    task: task with the model and its trainable variables.
+    tx: optimiser.
+    key: key of the initialisation.
+    layout: mesh and placement of the state.
+    abstract: result of `abstract_state`, to save its computation.
+  """
   return initialiser(task, tx, layout, abstract)(key)
 
 
@@ -87,12 +104,13 @@ def initialiser(
   layout: sharding.Layout,
   abstract: TrainState | None = None,
 ) -> jax.stages.Wrapped:
-  """The jitted function that makes a new state of a key; arguments as for `initialise`."""
+  """Returns the jitted function from a key to a new state; arguments as in `initialise`."""
   return jax.jit(
     functools.partial(new_state, task, tx),
     in_shardings=sharding.replicated(layout.mesh),
     out_shardings=state_shardings(abstract or abstract_state(task, tx, layout)),
-    # Runs once: more would take the compiler of a CPU longer than it saves, and less runs longer.
+    # The program runs only once: level 2 compiles too long for that, and level 0 runs too long
+    # (docs/plan.md, "How long it takes to start").
     compiler_options={"xla_backend_optimization_level": 1},
   )
 
@@ -103,12 +121,13 @@ def abstract_state(
   layout: sharding.Layout,
   untrained: TrainState | None = None,
 ) -> TrainState:
-  """Shapes, types and shardings of the state, without its arrays.
+  """Returns the state with a `jax.ShapeDtypeStruct` with sharding in place of each array.
 
   Args:
-    task, tx: loss and optimiser.
-    layout: where the state lives.
-    untrained: from `abstract_untrained`, if it is there already.
+    task: task with the model and its trainable variables.
+    tx: optimiser.
+    layout: mesh and placement of the state.
+    untrained: result of `abstract_untrained`, to save its computation.
   """
   state = untrained or abstract_untrained(task)
   state = dataclasses.replace(state, opt_state=jax.eval_shape(tx.init, state.params))
@@ -125,5 +144,5 @@ def abstract_state(
 
 
 def state_shardings(state: TrainState) -> TrainState:
-  """Where each array of a state lives."""
+  """Returns the state with the sharding of each array in place of the array."""
   return jax.tree.map(lambda x: x.sharding, state)

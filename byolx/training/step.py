@@ -1,4 +1,4 @@
-"""The one loop: TrainState, train_step, train. Every protocol that trains by gradient runs here."""
+"""The train step of every task, and its compilation for a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -28,10 +28,24 @@ def train_step(
   batch: Batch,
   key: Array,
 ) -> tuple[TrainState, Scalars]:
-  """One optimiser step: gradients over `passes` micro-batches, one update, one `after_update`.
+  """Runs one optimiser step: gradients of all micro-batches, one update, one `after_update`.
 
-  Mutation (statistics, the moving average) happens inside the merged model only; outside, everything
-  is a value. The scalars are means over the micro-batches, plus the norms of gradient and update.
+  The function is pure: only the merged copy of the model is mutated (batch statistics, target
+  network).
+
+  Args:
+    task: task with the loss and the trainable variables.
+    tx: optimiser.
+    passes: number of micro-batches over which gradients are averaged.
+    remat: name of the rematerialisation policy, a key of `remat.KEPT`.
+    layout: mesh and placement of the state.
+    state: training state.
+    batch: batch of all micro-batches; the length of each first axis is a multiple of `passes`.
+    key: key of the run's steps, into which the step is folded.
+
+  Returns:
+    The new state and a dictionary of scalars: the loss's, averaged over the micro-batches, those of
+    `after_update`, and the l2 norms `norm_gradient` and `norm_update`.
   """
   key = jax.random.fold_in(key, state.step)
   gradient = functools.partial(_gradient, task, remat, layout, state.graphdef, state.params)
@@ -39,22 +53,27 @@ def train_step(
     grads, rest, scalars = gradient(state.rest, batch, key)
   else:
     grads, rest, scalars = _accumulate(gradient, passes, state, batch, key)
-  params = _constrain(state.params, layout.of_rest)  # each device updates its pieces only
+  params = _constrain(state.params, layout.of_rest)  # each device updates its shards only
   updates, opt_state = tx.update(grads, state.opt_state, params)
   params = optax.apply_updates(params, updates)
   model = nnx.merge(state.graphdef, params, rest, copy=True)
-  moved = task.after_update(model, state.step)
+  update_scalars = task.after_update(model, state.step)
   graphdef, params, rest = nnx.split(model, task.trainable, ...)
-  norms = {"norm_gradient": _norm(grads), "norm_update": _norm(updates)}
-  return TrainState(state.step + 1, params, rest, opt_state, graphdef), scalars | moved | norms
+  scalars = scalars | update_scalars
+  scalars = scalars | {"norm_gradient": _norm(grads), "norm_update": _norm(updates)}
+  return TrainState(state.step + 1, params, rest, opt_state, graphdef), scalars
 
 
 def _norm(tree: Any) -> Array:
-  """The l2 norm of all arrays together; the vectors, two in three of them, are joined to be one sum."""
+  """Computes the l2 norm over all arrays of a tree.
+
+  All scalars and vectors are joined into one array, because one sum compiles to fewer kernels than
+  one sum per array (docs/plan.md, "How long it takes to start").
+  """
   leaves = jax.tree.leaves(tree)
-  short = [x.ravel() for x in leaves if x.ndim < 2]
+  vectors = [x.ravel() for x in leaves if x.ndim < 2]
   others = [x for x in leaves if x.ndim >= 2]
-  return optax.tree.norm([*others, jnp.concatenate(short)] if short else others)
+  return optax.tree.norm([*others, jnp.concatenate(vectors)] if vectors else others)
 
 
 def _constrain(tree: Any, shardings: Callable[[Any], Any]) -> Any:
@@ -71,7 +90,7 @@ def _gradient(
   batch: Batch,
   key: Array,
 ) -> tuple[nnx.State, nnx.State, Scalars]:
-  """Gradient, variables after the forward pass, and scalars of one micro-batch."""
+  """Returns gradient, non-trainable variables after the forward pass, and scalars of a micro-batch."""
 
   def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, Scalars]]:
     model = nnx.merge(graphdef, params, rest, copy=True)
@@ -89,21 +108,24 @@ def _gradient(
 def _accumulate(
   gradient: Callable, passes: int, state: TrainState, batch: Batch, key: Array
 ) -> tuple[nnx.State, nnx.State, Scalars]:
-  """Averages gradients over consecutive forward passes (Table 16); statistics see every pass."""
+  """Averages gradients over consecutive micro-batches (Table 16).
 
-  def cut(x: Array) -> Array:
-    # Rows i, i + passes, ...: each device finds its rows of every micro-batch among its own.
+  Every micro-batch updates the batch statistics.
+  """
+
+  def split(x: Array) -> Array:
+    # Micro-batch i has the rows i, i + passes, ..., so that no row moves to another device.
     return jnp.swapaxes(x.reshape(x.shape[0] // passes, passes, *x.shape[1:]), 0, 1)
 
-  def one(carry, inputs):
+  def add_pass(carry, inputs):
     total, rest = carry
     index, micro = inputs
     grads, rest, scalars = gradient(rest, micro, jax.random.fold_in(key, index))
     return (jax.tree.map(jnp.add, total, grads), rest), scalars
 
   zeros = jax.tree.map(jnp.zeros_like, state.params)
-  inputs = (jnp.arange(passes), jax.tree.map(cut, batch))
-  (total, rest), scalars = jax.lax.scan(one, (zeros, state.rest), inputs)
+  inputs = (jnp.arange(passes), jax.tree.map(split, batch))
+  (total, rest), scalars = jax.lax.scan(add_pass, (zeros, state.rest), inputs)
   return (
     jax.tree.map(lambda g: g / passes, total),
     rest,
@@ -120,14 +142,17 @@ def compile_step(
   remat: str = "none",
   abstract: TrainState | None = None,
 ) -> jax.stages.Wrapped:
-  """The jitted step over a mesh: the state (donated) as the layout has it, batches spread by example.
+  """Returns the jitted train step of a mesh, a function of state (donated), batch and key.
+
+  The state is placed by the layout; batches are sharded by example.
 
   Args:
-    task, tx: loss and optimiser.
-    layout: where the state lives.
-    passes: forward passes over which gradients are averaged.
-    remat: what the backward pass finds kept, see KEPT.
-    abstract: from `abstract_state`, if it is there already.
+    task: task with the loss and the trainable variables.
+    tx: optimiser.
+    layout: mesh and placement of the state.
+    passes: number of micro-batches over which gradients are averaged.
+    remat: name of the rematerialisation policy, a key of `remat.KEPT`.
+    abstract: result of `abstract_state`, to save its computation.
   """
   everywhere, spread = sharding.replicated(layout.mesh), sharding.by_example(layout.mesh)
   places = everywhere

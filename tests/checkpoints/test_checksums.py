@@ -49,7 +49,7 @@ def place(request, monkeypatch):
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 3, 4), (2, 0)])
-def test_a_digest_is_what_its_definition_says(dtype, shape):
+def test_a_checksum_is_what_its_definition_says(dtype, shape):
   host = random(dtype, shape)
   assert one(jnp.asarray(host)) == by_hand(host)
 
@@ -65,11 +65,11 @@ def test_types_of_eight_bytes_are_two_words(monkeypatch):
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("devices", [1, 4, 8])
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
-def test_a_digest_is_the_same_however_an_array_is_spread(devices, axis):
+def test_a_checksum_is_the_same_however_an_array_is_spread(devices, axis):
   host = random("float32", (16, 8, 24))
   spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, sharding.DATA)
   array = jax.device_put(host, NamedSharding(sharding.make_mesh(devices), spec))
-  assert one(array) == int(checksums._device_digest(array)) == by_hand(host)
+  assert one(array) == int(checksums._device_checksum(array)) == by_hand(host)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 31), st.integers(0, 2**32 - 1))
@@ -104,8 +104,8 @@ def test_arrays_may_be_donated_while_they_are_summed(monkeypatch, on_host):
   """As on a CPU, where all is summed later, and as on other devices, where the large ones are queued."""
   monkeypatch.setattr(checksums, "_is_on_host", lambda array: on_host)
   seen = []
-  body = checksums._device_digest
-  monkeypatch.setattr(checksums, "_device_digest", lambda x: seen.append(type(x)) or body(x))
+  body = checksums._device_checksum
+  monkeypatch.setattr(checksums, "_device_checksum", lambda x: seen.append(type(x)) or body(x))
   place = sharding.replicated(sharding.make_mesh(8))
   make = jax.jit(
     lambda: {"large": jnp.arange(330_000.0).reshape(1100, 300), "small": jnp.arange(100.0)},

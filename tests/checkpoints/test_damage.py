@@ -179,12 +179,12 @@ def test_a_newer_format_is_refused_and_not_passed_over(folder, caplog):
   assert not caplog.records
 
 
-def test_another_digest_is_damage(folder, caplog):
+def test_another_checksum_is_damage(folder, caplog):
   record = storage.read_record(folder / "20")
   record["arrays"]["kernel"][1] ^= 1
   rewrite(folder / "20", arrays=record["arrays"])
   assert Checkpoints(folder).restore(LIKE).step == 10
-  assert "damaged: kernel: not the numbers that were saved; trying" in caplog.text
+  assert "damaged: kernel: checksum mismatch; trying" in caplog.text
 
 
 def test_another_model_is_refused_and_not_passed_over(folder, caplog):
@@ -211,7 +211,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from byolx.checkpoints.manager import Checkpoints, CheckpointError
-from test_checkpoint_damage import FACTS, LIKE, state_of
+from test_damage import FACTS, LIKE, state_of
 
 checkpoints = Checkpoints(Path({folder!r}))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -232,7 +232,7 @@ print("then", checkpoints.steps())
 @pytest.mark.parametrize("call", ["wait()", "save(40, state_of(40), {}, {})"])
 def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(folder, call):
   """Files cannot grow beyond 2 kB, as on a full disk; then there is room again."""
-  script = FULL.format(tests=str(ROOT / "tests"), folder=str(folder), call=call)
+  script = FULL.format(tests=str(ROOT / "tests" / "checkpoints"), folder=str(folder), call=call)
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   done = subprocess.run(
     [sys.executable, "-c", script], env=environment, capture_output=True, text=True
@@ -241,7 +241,7 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(folder, call):
   error, steps, then = done.stdout.splitlines()
   assert error.startswith(f"error the checkpoint of step 30 could not be saved in {folder}: ")
   assert "File too large" in error or "EFBIG" in error
-  assert error.endswith("; the one of step 20 stays")
+  assert error.endswith("; the last one is of step 20")
   assert steps == "steps [10, 20] 20"
   assert then == "then [20, 30]"
   assert sorted(path.name for path in folder.iterdir()) == ["20", "30"]
@@ -263,7 +263,7 @@ def test_an_error_of_the_background_is_said_once(tmp_path, monkeypatch):
       checkpoints.wait()
   assert str(raised.value) == (
     f"the checkpoint of step 2 could not be saved in {tmp_path / 'run'}: "
-    "[Errno 28] No space left on device; the one of step 1 stays"
+    "[Errno 28] No space left on device; the last one is of step 1"
   )
   checkpoints.wait()
   assert checkpoints.steps() == [1]
@@ -275,5 +275,5 @@ def test_an_error_of_the_background_is_said_once(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
   (tmp_path / "file").write_text("")
   checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")
-  with pytest.raises(CheckpointError, match=r"could not be saved in .*; there is none before it$"):
+  with pytest.raises(CheckpointError, match=r"could not be saved in .*; there is no earlier one$"):
     checkpoints.save(1, state_of(1), {}, {})

@@ -86,9 +86,9 @@ def test_the_text_is_one_page(workdir):
   assert max(map(len, lines)) <= 100 + len(str(workdir))
   for part in (
     "commit c6887dc, config 0123456789ab", "2,400", "0.001354", "online encoder", "1,168",
-    "What goes with the encoder\nmodel: arch resnet50, width 1.0, ", "padding same", "bn_eps 1e-05",
+    "Encoder fields\nmodel: arch resnet50, width 1.0, ", "padding same", "bn_eps 1e-05",
     "\nviews: size 64, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)\n",
-    "next_example 153600, seed 3", "optim.base_rate  0.4 (not 0.2)",
+    "next_example 153600, seed 3", "optim.base_rate  0.4 (default 0.2)",
     "target encoder of elsewhere/checkpoints/7 (commit aaa111, config f00d)",
   ):  # fmt: skip
     assert part in said
@@ -130,7 +130,7 @@ def test_damage_is_said(workdir, capsys):
   assert cli.main(["inspect", str(workdir)]) == 0
   assert cli.main(["inspect", str(workdir), "--verify"]) == 1
   said = capsys.readouterr().out
-  assert "DAMAGED: params.online.encoder.kernel: not the numbers that were saved" in said
+  assert "DAMAGED: params.online.encoder.kernel: checksum mismatch" in said
   (folder / "record" / "record.json").unlink()
   assert cli.main(["inspect", str(workdir)]) == 1
   said = capsys.readouterr().out

@@ -135,7 +135,7 @@ def test_the_latest_steps_are_kept(opened):
     assert float(found.state["w"][0, 0]) == float(found.state["step"]) == step
     assert found.data == {"next_example": 2 * step}
   assert int(again.restore(shape_of(small(0))).state["step"]) == 10
-  with pytest.raises(CheckpointError, match=r"no checkpoint of step 6 in .*; there are: 9, 10$"):
+  with pytest.raises(CheckpointError, match=r"no checkpoint of step 6 in .*; saved steps: 9, 10$"):
     again.restore(shape_of(small(0)), 6)
 
 

@@ -106,9 +106,9 @@ def test_all_shows_what_was_not_chosen(byolx, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
-    ([], "no WORKDIR was given; expected at least one, or --table=N, a table of the paper"),
-    (["--figure=f.png"], "no WORKDIR was given; f.png is drawn from results"),
-    (["--output=f.png"], "no WORKDIR was given; f.png is drawn from results"),
+    ([], "no WORKDIR was given; expected at least one, or --table=N\n"),
+    (["--figure=f.png"], "f.png: no WORKDIR was given; expected at least one\n"),
+    (["--output=f.png"], "f.png: no WORKDIR was given; expected at least one\n"),
     (["--table=10"], "--table=10: expected one of 7, 8, 9, 11, 12, 13, 14a, 14b, "),
     (["--table=14"], "21, 22, text; or list"),
     (["--table=9", "--format=html"], "argument --format: invalid choice: 'html'"),
@@ -140,8 +140,8 @@ def test_a_run_that_has_not_ended(byolx, tmp_path):
   code, _, err = byolx(folder)
   assert code == 2
   assert err == (
-    f"byolx: error: {folder}: no results yet; `byolx eval --from={folder}` makes them, or the `byolx "
-    "train` that made it when it ends\n"
+    f"byolx: error: {folder}: no results yet; run `byolx eval --from={folder}`, or let its `byolx "
+    "train` finish\n"
   )
 
 

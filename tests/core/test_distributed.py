@@ -107,7 +107,7 @@ def test_no_cluster_around_is_said():
   program = "from byolx.core import distributed as d\ntry: d.initialise()\n"
   program += "except ValueError as error: print(error)"
   out, error = start(program=program).communicate(timeout=60)
-  assert out == "no cluster is found; give coordinator, processes and process\n", error
+  assert out == "no cluster was detected; give coordinator, processes and process\n", error
 
 
 def test_processes_that_do_not_come_are_not_waited_for_for_ever():
@@ -118,7 +118,7 @@ def test_processes_that_do_not_come_are_not_waited_for_for_ever():
   _, error = waiting.communicate(timeout=60)
   assert waiting.returncode == 1
   assert error.splitlines()[-1] == (
-    f"byolx: error: the 2 processes at 127.0.0.1:{port} did not all come within 2 s"
+    f"byolx: error: not all of the 2 processes at 127.0.0.1:{port} connected within 2 s"
   )
   assert time.monotonic() - began < 30
 

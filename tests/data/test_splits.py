@@ -69,8 +69,8 @@ def test_subset_seeds_choose_examples_and_classes():
   [
     ([0, 1, 2], 0.0, "fraction of labels is 0.0; expected 0 < fraction <= 1"),
     ([0, 1, 2], 1.5, "fraction of labels is 1.5"),
-    ([0, 1, 2], 2, r"2 labels were asked for; expected 3 \(one per class\) to 3 \(all\)"),
-    ([0, 1, -1], 3, "3 labels were asked for; expected 2"),
+    ([0, 1, 2], 2, r"the number of labels is 2; expected 3 \(one per class\) to 3 \(all\)"),
+    ([0, 1, -1], 3, "the number of labels is 3; expected 2"),
     ([-1, -1], 0.5, "none of the 2 examples is labelled"),
   ],
 )
@@ -216,7 +216,7 @@ def test_the_last_shards_of_imagenet_hold_10009():
 
 
 def test_imagenet_validation_errors():
-  with pytest.raises(ValueError, match=r"last_10009 are to be held out of 10009 training images"):
+  with pytest.raises(ValueError, match=r"last_10009 holds out 10009 of 10009 training images"):
     imagenet_validation(imagenet_names(10_009), "last_10009")
   with pytest.raises(ValueError, match=r"rule is 'none'; expected one of last_10009, first_10000"):
     imagenet_validation(imagenet_names(10_010), "none")
@@ -256,8 +256,8 @@ def test_one_percent_of_imagenet_is_what_simclr_has():
 def test_a_list_is_matched_by_file_names_in_any_order():
   names = Names.of(["b/x.JPEG", "a/y.JPEG", "c/z.JPEG"])
   np.testing.assert_array_equal(listed(names, ["z.JPEG", "b/x.JPEG", "z.JPEG"]), [0, 2])
-  with pytest.raises(ValueError, match=r"1 of 2 listed images are not there, such as q; expected"):
+  with pytest.raises(ValueError, match=r"1 of 2 listed images are missing, such as q; expected"):
     listed(names, ["x.JPEG", "q"])
-  with pytest.raises(ValueError, match=r"1 listed names fit several images, such as x"):
+  with pytest.raises(ValueError, match=r"1 listed names match several images, such as x"):
     listed(["a/x", "b/x", "y"], ["x", "y"])
   np.testing.assert_array_equal(listed(["a/x", "b/x", "y"], ["y"]), [2])

@@ -15,7 +15,7 @@ from byolx.data.augment.distribution import ViewSpec
 from byolx.data.loader import evaluation_batches, evaluation_images, train_batches
 from byolx.data.sources.folders import image_folder
 from byolx.data.transforms import Centre, Views
-from byolx.data.unreadable import ENOUGH, HANDFUL, Failure, FailureLog
+from byolx.data.unreadable import MIN_SEEN, TOLERATED, Failure, FailureLog
 
 SPECS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
 
@@ -45,15 +45,15 @@ def test_every_record_is_named_once(caplog):
   ]
 
 
-def test_a_handful_never_stops_a_run():
-  log = log_of(HANDFUL, 0.01)
-  log.add(indices(-1), failures(*range(HANDFUL)))
+def test_a_few_never_stop_a_run():
+  log = log_of(TOLERATED, 0.01)
+  log.add(indices(-1), failures(*range(TOLERATED)))
 
 
 def test_share_is_judged_once_enough_was_seen():
   log = log_of(1000, 0.1)
-  bad = range(500, 500 + 2 * HANDFUL)
-  log.add(indices(*range(ENOUGH - len(bad) - 1)), failures(*bad))  # one record short of ENOUGH
+  bad = range(500, 500 + 2 * TOLERATED)
+  log.add(indices(*range(MIN_SEEN - len(bad) - 1)), failures(*bad))  # one record short of MIN_SEEN
   with pytest.raises(ValueError, match=r"photos: 20 of the 100 records seen .* = 0\.1"):
     log.add(indices(300), failures(510))
 

@@ -244,7 +244,7 @@ def test_an_edge_of_the_grid_is_reported(digits, caplog, monkeypatch):
     )
   warning, done = caplog.records
   assert warning.levelno == logging.WARNING
-  assert "pixels, 0.1 of the labels: the best l2 is at an end of 1e-05 to 10" in warning.message
+  assert "pixels, 0.1 of the labels: the best l2 is at an edge of 1e-05 to 10" in warning.message
   assert done.message.startswith("probed pixels in")
   assert done.message.endswith("l2 chosen: 1e-05, 1e-05, 1e-05")
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# r200: v3-512 (64 hosts) in europe-west4-a. What launch/gcloud_tpu.py does, in order, when all goes
-# well. Besides, it tries again what fails, finds what is there already, and when the TPU is taken
-# away deletes it and begins again from the top.
+# r200: v3-512 (64 hosts) in europe-west4-a. The commands of launch/gcloud_tpu.py, in order, if
+# nothing fails. The launcher also retries failed commands, uses a TPU and a run that exist already,
+# and after a preemption deletes the TPU and starts again.
 set -euo pipefail
 
-# Ask for the TPU, and wait until it is there.
+# Request the TPU, and wait until it is ready.
 gcloud compute tpus queued-resources create r200 --zone=europe-west4-a --node-id=r200 --runtime-version=tpu-ubuntu2204-base --accelerator-type=v3-512 --labels=byolx-launch=r200
 until gcloud compute tpus tpu-vm describe r200 --zone=europe-west4-a --format=json |
   grep --quiet '"state": "READY"'
 do sleep 30; done
 
-# Install the commit on all hosts, mount what is gs://, and what --setup says.
+# Install the commit on all hosts, mount the buckets, and run the command of --setup.
 gcloud compute tpus tpu-vm ssh r200 --zone=europe-west4-a --worker=all --quiet '--command=set -eu
 mkdir -p "$HOME/byolx/runs"
 cd "$HOME/byolx"
@@ -102,8 +102,8 @@ exit 1'
 }
 start
 
-# Show the log of worker 0 until the run ends. Exit codes: 99: it still runs; 75: it stopped with
-# everything saved, and the same command goes on; 0: done; else: failed.
+# Print the log of worker 0 until the run ends. Exit codes: 99: the run goes on; 75: the run has
+# stopped and saved, and is started again; 0: done; others: failed.
 while true; do
 code=0
 gcloud compute tpus tpu-vm ssh r200 --zone=europe-west4-a --worker=0 --quiet '--command=cd "$HOME/byolx/runs/r200" || { echo "byolx-launch: lost"; exit 98; }

@@ -62,10 +62,10 @@ class Cloud:
     self._path.write_text(json.dumps(state))
     return tpu_run.Answer(code, out.getvalue(), error.getvalue())
 
-  def stream(self, argv, hear):
+  def stream(self, argv, on_line):
     answer = self.call(argv)
     for line in answer.out.encode().splitlines(keepends=True):
-      hear(line)
+      on_line(line)
     return answer._replace(out="")
 
 
@@ -98,7 +98,7 @@ def test_all_goes_well(real_cloud, capsys):
   out = capsys.readouterr()
   assert out.out == "line 1\n"
   assert out.err.splitlines() == [
-    "asking for v3-512 r200",
+    "requesting v3-512 r200",
     "r200: done; results are in gs://bucket/runs/r200",
     "r200 is deleted",
   ]
@@ -195,7 +195,7 @@ def test_a_preemption_at_any_command_is_survived(cloud, kind, mode, capsys):
   assert state["calls"].count(creates) == 2
   assert state["node"] is None
   assert state["starts"] == (2 if kind == "follow" else 1)
-  assert "deleting it, to ask for it again" in capsys.readouterr().err
+  assert "deleting it, to request it again" in capsys.readouterr().err
 
 
 def test_the_log_goes_on_over_connections_stops_and_preemptions(real_cloud, capsys):
@@ -214,7 +214,7 @@ def test_a_run_that_fails_is_not_tried_again_and_paid_no_longer(cloud, code, cap
   assert cloud.launch() == code
   said = capsys.readouterr().err
   assert "host-3, exit code 1: byolx: error: process 3: the disk is full" in said
-  assert "whole logs are in gs://bucket/runs/r200/logs" in said
+  assert "complete logs are in gs://bucket/runs/r200/logs" in said
   assert cloud.state["node"] is None
   assert cloud.state["starts"] == 1
 
@@ -260,9 +260,9 @@ def test_the_launcher_killed_at_any_call_finds_what_is_there(cloud, monkeypatch,
       count()
       return real_call(argv)
 
-    def stream(argv, hear, count=count):
+    def stream(argv, on_line, count=count):
       count()
-      return real_stream(argv, hear)
+      return real_stream(argv, on_line)
 
     monkeypatch.setattr(tpu_run, "call", call)
     monkeypatch.setattr(tpu_run, "stream", stream)
@@ -280,7 +280,7 @@ def test_a_ready_tpu_of_another_is_used_but_never_deleted(cloud, capsys):
   cloud.set(node="READY")
   assert cloud.launch() == 0
   assert cloud.state["node"] == "READY"
-  assert "was not created by this launcher: it is left as it is" in capsys.readouterr().err
+  assert "was not created by this launcher: it is not deleted" in capsys.readouterr().err
   cloud.set(node="READY", ends=["preempted"])
   assert cloud.launch() == 1
   assert "was not created by this launcher; next: " in errors(capsys)[0]
@@ -290,9 +290,7 @@ def test_a_ready_tpu_of_another_is_used_but_never_deleted(cloud, capsys):
 def test_a_tpu_of_another_type_is_not_touched(cloud, capsys):
   cloud.set(node="READY", type="v4-8", labels={"byolx-launch": "r200"})
   assert cloud.launch() == 2
-  assert (
-    "r200 is a v4-8, not the v3-512 that was asked for; next: another --name" in errors(capsys)[0]
-  )
+  assert "r200 is a v4-8, expected v3-512; next: another --name" in errors(capsys)[0]
   assert cloud.state["node"] == "READY"
 
 
@@ -323,7 +321,7 @@ def test_a_full_zone_is_asked_again(cloud, capsys):
   full = "RESOURCE_EXHAUSTED: There is no more capacity in the zone"
   cloud.set(fail={"create": [*[full] * 20, ""]})
   assert cloud.launch("--direct") == 0
-  assert capsys.readouterr().err.count("europe-west4-a has none to spare") == 1
+  assert capsys.readouterr().err.count("europe-west4-a has no capacity now") == 1
 
 
 def test_a_stopped_tpu_is_started(cloud):
@@ -374,14 +372,14 @@ def test_private_code_is_uploaded(cloud, root):
     (["--grid=table99"], "--grid=table99: unknown grid"),
     (["--grid=seeds", "--cell=3"], "--cell=3: expected 0 to 2"),
     (["--accelerator_type=v3-500"], "--accelerator_type=v3-500: expected one of v3-8, v3-32"),
-    (["--name=R 200"], "--name=R 200: expected at most 40 small letters"),
+    (["--name=R 200"], "--name=R 200: expected at most 40 lower-case letters"),
     (["--workdir=runs/r200"], "--workdir=runs/r200: expected gs://BUCKET/FOLDER"),
-    (["--workdir=/home/r200", "--keep"], "which all 64 hosts see"),
+    (["--workdir=/home/r200", "--keep"], "which all 64 hosts share"),
     (["--workdir=gs://bucket"], "--workdir=gs://bucket: expected gs://BUCKET/FOLDER"),
     (["--workdir=gs://bucket/a$b"], "expected gs://BUCKET/FOLDER"),
     (["--config.data.folder=imagenet"], "data.folder='imagenet': expected gs://BUCKET/FOLDER"),
     (["--repo=https://me:secret@example.org/x"], "has a user or a token in it"),
-    (["--repo=git@example.org:x"], "expected https://..., as hosts have no keys"),
+    (["--repo=git@example.org:x"], "expected https://..., because hosts have no keys"),
     (["--commit=0123456"], "--commit=0123456: expected a commit"),
     (["--frobnicate"], "unknown argument --frobnicate"),
   ],

@@ -190,7 +190,7 @@ def test_vertex_dry_run_prints_all_it_would_ask_for(capsys):
     (["--accelerator=tpu_v3=32"], "for more: launch/gcloud_tpu.py"),
     (["--accelerator=a100=1", "--workdir=runs"], "--workdir=runs: expected gs://BUCKET/FOLDER"),
     (["--accelerator=a100=1", "--config.data.folder=x"], "data.folder='x': expected gs://"),
-    (["--accelerator=a100=1", "--config=/etc/x.py"], "which is packed"),
+    (["--accelerator=a100=1", "--config=/etc/x.py"], "the container's content"),
     (["--accelerator=a100=1", "--grid=nine"], "--grid=nine: unknown grid"),
   ],
 )

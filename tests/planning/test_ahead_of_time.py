@@ -26,13 +26,13 @@ def product(a, b):
 @pytest.fixture
 def counted(monkeypatch):
   """Programs compiled in this test."""
-  times, compile_aloud = [], ahead_of_time.compile_aloud
+  times, compile_with_progress = [], ahead_of_time.compile_with_progress
 
   def counts(lowered, name, size):
     times.append(name)
-    return compile_aloud(lowered, name, size)
+    return compile_with_progress(lowered, name, size)
 
-  monkeypatch.setattr(ahead_of_time, "compile_aloud", counts)
+  monkeypatch.setattr(ahead_of_time, "compile_with_progress", counts)
   return times
 
 
@@ -69,7 +69,7 @@ def test_other_messages_of_a_program_that_is_too_large(monkeypatch):
   def fails(*_):
     raise jax.errors.JaxRuntimeError(said)
 
-  monkeypatch.setattr(ahead_of_time, "compile_aloud", fails)
+  monkeypatch.setattr(ahead_of_time, "compile_with_progress", fails)
   found = ahead_of_time.figures(lower(product, (8, 8), (8, 8)), V3, None)
   assert (found.fits, found.peak_bytes) == (False, round(20.11 * 2**30))
 
@@ -162,12 +162,12 @@ def test_a_damaged_memory_is_not_trusted(tmp_path, counted, damage):
 
 def test_a_terminal_sees_how_long_it_takes(monkeypatch, capsys):
   monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-  ahead_of_time.compile_aloud(lower(product, (64, 64), (64, 64)), "v3:2x2", 3_000_000)
+  ahead_of_time.compile_with_progress(lower(product, (64, 64), (64, 64)), "v3:2x2", 3_000_000)
   said = capsys.readouterr().err
   assert said.startswith("\rcompiling for v3:2x2, usually about 3 minutes; 0:0")
   assert said.endswith("so far\r\x1b[K")
 
 
 def test_elsewhere_it_is_said_once(capsys):
-  ahead_of_time.compile_aloud(lower(product, (64, 64), (64, 64)), "v3:2x2", 1000)
+  ahead_of_time.compile_with_progress(lower(product, (64, 64), (64, 64)), "v3:2x2", 1000)
   assert capsys.readouterr().err == "compiling for v3:2x2, usually less than a minute\n"

@@ -215,7 +215,7 @@ def test_a_real_program_of_a_scan(name):
   # A product forward, two backward, in each turn.
   assert products == 3 * turns * 2 * side**3
   assert hlo.unknown_loops(program) == 0
-  scaled = compiled.cost_analysis()["flops"] * costs.loop_share(program, costs.flops)
+  scaled = compiled.cost_analysis()["flops"] * costs.loop_factor(program, costs.flops)
   assert scaled == pytest.approx(products, rel=0.05)
   reduced = costs.collectives(program)["all-reduce"]
   assert reduced["bytes"] == pytest.approx(turns * side * side * 4, rel=0.01)

@@ -67,7 +67,7 @@ def never(monkeypatch):
   def compiles(*args, **kwargs):
     raise AssertionError("compiled")
 
-  return lambda: monkeypatch.setattr(ahead_of_time, "compile_aloud", compiles)
+  return lambda: monkeypatch.setattr(ahead_of_time, "compile_with_progress", compiles)
 
 
 # One plan
@@ -187,15 +187,15 @@ def test_a_table_of_configs_goes_on_where_it_stopped(byolx, write, monkeypatch, 
   paths = [write("a.py"), write("b.py", byol={"projection_size": 12})]
   given = [*(f"--config={path}" for path in paths), "--topology=v3:2x2"]
   given.append(f"--cache={tmp_path / 'plans'}")
-  compile_aloud, asked = ahead_of_time.compile_aloud, []
+  compile_with_progress, asked = ahead_of_time.compile_with_progress, []
 
   def stops(lowered, name, size):
     asked.append(size)
     if len(asked) == 2:
       raise KeyboardInterrupt
-    return compile_aloud(lowered, name, size)
+    return compile_with_progress(lowered, name, size)
 
-  monkeypatch.setattr(ahead_of_time, "compile_aloud", stops)
+  monkeypatch.setattr(ahead_of_time, "compile_with_progress", stops)
   code, _, err = byolx(*given)
   assert code == 130
   assert "the same command goes on from there" in err
@@ -303,7 +303,7 @@ def test_nothing_fits(memory, write):
   assert ("replicated", "stage", 1) in asked
   assert max(passes for *_, passes in asked) == 8  # one image a core
   page = planning_page.page(found)
-  assert "no: 100.00 GiB needed, 15.48 there on a core; 84.52 too much" in page
+  assert "no: 100.00 GiB needed, 15.48 available on a core; 84.52 too much" in page
   assert page.endswith("more cores or a smaller train.batch_size will help")
   row = planning_page.table([found]).splitlines()[1].split()
   assert row[:4] == ["v3:2x2", "8", "no", "100.00"]
@@ -325,12 +325,12 @@ def test_what_the_compiler_says_of_a_program_that_is_too_large(byolx, write, tmp
   def fails(*_):
     raise jax.errors.JaxRuntimeError(said)
 
-  monkeypatch.setattr(ahead_of_time, "compile_aloud", fails)
+  monkeypatch.setattr(ahead_of_time, "compile_with_progress", fails)
   out = tmp_path / "plan.json"
   given = [f"--config={write()}", "--topology=v3:2x2", f"--cache={tmp_path}", f"--json={out}"]
   code, page, _ = byolx(*given, "--no_search")
   assert code == 1
-  assert "no: 21.50 GiB needed, 15.48 there on a core; 6.02 too much" in page
+  assert "no: 21.50 GiB needed, 15.48 available on a core; 6.02 too much" in page
   found = json.loads(out.read_text())
   assert (found["fits"], found["peak_bytes"], found["hours"]) == (False, int(21.5 * GIB), None)
   assert set(found) >= KEYS
@@ -346,7 +346,7 @@ def test_a_real_program_that_is_too_large(byolx, write):
   )
   code, page, _ = byolx(f"--config={path}", "--topology=v3:2x2", "--no_search")
   assert code == 1
-  needed = float(re.search(r"no: ([\d.]+) GiB needed, 15\.48 there", page)[1])
+  needed = float(re.search(r"no: ([\d.]+) GiB needed, 15\.48 available", page)[1])
   # Two views of 4096 images on a core, as bytes: 1.15 GiB; some activations of eight channels.
   assert 15.48 < needed < 1000
 
@@ -355,7 +355,7 @@ def test_another_failure_of_the_compiler(byolx, write, monkeypatch):
   def fails(*_):
     raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such thing\nmore")
 
-  monkeypatch.setattr(ahead_of_time, "compile_aloud", fails)
+  monkeypatch.setattr(ahead_of_time, "compile_with_progress", fails)
   code, _, err = byolx(f"--config={write()}", "--topology=v3:2x2", "--cache=")
   assert code == 2
   said = "--topology=v3:2x2: the compiler refuses this step: UNIMPLEMENTED: no such thing"

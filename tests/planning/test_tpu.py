@@ -103,7 +103,7 @@ def test_a_slice_that_libtpu_does_not_know(monkeypatch):
   odd = tpu.topology("v4:2x2x1")
   monkeypatch.setitem(odd.generation.options, "chip_config_name", "no_such_config")
   with pytest.raises(
-    ConfigError, match=r"^--topology=v4:2x2x1: libtpu [\d.]+ says: .*no_such"
+    ConfigError, match=r"^--topology=v4:2x2x1: libtpu [\d.]+ refuses it: .*no_such"
   ) as it:
     tpu.devices(odd)
   assert "\n" not in str(it.value)

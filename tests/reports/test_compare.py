@@ -80,8 +80,8 @@ def test_runs_without_results_are_left_out_of_a_folder(tmp_path, caplog):
   with caplog.at_level(logging.WARNING, "byolx"):
     assert len(measurements.read([tmp_path])) == 1
   assert caplog.messages == [
-    f"{tmp_path / 'b'}: no results yet; `byolx eval --from={tmp_path / 'b'}` makes them, or the "
-    "`byolx train` that made it when it ends"
+    f"{tmp_path / 'b'}: no results yet; run `byolx eval --from={tmp_path / 'b'}`, or let its "
+    "`byolx train` finish"
   ]
 
 
@@ -135,10 +135,13 @@ def test_results_alone_are_reported_by_their_means():
   [
     (lambda p: p / "none", "none, which does not exist: expected a workdir of a run or a sweep"),
     (lambda p: p.mkdir() or p, "no workdir, and none below; expected a folder with a config.json"),
-    (lambda p: run(p, None), "no results yet; `byolx eval --from="),
-    (lambda p: sweep(p, None), "no results yet; the `byolx sweep` that made it writes them"),
-    (lambda p: run(p / "a", None).parent, "no results yet; `byolx eval --from="),
-    (lambda p: run(p, []), "no record in results.json; expected labelled test images"),
+    (lambda p: run(p, None), "no results yet; run `byolx eval --from="),
+    (lambda p: sweep(p, None), "no results yet; let its `byolx sweep` finish"),
+    (lambda p: run(p / "a", None).parent, "no results yet; run `byolx eval --from="),
+    (
+      lambda p: run(p, []),
+      "no record in results.json; expected records, which need labelled test images",
+    ),
     (lambda p: run(p, ["x"]), "results.json: 'x'; expected records with task, protocol, split"),
     (lambda p: run(p, [record(value=None)]), "results.json: value None; expected a number in 0..1"),
     (lambda p: run(p, {"a": 1}), "results.json: dict; expected a list of records"),
@@ -283,7 +286,7 @@ def test_chosen_rates_may_differ_between_seeds(tmp_path):
 )  # fmt: skip
 def test_which_numbers_a_run_is(changes, of_record, wanted):
   one = measurements.Measurement(record(**of_record), (), fields(LINEAR | changes), None)
-  assert tables(compare.results([one], every=True)[0]) == wanted
+  assert tables(compare.results([one], include_all=True)[0]) == wanted
 
 
 BASELINE = ["14a", "14b", "15a", "15b", "16", "17", "18", "19", "20", "21"]
@@ -355,7 +358,7 @@ def test_a_record_that_does_not_say_where_its_encoder_comes_from_may_be_table_9(
 )  # fmt: skip
 def test_protocols_in_words(changes, of_record, wanted):
   one = measurements.Measurement(record(**of_record), (), fields(LINEAR | changes), None)
-  assert compare.protocol(compare.results([one], every=True)[0]) == wanted
+  assert compare.protocol(compare.results([one], include_all=True)[0]) == wanted
 
 
 @pytest.mark.parametrize(

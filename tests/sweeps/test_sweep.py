@@ -149,7 +149,7 @@ def test_each_value_of_a_field_that_is_studied_apart_has_a_choice_and_a_test(swe
     "width-2p0-base-rate-1p0",
   ]
   # Width is not compared, so that it has no edge.
-  assert "width-1p0: the best is at an edge of the grid, optim.base_rate=0.1, of 0.1 to 1.0" in out
+  assert "width-1p0: the best is at an edge of the grid: optim.base_rate=0.1, of 0.1 to 1.0" in out
   assert "model.width=" not in out
 
 
@@ -261,7 +261,7 @@ def test_the_same_command_again_runs_nothing(sweeps):
   assert code == 0
   assert sweeps.journal() == before
   assert sweeps.read("results.json") == results
-  assert "3 of 3 were finished before" in out
+  assert "3 of 3 runs are already finished" in out
   assert "75.5 % ± 0.5 %" in out
 
 
@@ -276,7 +276,7 @@ def test_more_cells_and_seeds_run_only_what_is_new(sweeps):
     f"train final/all/{BEST}/seed_1",
     "train final/all/seed_2",
   ]
-  assert "all: base-rate-0p05 was before, and may have been tested already" in out
+  assert "all: the earlier choice was base-rate-0p05, which may have been tested already" in out
   assert sweeps.read("sweep.json")["chosen"]["all"]["before"] == ["base-rate-0p05"]
   (result,) = sweeps.read("results.json")
   assert result["value"] == pytest.approx((0.76 + 0.79) / 2)
@@ -340,7 +340,8 @@ def test_a_cell_that_fails_does_not_take_the_others_along(sweeps):
   assert "base-rate-0p01  failed: exit code 1" in out
   assert "base-rate-0p1  failed: killed by SIGKILL" in out
   assert (
-    f"base-rate-0p01: {sweeps.workdir}/cells/base-rate-0p01/log.txt ends\n  | no\n  | luck\n" in err
+    f"base-rate-0p01: last lines of {sweeps.workdir}/cells/base-rate-0p01/log.txt\n  | no\n  | luck\n"
+    in err
   )
   assert err.splitlines()[-1] == (
     "byolx: error: 2 of the runs failed (base-rate-0p01, base-rate-0p1); the same command runs what "
@@ -360,7 +361,7 @@ def test_a_run_that_was_stopped_by_others_makes_the_sweep_stop(sweeps):
   sweeps.behave(base_rate_0p01={"exit": 75})
   code, out, err = sweeps(RATES)
   assert code == 75
-  assert "base-rate-0p01  stopped, and goes on by the same command" in out
+  assert "base-rate-0p01  stopped; the same command resumes it" in out
   assert "with 2 of 3 runs finished; the same command goes on from there" in err
 
 
@@ -389,7 +390,7 @@ def test_killed_in_the_middle_it_goes_on_and_runs_nothing_twice(sweeps):
   assert sweeps.journal("end") == ["train cells/base-rate-0p01"]
   code, out, _ = sweeps(RATES)
   assert code == 0
-  assert "base-rate-0p1: a process of before is still at it, and is waited for" in out
+  assert "base-rate-0p1: waiting for an earlier process, which is still running it" in out
   assert sweeps.journal() == [
     "train cells/base-rate-0p01",
     "train cells/base-rate-0p1",
@@ -478,7 +479,10 @@ def run_lines(sweeps, lines):
   [
     (["--grid=optim.base_rat=1,2"], "unknown field optim.base_rat: did you mean optim.base_rate?"),
     (["--grid=table99"], "--grid=table99: unknown grid; expected one of table9, seeds"),
-    (["--grid=seeds"], "--grid: seed is nothing to choose; expected --seeds, of the tests"),
+    (
+      ["--grid=seeds"],
+      "--grid: seed cannot be compared; expected --seeds, the seeds of the final runs",
+    ),
     (["--grid=optim.base_rate=1,1.0"], "two cells are called base-rate-1p0; expected different"),
     (
       [RATES, "--per=model.width"],
@@ -501,7 +505,7 @@ def run_lines(sweeps, lines):
     ),
     (
       [RATES, "--config.data.labels=0.1", "--retrain"],
-      "as many labels are trained on with validation images as without",
+      "with a share of the labels, --retrain adds no labels",
     ),
     (["--grid=init.workdir=a/b,a-b"], "two cells are called workdir-a-b"),
     (["--grid=init.workdir=" + "a" * 300], "expected a name of at most 200 letters"),

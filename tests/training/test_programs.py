@@ -46,9 +46,9 @@ def load(tmp_path):
 
 
 def settle(kept):
-  """Waits for the notes that are being made."""
+  """Waits for the manifests that are being written."""
   for thread in threading.enumerate():
-    if thread.name.startswith("note "):
+    if thread.name.startswith("manifest "):
       thread.join()
   return kept
 
@@ -110,7 +110,7 @@ def test_a_kept_step_donates_and_refuses_as_a_compiled_one_does(load):
     assert getattr(step, name) == getattr(exp.lower().compile(), name)
 
 
-def note(exp, name="step"):
+def manifest(exp, name="step"):
   return exp.kept.path(name)
 
 
@@ -130,7 +130,7 @@ def note(exp, name="step"):
   ],
 )
 def test_another_config_has_other_programs(load, change, same):
-  before, after = (note(experiment.build(load(*changes))) for changes in ((), (change,)))
+  before, after = (manifest(experiment.build(load(*changes))) for changes in ((), (change,)))
   assert (before == after) == same
 
 
@@ -168,18 +168,18 @@ def test_data_and_devices_are_part_of_the_facts():
   assert len({programs.of(*arguments).path("step") for arguments in every}) == 3
 
 
-def test_the_source_digest_sees_every_change(tmp_path):
+def test_the_source_checksum_sees_every_change(tmp_path):
   (tmp_path / "below").mkdir()
   for name, text in (("one.py", "x = 1"), ("below/two.py", "y = 2"), ("data.txt", "3")):
     (tmp_path / name).write_text(text)
-  digests = [programs.source_digest(tmp_path)]
+  checksums = [programs.source_checksum(tmp_path)]
   (tmp_path / "data.txt").write_text("4")
-  assert programs.source_digest(tmp_path) == digests[0]
+  assert programs.source_checksum(tmp_path) == checksums[0]
   (tmp_path / "below" / "two.py").write_text("y = 3")
-  digests.append(programs.source_digest(tmp_path))
+  checksums.append(programs.source_checksum(tmp_path))
   (tmp_path / "below" / "two.py").rename(tmp_path / "two.py")
-  digests.append(programs.source_digest(tmp_path))
-  assert len(set(digests)) == 3
+  checksums.append(programs.source_checksum(tmp_path))
+  assert len(set(checksums)) == 3
 
 
 def cut(path):
@@ -193,22 +193,22 @@ def flip(path):
 
 
 def foreign(path):
-  """A whole note, of a program that other facts made."""
-  found = json.loads(path.read_text())
-  found.pop("digest")
-  found["facts"]["config"] += 1
-  path.write_text(json.dumps(found | {"digest": programs._digest(found)}))
+  """A whole manifest, of a program with other facts."""
+  manifest = json.loads(path.read_text())
+  manifest.pop("checksum")
+  manifest["facts"]["config"] += 1
+  path.write_text(json.dumps(manifest | {"checksum": programs._sha256(manifest)}))
 
 
 @pytest.mark.parametrize(
   ("what", "harm", "said"),
   [
-    ("note", cut, "JSONDecodeError"),
-    ("note", flip, "byolx_step"),
-    ("note", lambda path: path.write_text("[]"), "byolx_step"),
-    ("note", foreign, "made from another config"),
-    ("entry", cut, "is not the program that it was"),
-    ("entry", flip, "is not the program that it was"),
+    ("manifest", cut, "JSONDecodeError"),
+    ("manifest", flip, "byolx_step"),
+    ("manifest", lambda path: path.write_text("[]"), "byolx_step"),
+    ("manifest", foreign, "made from another config"),
+    ("entry", cut, "sha256 mismatch"),
+    ("entry", flip, "sha256 mismatch"),
     ("entry", lambda path: path.unlink(), "FileNotFoundError"),
   ],
 )
@@ -223,7 +223,7 @@ def test_what_is_damaged_or_foreign_is_made_anew(folder, caplog, what, harm, sai
   caplog.set_level(logging.WARNING)
   assert kept_in(folder).find("step", *shapes, IMAGES) is None
   assert said in caplog.text
-  assert "the program is made anew" in caplog.text
+  assert "the program is compiled again" in caplog.text
   path.unlink(missing_ok=True)
   compilation_cache.reset_cache()
   jax.clear_caches()
@@ -244,7 +244,7 @@ def test_a_program_for_more_images_is_not_taken(folder, caplog):
   """They are counted only after it has begun to load."""
   shapes, _ = small(kept_in(folder))
   assert kept_in(folder).find("step", *shapes, {"images": 9}) is None
-  assert "its images and classes would not be the same again" in caplog.text
+  assert "its images and classes are {'images': 8}, expected {'images': 9}" in caplog.text
 
 
 def kept_in(folder):
@@ -274,7 +274,7 @@ def test_without_a_folder_nothing_is_kept(load, folder):
   compilation_cache.reset_cache()
   cfg = load("compile.cache=")
   exp = experiment.build(cfg, compile_cache.begin(cfg, NO_RUN))
-  assert note(exp) is None
+  assert manifest(exp) is None
   exp.initialise()
   settle(exp.kept)
   assert not folder.exists()

@@ -1,16 +1,16 @@
-"""The colour work of a view on the device: jnp, a batch at a time, inside the jitted step.
+"""Flip, colour jitter, grayscale, blur and solarise of batches on the device, in jnp.
 
-Appendix C of the paper, the twin of `augment_host`: the same views to one grey level. Every
-operation takes one parameter per image and has a neutral one, so a batch whose images want
-different operations in different orders runs one program, whose cost is what moves through memory:
+Appendix C of the paper. The results equal those of `on_host` to one grey level. Each operation has
+one parameter per image, with a neutral value, so one jitted program serves a batch whose images
+need different operations in different orders. Its cost is mostly memory traffic:
 
-- Images are planes, one per channel, which is how a TPU lays out `b h w 3` anyway.
-- Saturation and hue commute. So the jitter is two turns of brightness or contrast, and one
-  conversion that changes saturation and hue before, between and after them (`_jitter`).
-- The blur is two matrix products per plane, the second of which also mirrors the image. Their
-  precision is three bfloat16 passes on a TPU; one pass would be wrong by up to two grey levels.
+- Images are stored as planes, one per channel; a TPU lays out `b h w 3` in the same way.
+- Saturation and hue commute. So the jitter is two steps of brightness or contrast, and a change of
+  saturation and hue before, between and after them (`_jitter`).
+- The blur is two matrix products per plane, the second of which also mirrors the image. On a TPU
+  they take three bfloat16 passes, since one pass is not accurate enough.
 
-`docs/augment_cost.py` prints what a TPU's compiler estimates for it.
+`docs/augment_cost.py` prints the cost estimated by a TPU's compiler.
 """
 
 import jax
@@ -39,63 +39,80 @@ Planes = tuple[Array, Array, Array]  # red, green, blue: Float[Array, "b h w"]
 def brightness(
   x: Float[Array, "b *c h w"], amount: Float[Array, "b"], rule: str = "additive"
 ) -> Float[Array, "b *c h w"]:
-  """x + amount (neutral: 0), or x * amount (neutral: 1) if the rule is 'multiplicative'."""
+  """Brightness: x + amount, or x * amount with the rule 'multiplicative'; clipped to [0, 1].
+
+  Args:
+    x: images in [0, 1].
+    amount: amount of each image; neutral 0 if additive, 1 if multiplicative.
+    rule: 'additive' or 'multiplicative'.
+  """
   amount = _per_image(amount, x)
   return jnp.clip(x * amount if rule == "multiplicative" else x + amount, 0, 1)
 
 
 def contrast(x: Float[Array, "b *c h w"], factor: Float[Array, "b"]) -> Float[Array, "b *c h w"]:
-  """factor * (x - mean) + mean, with each image's mean per channel; neutral: 1."""
+  """Contrast: factor * (x - mean) + mean, clipped to [0, 1]; the neutral factor is 1.
+
+  The mean is that of each image and channel.
+  """
   factor = _per_image(factor, x)
   return jnp.clip(factor * x + (1 - factor) * x.mean(axis=(-2, -1), keepdims=True), 0, 1)
 
 
 def saturation(x: Float[Array, "b 3 h w"], factor: Float[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Multiplies the S of HSV by `factor`, at most to 1; neutral: 1."""
+  """Multiplies the saturation of HSV by `factor`, clipped to 1; neutral 1."""
   return jnp.stack(_change_hsv(_planes(x), factor, jnp.zeros_like(factor)), axis=1)
 
 
 def hue(x: Float[Array, "b 3 h w"], shift: Float[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Adds `shift` to the H of HSV, modulo 1; neutral: 0."""
+  """Adds `shift` to the hue of HSV in [0, 1), modulo 1; neutral 0."""
   return jnp.stack(_change_hsv(_planes(x), jnp.ones_like(shift), shift), axis=1)
 
 
-def grayscale(x: Float[Array, "b 3 h w"], wanted: Bool[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Luma 0.2989 r + 0.5870 g + 0.1140 b in all three channels, where wanted."""
+def grayscale(x: Float[Array, "b 3 h w"], selected: Bool[Array, "b"]) -> Float[Array, "b 3 h w"]:
+  """Replaces all channels of the selected images by the luma 0.2989 r + 0.5870 g + 0.1140 b."""
   luma = sum(weight * x[:, c : c + 1] for c, weight in enumerate(_LUMA))
-  return jnp.where(_per_image(wanted, x), luma, x)
+  return jnp.where(_per_image(selected, x), luma, x)
 
 
 def blur(x: Float[Array, "b 3 h w"], sigma: Float[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Gaussian blur with 2 * blur_radius(h) + 1 taps per axis, zeros outside; none if sigma is 0."""
+  """Gaussian blur with 2 * blur_radius(h) + 1 taps per axis and zero padding, clipped to [0, 1].
+
+  Args:
+    x: square images in [0, 1].
+    sigma: standard deviation of each image's kernel in pixels; 0 for no blur.
+  """
   if blur_radius(x.shape[2]) == 0:
     return x
   return _blur_and_mirror(x, sigma, jnp.zeros(sigma.shape, bool))
 
 
-def solarise(x: Float[Array, "b 3 h w"], wanted: Bool[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """x where x < 0.5, and 1 - x elsewhere, where wanted."""
-  return jnp.where(_per_image(wanted, x), jnp.minimum(x, 1 - x), x)
+def solarise(x: Float[Array, "b 3 h w"], selected: Bool[Array, "b"]) -> Float[Array, "b 3 h w"]:
+  """Solarises the selected images: x where x < 0.5, and 1 - x elsewhere."""
+  return jnp.where(_per_image(selected, x), jnp.minimum(x, 1 - x), x)
 
 
 def apply_device(
   views: UInt8[Array | np.ndarray, "b s s 3"], draws: Draws, brightness_rule: str
 ) -> Float[Array, "b s s 3"]:
-  """Flip, colour jitter, grayscale, blur and solarise, as `draws` says; float32 in [0, 1].
+  """Applies flip, colour jitter, grayscale, blur and solarise with the parameters in `draws`.
 
   Args:
     views: resized crops, from `resizing.crop_and_resize`.
-    draws: one per view, batched; the crops in it are not used.
-    brightness_rule: that of the `ViewSpec` behind the draws; static under jit.
+    draws: random numbers of each view, batched; the crops in it are not used.
+    brightness_rule: 'additive' or 'multiplicative', as in the `ViewSpec`; static under jit.
+
+  Returns:
+    Views, float32 in [0, 1].
 
   Raises:
-    ValueError: if the brightness rule is unknown.
+    ValueError: unknown brightness rule.
   """
   check_brightness_rule(brightness_rule)
   draws = jax.tree.map(jnp.asarray, draws)
   planes = tuple(jnp.asarray(views[..., c], jnp.float32) / 255 for c in range(3))
   planes = _jitter(planes, draws, brightness_rule)
-  # The barrier keeps XLA from splitting the last conversion among its consumers: 13 % less on a TPU.
+  # The barrier keeps XLA from splitting the last conversion among its consumers, a loss on a TPU.
   x = jnp.stack(lax.optimization_barrier(planes), axis=1)
   x = grayscale(x, draws.grayscale)
   x = _blur_and_mirror(x, draws.sigma, draws.flip)
@@ -106,7 +123,12 @@ def apply_device(
 def normalise(
   x: Float[Array, "*b 3"], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Float[Array, "*b 3"]:
-  """(x - mean) / std per channel: the last step before the network, after the augmentations."""
+  """Normalises images per channel, (x - mean) / std, after the augmentations.
+
+  Args:
+    x: images in [0, 1].
+    mean, std: mean and standard deviation of each channel, for values in [0, 1].
+  """
   return (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
 
 
@@ -118,14 +140,17 @@ def network_input(
   draws: Draws | None = None,
   brightness_rule: str = "additive",
 ) -> Float[Array, "b s s 3"]:
-  """What a network sees of images: normalised, in the compute type.
+  """Prepares images for the network: augments them if `draws` is given, then normalises them.
 
   Args:
-    images: uint8, or floating-point in [0, 1].
-    mean, std: see `normalise`.
-    dtype: of the result.
-    draws: of crops whose colour work is still to be done, see `apply_device`; None: it is done.
-    brightness_rule: see `apply_device`.
+    images: images, uint8 0..255 or floating-point in [0, 1]; uint8 crops if `draws` is given.
+    mean, std: mean and standard deviation of each channel, as in `normalise`.
+    dtype: data type of the result.
+    draws: random numbers for `apply_device`; None if the images are augmented already.
+    brightness_rule: 'additive' or 'multiplicative', as in `apply_device`.
+
+  Returns:
+    Normalised images of the given dtype.
   """
   if draws is not None:
     images = apply_device(images, draws, brightness_rule)
@@ -135,37 +160,38 @@ def network_input(
 
 
 def _jitter(planes: Planes, draws: Draws, brightness_rule: str) -> Planes:
-  """The four colour operations, in each image's own order.
+  """Applies the four colour operations, in the order drawn for each image.
 
-  Saturation and hue commute, though not with brightness or contrast, nor these two. So any order
-  is a way through: conversion, turn, conversion, turn, conversion, where each of the two turns is
-  brightness or contrast, and saturation and hue are each in the conversion that follows as many
-  turns as their place in the order has before it.
+  Only saturation and hue commute. So the sequence HSV, step, HSV, step, HSV covers every order: a
+  step is brightness or contrast, and HSV changes saturation and hue. Saturation and hue are each
+  applied in the HSV change after as many steps as precede them in the drawn order. All other
+  parameters are neutral.
   """
-  no_change = 1.0 if brightness_rule == "multiplicative" else 0.0
-  place = jnp.argsort(draws.order, axis=1)  # of each operation
-  turns = place[:, [BRIGHTNESS, CONTRAST]]
+  neutral_brightness = 1.0 if brightness_rule == "multiplicative" else 0.0
+  position = jnp.argsort(draws.order, axis=1)  # position of each operation in the order
+  step_positions = position[:, [BRIGHTNESS, CONTRAST]]
 
-  def amount(operation, turn, neutral, drawn):
-    now = jnp.sum(turns < place[:, operation, None], axis=1) == turn
-    return jnp.where(draws.jitter & now, drawn, neutral)
+  def amount(operation, step, neutral, drawn):
+    active = jnp.sum(step_positions < position[:, operation, None], axis=1) == step
+    return jnp.where(draws.jitter & active, drawn, neutral)
 
-  for turn in range(3):
-    factor = amount(SATURATION, turn, 1.0, draws.saturation)
-    planes = _change_hsv(planes, factor, amount(HUE, turn, 0.0, draws.hue))
-    if turn < 2:
-      factor = amount(CONTRAST, turn, 1.0, draws.contrast)
-      change = amount(BRIGHTNESS, turn, no_change, draws.brightness)
+  for step in range(3):
+    factor = amount(SATURATION, step, 1.0, draws.saturation)
+    planes = _change_hsv(planes, factor, amount(HUE, step, 0.0, draws.hue))
+    if step < 2:
+      factor = amount(CONTRAST, step, 1.0, draws.contrast)
+      change = amount(BRIGHTNESS, step, neutral_brightness, draws.brightness)
       planes = tuple(brightness(contrast(x, factor), change, brightness_rule) for x in planes)
   return planes
 
 
 def _change_hsv(planes: Planes, factor: Float[Array, "b"], shift: Float[Array, "b"]) -> Planes:
-  """Saturation and hue at once, without leaving RGB.
+  """Changes saturation and hue in one pass, without a conversion to HSV.
 
-  V is the largest channel, V * S the spread between the largest and the smallest. At hue h, in
-  sixths of the circle, a channel is V - V * S + V * S * clip(f(h), 0, 1), where f is |h - 3| - 1
-  for red, 2 - |h - 2| for green and 2 - |h - 4| for blue. `angle` is h * V * S: nothing to divide.
+  V is the largest channel, and V * S is the difference of the largest and the smallest channel
+  (`spread`). At hue h, in sixths of the circle, a channel is V - V * S + V * S * clip(f(h), 0, 1),
+  where f is |h - 3| - 1 for red, 2 - |h - 2| for green and 2 - |h - 4| for blue. `angle` is
+  h * V * S, which avoids a division by V * S.
   """
   red, green, blue = planes
   factor, shift = _per_image(factor, red), _per_image(shift, red)
@@ -191,7 +217,7 @@ def _change_hsv(planes: Planes, factor: Float[Array, "b"], shift: Float[Array, "
 def _blur_and_mirror(
   x: Float[Array, "b 3 s s"], sigma: Float[Array, "b"], mirror: Bool[Array, "b"]
 ) -> Float[Array, "b 3 s s"]:
-  """The blur by two banded matrices per image; that of the columns also reverses their order."""
+  """Blurs by two banded matrices per image; the column matrix also mirrors the image."""
   size = x.shape[2]
   rows = _blur_matrix(size, sigma, jnp.zeros_like(mirror))
   columns = _blur_matrix(size, sigma, mirror)
@@ -203,7 +229,7 @@ def _blur_and_mirror(
 def _blur_matrix(
   size: int, sigma: Float[Array, "b"], mirror: Bool[Array, "b"]
 ) -> Float[Array, "b size size"]:
-  """What each pixel of a line (last axis) adds to each pixel of the blurred line."""
+  """Weights of each pixel of a line (last axis) in each pixel of the blurred line."""
   radius = blur_radius(size)
   line = jnp.arange(size)
   source = jnp.where(mirror[:, None], size - 1 - line, line)
@@ -221,5 +247,5 @@ def _planes(x: Float[Array, "b 3 h w"]) -> Planes:
 
 
 def _per_image(parameter: Array, x: Array) -> Array:
-  """[b], as an array that broadcasts against x [b ...]."""
+  """Reshapes [b] so that it broadcasts against x [b ...]."""
   return jnp.reshape(parameter, (-1,) + (1,) * (x.ndim - 1))

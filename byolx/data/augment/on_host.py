@@ -1,8 +1,8 @@
-"""The colour work of a view on the host: numpy and OpenCV, one image at a time.
+"""Flip, colour jitter, grayscale, blur and solarise of single views on the host (numpy, OpenCV).
 
-Appendix C of the paper in the reference's order and arithmetic. Every operation maps a float32
-image in [0, 1] to a new one, clipped to [0, 1]; `apply_host` chains them for one view's `Draws`.
-`augment_device` holds the same functions for batches in jnp.
+Appendix C of the paper, in the order and arithmetic of the reference. Each operation maps a float32
+image in [0, 1] to a new one, clipped to [0, 1]; `apply_host` chains them for the `Draws` of one
+view. `on_device` has the same functions for batches, in jnp.
 """
 
 import cv2
@@ -18,20 +18,20 @@ from byolx.data.augment.distribution import (
   check_brightness_rule,
 )
 
-_DEGREES = 360.0  # OpenCV's hue of a float image
+_DEGREES = 360.0  # range of the hue of OpenCV's float images
 _LUMA = np.tile(np.array([0.2989, 0.5870, 0.1140], np.float32), (3, 1))
 
 
 def brightness(
   x: Float32[np.ndarray, "h w 3"], amount: float, rule: str = "additive"
 ) -> Float32[np.ndarray, "h w 3"]:
-  """x + amount, or x * amount if the rule is 'multiplicative'."""
+  """Brightness: x + amount, or x * amount with the rule 'multiplicative'; clipped to [0, 1]."""
   y = x * np.float32(amount) if rule == "multiplicative" else x + np.float32(amount)
   return y.clip(0, 1, out=y)
 
 
 def contrast(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.ndarray, "h w 3"]:
-  """factor * (x - mean) + mean, with each channel's mean over the image."""
+  """Contrast: factor * (x - mean) + mean, clipped to [0, 1]; mean over the image, per channel."""
   red, green, blue, _ = cv2.mean(x)
   rest = 1 - factor
   y = cv2.transform(
@@ -45,7 +45,7 @@ def contrast(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.ndarr
 
 
 def saturation(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.ndarray, "h w 3"]:
-  """Multiplies the S of HSV by `factor`, at most to 1."""
+  """Multiplies the saturation of HSV by `factor`, clipped to 1."""
   hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV)
   s = hsv[..., 1]
   np.minimum(s * np.float32(factor), 1, out=s)
@@ -53,21 +53,25 @@ def saturation(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.nda
 
 
 def hue(x: Float32[np.ndarray, "h w 3"], shift: float) -> Float32[np.ndarray, "h w 3"]:
-  """Adds `shift` to the H of HSV, modulo 1."""
+  """Adds `shift` to the hue of HSV in [0, 1), modulo 1."""
   hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV)
   hsv[..., 0] += np.float32(_DEGREES * (shift % 1))  # OpenCV wraps hues above 360, not below 0
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
 def grayscale(x: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
-  """Luma 0.2989 r + 0.5870 g + 0.1140 b in all three channels."""
+  """Replaces all channels by the luma 0.2989 r + 0.5870 g + 0.1140 b."""
   return cv2.transform(x, _LUMA)
 
 
 def blur(x: Float32[np.ndarray, "h w 3"], sigma: float) -> Float32[np.ndarray, "h w 3"]:
-  """Gaussian blur with 2 * blur_radius(h) + 1 taps per axis, zeros outside; none if sigma is 0.
+  """Gaussian blur with 2 * blur_radius(h) + 1 taps per axis and zero padding.
 
-  Taps under 1e-7 of the middle one are left out, which halves the cost of an average blur.
+  Taps below 1e-7 of the central one are left out, for speed.
+
+  Args:
+    x: image in [0, 1].
+    sigma: standard deviation of the kernel in pixels; 0 for no blur.
   """
   radius = blur_radius(x.shape[0])
   if sigma == 0 or radius == 0:
@@ -80,22 +84,25 @@ def blur(x: Float32[np.ndarray, "h w 3"], sigma: float) -> Float32[np.ndarray, "
 
 
 def solarise(x: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
-  """x where x < 0.5, and 1 - x elsewhere."""
+  """Solarises an image: x where x < 0.5, and 1 - x elsewhere."""
   return np.minimum(x, 1 - x)
 
 
 def apply_host(
   view: UInt8[np.ndarray, "s s 3"], draws: Draws, brightness_rule: str
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """Flip, colour jitter, grayscale, blur and solarise, as `draws` says, rounded to grey levels.
+  """Applies flip, colour jitter, grayscale, blur and solarise with the parameters in `draws`.
 
   Args:
-    view: the resized crop, from `resizing.crop_and_resize`; returned itself if nothing is drawn.
-    draws: of this view, not batched; its crop is not used.
-    brightness_rule: that of the `ViewSpec` behind the draws.
+    view: resized crop, from `resizing.crop_and_resize`.
+    draws: random numbers of this view, not batched; its crop is not used.
+    brightness_rule: 'additive' or 'multiplicative', as in the `ViewSpec`.
+
+  Returns:
+    View 0..255, rounded; `view` itself if no operation applies.
 
   Raises:
-    ValueError: if the brightness rule is unknown.
+    ValueError: unknown brightness rule.
   """
   check_brightness_rule(brightness_rule)
   if draws.flip:

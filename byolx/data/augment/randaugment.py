@@ -1,14 +1,13 @@
 """RandAugment, the augmentation of the supervised baselines: N random operations of one magnitude.
 
-Cubuk et al. 2020 (arXiv:1909.13719), which appendix D.2 of the paper names without saying N, M or
-the operations; those here are torchvision's defaults. Randomness is data, as in `augment`: `draw`
-turns a `RandAugment` into `Operations`, every random number of one view, and `apply` is a pure
-function of a view and those.
+Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the paper cites RandAugment without N, M or
+the operations; torchvision's defaults are used here. As in `distribution`, all random numbers are
+drawn first: `draw` maps a `RandAugment` to the `Operations` of one view, and `apply` is a pure
+function of the view and its operations.
 
-Every operation maps a uint8 image to a new one and equals Pillow's, bit for bit, which is what
-torchvision calls for a PIL image (for a tensor it has arithmetic of its own). What depends on one
-value only is OpenCV's look-up table here, some times faster than Pillow's way; shears and rotations
-are Pillow's own.
+Each operation maps a uint8 image to a new one and equals Pillow's operation bit for bit, which is
+the one that torchvision uses for PIL images (its operations on tensors differ). Operations on
+single values are look-up tables of OpenCV, for speed; shears and rotations call Pillow.
 """
 
 import functools
@@ -38,31 +37,31 @@ OPERATIONS = (
   "autocontrast",
   "equalize",
 )
-"""The operations, as numbered in `Operations.index`."""
+"""Names of the operations, in the order of `Operations.index`."""
 
 INTERPOLATIONS = ("nearest", "bilinear")
 
 _RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
 _LEVELS = np.arange(256)
 _BLOCK = 2**14
-"""Values of an image in float32 at a time: few enough for a cache, and for memory used before."""
+"""Number of float32 values per block of a blend, small enough for the processor's cache."""
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
 @dataclass(frozen=True)
 class RandAugment:
-  """How strong, and how many, operations a view gets; the defaults are torchvision's.
+  """Number and magnitude of the operations of a view; the defaults are torchvision's.
 
   Attributes:
-    operations: N, at least 1: how many are applied one after another, drawn with replacement.
-    magnitude: M, in bins: from 0 to bins - 1. Each operation's range is cut into linspace(0,
-      largest, bins); M need not be whole.
-    bins: at least 2.
-    interpolation: of shears and rotations, 'nearest' or 'bilinear', for `apply`.
+    operations: number N of operations, at least 1, drawn with replacement and applied in turn.
+    magnitude: magnitude M, 0 to bins - 1, not necessarily an integer; each operation has the
+      magnitudes linspace(0, largest, bins).
+    bins: number of magnitudes, at least 2.
+    interpolation: interpolation of shears and rotations in `apply`, 'nearest' or 'bilinear'.
 
   Raises:
-    ValueError: if a field is outside its range.
+    ValueError: a field is outside its range.
   """
 
   operations: int = field(2, "N, operations one after another", whole(1))
@@ -85,13 +84,13 @@ class RandAugment:
 
 
 class Operations(NamedTuple):
-  """Every random number of one view, as numpy arrays; a batch of views has a leading axis.
+  """Random numbers of one view; a batch of views has a leading axis.
 
   Attributes:
-    index: which operation, into `OPERATIONS`, in the order in which they are applied.
-    strength: the operation's own argument with its sign: shear in pixels per pixel, translation as
-      a share of the side, rotation in degrees, factors of brightness, color, contrast and
-      sharpness, bits of posterize, threshold of solarize; 0 for those without an argument.
+    index: indices of the operations in `OPERATIONS`, in the order of their application.
+    strength: signed argument of each operation: shear in pixels per pixel, translation as a share
+      of the side, rotation in degrees, factor of brightness, color, contrast and sharpness, bits of
+      posterize, threshold of solarize; 0 for an operation without an argument.
   """
 
   index: Int32[np.ndarray, "*b n"]
@@ -99,10 +98,14 @@ class Operations(NamedTuple):
 
 
 def draw(spec: RandAugment, rng: np.random.Generator) -> Operations:
-  """Draws the operations of one view: each of the 14 equally likely, each sign as well.
+  """Draws the operations of one view: the 14 operations and both signs are equally likely.
 
-  The generator is called once, for 2 N uniforms whatever comes out: the magnitude does not change
-  which operations a seed gives, and a larger N only adds operations.
+  The generator is always called once, for 2 N uniform numbers. So the operations of a seed do not
+  depend on the magnitude, and a larger N only appends operations.
+
+  Args:
+    spec: number and magnitude of the operations.
+    rng: generator of the view.
   """
   u = rng.random((spec.operations, 2))
   index = (u[:, 0] * len(OPERATIONS)).astype(np.int32)
@@ -111,9 +114,9 @@ def draw(spec: RandAugment, rng: np.random.Generator) -> Operations:
 
 @functools.lru_cache(maxsize=64)
 def _strengths(spec: RandAugment) -> Float32[np.ndarray, "2 14"]:
-  """The argument of every operation, with the sign + and with the sign -, where it has one.
+  """Table of the arguments of all operations: row 0 for the sign +, row 1 for the sign -.
 
-  torchvision's `RandAugment._augmentation_space`.
+  The values are those of torchvision's `RandAugment._augmentation_space`.
   """
   m = spec.magnitude / (spec.bins - 1)
   table = np.empty((2, len(OPERATIONS)), np.float32)
@@ -142,31 +145,34 @@ def _strengths(spec: RandAugment) -> Float32[np.ndarray, "2 14"]:
 
 
 def apply(
-  view: UInt8[np.ndarray, "s s 3"], drawn: Operations, interpolation: str = "nearest"
+  view: UInt8[np.ndarray, "s s 3"], operations: Operations, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "s s 3"]:
   """Applies the operations to a view, in their order.
 
   Args:
-    view: uint8, of any strides; not changed, and returned itself if only identities are drawn.
-    drawn: of this view, not batched.
-    interpolation: that of the `RandAugment` behind the operations.
+    view: square RGB image 0..255 with any strides; it is not modified.
+    operations: operations of this view, not batched.
+    interpolation: 'nearest' or 'bilinear', as in the `RandAugment`.
+
+  Returns:
+    The augmented view; `view` itself if all operations are the identity.
 
   Raises:
-    ValueError: if the view is not a square RGB image of bytes, if the operations are a batch or
-      have unknown numbers, or the interpolation is unknown.
+    ValueError: the view is not a square uint8 RGB image, the operations are batched or have an
+      unknown index, or the interpolation is unknown.
   """
   side = view.shape[:1]
   if view.dtype != np.uint8 or view.shape != (*side, *side, 3) or side == (0,):
     raise ValueError(
       f"the view is {view.dtype} of shape {view.shape}; expected uint8 of shape (side, side, 3)"
     )
-  if drawn.index.ndim != 1 or drawn.index.shape != drawn.strength.shape:
+  if operations.index.ndim != 1 or operations.index.shape != operations.strength.shape:
     raise ValueError(
-      f"index has the shape {drawn.index.shape}, strength {drawn.strength.shape}; expected one"
-      " axis of the same length, the operations of a single view"
+      f"index has the shape {operations.index.shape}, strength {operations.strength.shape};"
+      " expected one axis of the same length, the operations of a single view"
     )
   _check_interpolation(interpolation)
-  for index, strength in zip(drawn.index.tolist(), drawn.strength.tolist()):
+  for index, strength in zip(operations.index.tolist(), operations.strength.tolist()):
     if not 0 <= index < len(OPERATIONS):
       choices = ", ".join(f"{i} {name}" for i, name in enumerate(OPERATIONS))
       raise ValueError(f"index has an operation {index}; expected one of {choices}")
@@ -181,23 +187,23 @@ def apply(
 
 
 def identity(view: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-  """The view itself."""
+  """Returns the view unchanged."""
   return view
 
 
 # ------------------------------------------------------------------------------------------------
-# Geometry: Pillow's, with zeros where the result reaches outside the view
+# Geometry, as in Pillow; pixels from outside the view are 0
 # ------------------------------------------------------------------------------------------------
 
 
 def shear_x(
   view: UInt8[np.ndarray, "h w 3"], shear: float, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Takes the pixel at (x, y) from (x + shear * y, y): the top edge stays where it is.
+  """Shears horizontally: the pixel at (x, y) is taken from (x + shear * y, y).
 
-  Coordinates are those of Pillow's `Image.transform(AFFINE)`, in which the centre of the first
-  pixel is (0.5, 0.5). That the upper left corner is fixed, not the centre as in a rotation, is
-  torchvision's RandAugment (centre [0, 0]) as it was AutoAugment's.
+  Coordinates are those of Pillow's `Image.transform(AFFINE)`, where the centre of the first pixel
+  is (0.5, 0.5). The top edge is fixed, as in the RandAugment of torchvision (centre [0, 0]) and in
+  AutoAugment; a rotation, in contrast, keeps the centre fixed.
   """
   return _affine(view, (1, shear, 0, 0, 1, 0), interpolation)
 
@@ -205,32 +211,32 @@ def shear_x(
 def shear_y(
   view: UInt8[np.ndarray, "h w 3"], shear: float, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Takes the pixel at (x, y) from (x, y + shear * x): the left edge stays; see `shear_x`."""
+  """Shears vertically, with a fixed left edge: from (x, y + shear * x); see `shear_x`."""
   return _affine(view, (1, 0, 0, shear, 1, 0), interpolation)
 
 
 def translate_x(view: UInt8[np.ndarray, "h w 3"], share: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Moves the view to the right by a share of its width, cut to whole pixels as torchvision's."""
+  """Moves the view right by a share of its width, truncated to whole pixels as in torchvision."""
   height, width = view.shape[:2]
   out = np.zeros((height, width, 3), np.uint8)
-  to, source = _moved(share, width)
-  out[:, to] = view[:, source]
+  target, source = _moved(share, width)
+  out[:, target] = view[:, source]
   return out
 
 
 def translate_y(view: UInt8[np.ndarray, "h w 3"], share: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Moves the view down by a share of its height, cut to whole pixels as torchvision's."""
+  """Moves the view down by a share of its height, truncated to whole pixels as in torchvision."""
   height, width = view.shape[:2]
   out = np.zeros((height, width, 3), np.uint8)
-  to, source = _moved(share, height)
-  out[to] = view[source]
+  target, source = _moved(share, height)
+  out[target] = view[source]
   return out
 
 
 def rotate(
   view: UInt8[np.ndarray, "h w 3"], degrees: float, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Rotates counter-clockwise about (w / 2, h / 2), the view's centre: `Image.rotate`."""
+  """Rotates counter-clockwise about the centre (w / 2, h / 2), as Pillow's `Image.rotate`."""
   _check_interpolation(interpolation)
   return np.array(Image.fromarray(view).rotate(degrees, _RESAMPLING[interpolation]))
 
@@ -243,8 +249,8 @@ def _affine(view, matrix, interpolation):
 
 
 def _moved(share, side):
-  """Where the pixels of a line of `side` pixels go to, and which do."""
-  # Rounded first: a share in float32 of what is meant to be 5 pixels may be 4.9999998.
+  """Slices (target, source) of a move by a share of a line of `side` pixels."""
+  # Rounded before the truncation: the float32 share of a move by 5 pixels may give 4.9999998.
   pixels = int(round(share * side, 4))
   kept = max(0, side - abs(pixels))
   first, last = slice(0, kept), slice(side - kept, side)
@@ -252,71 +258,73 @@ def _moved(share, side):
 
 
 # ------------------------------------------------------------------------------------------------
-# Blends with a duller image: Pillow's ImageEnhance. A factor of 1 is the view, 0 the duller image.
+# Blends with a degenerate image, as in Pillow's ImageEnhance: factor 1 is the view, 0 the other.
 # ------------------------------------------------------------------------------------------------
 
 
 def brightness(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """factor * x, clipped and cut to whole grey levels: a blend with black."""
+  """Blend with black: factor * x, clipped and truncated to whole grey levels."""
   return cv2.LUT(view, _blend(np.float32(0), _LEVELS.astype(np.float32), factor))
 
 
 def color(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """luma + factor * (x - luma), with each pixel's luma: a blend with the grey view."""
+  """Blend with the grey view: luma + factor * (x - luma), with the luma of each pixel."""
   return _blend_images(cv2.cvtColor(_luma(view), cv2.COLOR_GRAY2RGB), view, factor)
 
 
 def contrast(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """mean + factor * (x - mean), with the whole view's mean luma, rounded: a blend with a grey."""
+  """Blend with grey: mean + factor * (x - mean), with the rounded mean luma of the view."""
   mean = np.float32(int(_luma(view).mean() + 0.5))
   return cv2.LUT(view, _blend(mean, _LEVELS.astype(np.float32), factor))
 
 
 def sharpness(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """smooth + factor * (x - smooth): a blend with the smoothed view.
+  """Blend with the smoothed view: smooth + factor * (x - smooth).
 
-  The kernel is 3x3 with weights of 5/13 in the middle and 1/13 around it. The outermost pixels are
-  not smoothed, so they do not change.
+  The smoothing kernel is 3x3, with weight 5/13 in the centre and 1/13 elsewhere. The outermost
+  pixels are not smoothed, so they do not change.
   """
   smooth = np.array(view)
-  # Sums of bytes over 13 never lie halfway between two bytes, so that rounding has one answer.
+  # A sum of bytes divided by 13 is never halfway between two integers: rounding is unambiguous.
   smooth[1:-1, 1:-1] = cv2.filter2D(view, -1, _SMOOTH)[1:-1, 1:-1]
   return _blend_images(smooth, view, factor)
 
 
-def _blend_images(dull, view, factor):
-  """`_blend` of two uint8 images, some rows at a time: fresh pages cost more than the arithmetic."""
+def _blend_images(degenerate, view, factor):
+  """Blends two uint8 images in blocks of rows, since large float32 temporaries are slow."""
   out = np.empty(view.shape, np.uint8)
   rows = 1 + _BLOCK // view[0].size
   for start in range(0, len(view), rows):
-    some = slice(start, start + rows)
-    out[some] = _blend(dull[some].astype(np.float32), view[some].astype(np.float32), factor)
+    block = slice(start, start + rows)
+    out[block] = _blend(
+      degenerate[block].astype(np.float32), view[block].astype(np.float32), factor
+    )
   return out
 
 
-def _blend(dull, x, factor):
-  """dull + factor * (x - dull) in float32, clipped and cut to uint8; Pillow's `Image.blend`."""
-  y = x - dull
+def _blend(degenerate, x, factor):
+  """degenerate + factor * (x - degenerate), clipped and truncated to uint8, as `Image.blend`."""
+  y = x - degenerate
   y *= np.float32(factor)
-  y += dull
+  y += degenerate
   return y.clip(0, 255, out=y).astype(np.uint8)
 
 
 def _luma(view):
-  """(19595 r + 38470 g + 7471 b + 2^15) >> 16, uint8: ITU-R 601-2 as Pillow rounds it."""
+  """Luma of ITU-R 601-2, as rounded by Pillow: (19595 r + 38470 g + 7471 b + 2^15) >> 16."""
   return np.asarray(Image.fromarray(view).convert("L"))
 
 
 # ------------------------------------------------------------------------------------------------
-# Look-up tables: Pillow's ImageOps
+# Look-up tables, as in Pillow's ImageOps
 # ------------------------------------------------------------------------------------------------
 
 
 def posterize(view: UInt8[np.ndarray, "h w 3"], bits: int) -> UInt8[np.ndarray, "h w 3"]:
-  """Keeps the highest `bits` bits of every value.
+  """Keeps the highest `bits` bits of each value.
 
   Raises:
-    ValueError: if `bits` is not from 1 to 8.
+    ValueError: `bits` is not from 1 to 8.
   """
   if not 1 <= bits <= 8:
     raise ValueError(f"bits is {bits}; expected a whole number from 1 to 8")
@@ -324,16 +332,16 @@ def posterize(view: UInt8[np.ndarray, "h w 3"], bits: int) -> UInt8[np.ndarray, 
 
 
 def solarize(view: UInt8[np.ndarray, "h w 3"], threshold: float) -> UInt8[np.ndarray, "h w 3"]:
-  """x where x < threshold, and 255 - x elsewhere.
+  """Inverts bright values: x where x < threshold, and 255 - x elsewhere.
 
-  The threshold of magnitude 0 is 255, at which white becomes black: torchvision's, too, is not
-  the identity there.
+  Magnitude 0 is the threshold 255, which is not the identity: white becomes black, as in
+  torchvision.
   """
   return cv2.LUT(view, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS).astype(np.uint8))
 
 
 def autocontrast(view: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-  """Stretches each channel's range to 0 .. 255; a channel of one value stays as it is."""
+  """Stretches the range of each channel to 0..255; a constant channel does not change."""
   table = np.empty((1, 256, 3), np.uint8)
   for channel, column in enumerate(cv2.split(view)):
     low, high, _, _ = cv2.minMaxLoc(column)
@@ -347,11 +355,11 @@ def autocontrast(view: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]
 
 
 def equalize(view: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-  """Spreads each channel's values evenly over 0 .. 255.
+  """Equalises the histogram of each channel over 0..255.
 
-  A value becomes (step // 2 + the number of darker pixels) // step, at most 255, where 255 steps
-  are the pixels that are not of the brightest value. Without such pixels, or with fewer than 255,
-  the channel stays as it is.
+  A value becomes (step // 2 + number of darker pixels) // step, clipped to 255. The step is the
+  number of pixels below the brightest value present, divided by 255 and rounded down. If it is 0,
+  the channel does not change.
   """
   table = np.empty((1, 256, 3), np.uint8)
   for channel in range(3):

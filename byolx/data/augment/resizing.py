@@ -1,4 +1,4 @@
-"""Crops and resizes: bicubic, with or without antialiasing, and the views of evaluation."""
+"""Bicubic crop and resize, with or without antialiasing, and the view of evaluation."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from byolx.data.augment.distribution import _check_choice
 
 EVALUATION_RULES = ("paper", "reference")
 _BLOCK = 8
-"""Rows of a resize per matrix product: fewer are many small calls, more are many zeros."""
+"""Output rows per matrix product of a resize: fewer need more calls, more multiply more zeros."""
 
 
 def crop_and_resize(
@@ -23,16 +23,26 @@ def crop_and_resize(
   antialias: bool,
   out: UInt8[np.ndarray, "size size 3"] | None = None,
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """Cuts `crop` (top, left, height, width) out of `image` and resizes it, bicubic, to `size`.
+  """Cuts a crop out of an image and resizes it, bicubic, to a square.
 
-  Keys' kernel with a = -0.5 and half-pixel centres; weights that reach outside the patch are
-  dropped and the rest normalised. Without antialiasing, as the reference, this is
-  `jax.image.resize(patch, method='cubic', antialias=False)`, clipped and rounded. With it, the
-  kernel widens where the patch shrinks and this is Pillow's BICUBIC, which also clips and rounds
-  between the horizontal and the vertical pass. The result is written to `out`, if that is given.
+  The kernel is Keys' with a = -0.5 and half-pixel centres. Weights outside the crop are dropped and
+  the others normalised. Without antialiasing, as in the reference, the result is that of
+  `jax.image.resize(patch, method='cubic', antialias=False)`, clipped and rounded. With
+  antialiasing, the kernel widens if the crop shrinks. The result is then that of Pillow's BICUBIC,
+  which also clips and rounds between the horizontal and the vertical pass.
+
+  Args:
+    image: RGB image 0..255.
+    crop: top, left, height and width of the crop in pixels, inside the image.
+    size: side of the result in pixels, at least 1.
+    antialias: True to antialias when the crop shrinks.
+    out: array for the result; None to allocate one.
+
+  Returns:
+    RGB image 0..255; `out` if it is given.
 
   Raises:
-    ValueError: if the crop is empty or reaches outside the image, or `size` is not positive.
+    ValueError: the crop is empty or extends outside the image, or `size` is not positive.
   """
   top, left, height, width = crop.tolist()
   inside = 0 <= top < top + height <= image.shape[0] and 0 <= left < left + width <= image.shape[1]
@@ -49,19 +59,19 @@ def crop_and_resize(
 def evaluation_view(
   image: UInt8[np.ndarray, "h w 3"], size: int, resize: int, rule: str, antialias: bool = False
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """The one view of an image that evaluation uses (appendix C), resized as `crop_and_resize` does.
+  """Makes the view of an image for evaluation (appendix C), bicubic as in `crop_and_resize`.
 
   Args:
-    image: any size.
-    size: the view's side, 224 in the paper.
-    resize: 256 in the paper, at least `size`.
-    rule: 'paper' resizes the shorter side to `resize`, bicubic, then takes the central
-      `size` x `size`. 'reference' takes the central square of size / resize of the shorter side, then
-      resizes it to `size`, bicubic.
-    antialias: whether shrinking is antialiased; the reference does it neither here nor in training.
+    image: RGB image 0..255 of any size.
+    size: side of the view in pixels, 224 in the paper.
+    resize: length of the resized shorter side in pixels, 256 in the paper; at least `size`.
+    rule: order of resize and crop. 'paper' resizes the shorter side to `resize`, then cuts out the
+      central square of side `size`. 'reference' cuts out the central square whose side is
+      size / resize of the shorter side, then resizes it to `size`.
+    antialias: True to antialias when the image shrinks; the reference never antialiases.
 
   Raises:
-    ValueError: if `resize` is less than `size`, or the rule is unknown.
+    ValueError: `resize` is less than `size`, `size` is not positive, or the rule is unknown.
   """
   _check_choice("rule", rule, EVALUATION_RULES)
   if not 1 <= size <= resize:
@@ -80,8 +90,8 @@ def evaluation_view(
 
 
 def _resize(image, rows, columns, antialias, out=None):
-  """Applies two sets of weights from `_resize_weights` to a uint8 image, into `out` if given."""
-  if antialias:  # Pillow's order, which keeps 8 bits between the passes
+  """Applies two matrices of `_resize_weights` to a uint8 image; writes to `out` if it is given."""
+  if antialias:  # Pillow's order of the passes, with 8 bits between them
     first, second, image = columns, rows, cv2.transpose(image)
   else:
     first, second = rows, columns
@@ -100,13 +110,13 @@ def _resize(image, rows, columns, antialias, out=None):
 
 
 def _to_uint8(x, out=None):
-  """Clips to [0, 255] and rounds; ties go up, as in Pillow. Overwrites x."""
+  """Clips to [0, 255] and rounds, ties upwards as in Pillow. Overwrites x."""
   cv2.threshold(x, 0, 0, cv2.THRESH_TOZERO, x)
   return cv2.convertScaleAbs(x, out, beta=1e-4)
 
 
 def _multiply(blocks, x, slot):
-  """The banded matrix times x [n, m]: blocks of rows, each with the columns that it reaches."""
+  """Multiplies a banded matrix, given as blocks of rows, by x [n, m]."""
   out = _scratch.floats(slot, blocks[-1].stop, x.shape[1])
   for block in blocks:
     np.matmul(block.weights, x[block.low : block.high], out=out[block.start : block.stop])
@@ -114,17 +124,17 @@ def _multiply(blocks, x, slot):
 
 
 class _Scratch(threading.local):
-  """Memory of this thread that is used again: fresh pages cost as much as the arithmetic."""
+  """Buffers of a thread, reused between images because newly allocated memory is slow."""
 
-  _MOST = 2**23  # floats; a larger image gets memory of its own, which is given back
+  _MAX_FLOATS = 2**23  # larger arrays are not kept, which limits the memory of a thread
 
   def __init__(self):
     self._slots = [np.empty(0, np.float32), np.empty(0, np.float32)]
 
   def floats(self, slot: int, *shape: int) -> np.ndarray:
-    """An array with any content, valid until the slot is asked for again."""
+    """Returns an uninitialised array, valid until the next call with this slot."""
     count = math.prod(shape)
-    if count > self._MOST:
+    if count > self._MAX_FLOATS:
       return np.empty(shape, np.float32)
     if count > len(self._slots[slot]):
       self._slots[slot] = np.empty(count, np.float32)
@@ -135,7 +145,13 @@ _scratch = _Scratch()
 
 
 class _Block(NamedTuple):
-  """Rows start:stop of a banded matrix, of which only the columns low:high are not zero."""
+  """Rows of a banded matrix.
+
+  Attributes:
+    start, stop: range of the rows.
+    low, high: range of the columns with nonzero weights.
+    weights: weights of these rows and columns.
+  """
 
   start: int
   stop: int
@@ -148,7 +164,7 @@ class _Block(NamedTuple):
 def _resize_weights(
   source: int, target: int, first: int, count: int, antialias: bool
 ) -> tuple[_Block, ...]:
-  """The matrix that resizes a line of `source` pixels to `target`, outputs first:first+count."""
+  """Rows first to first + count - 1 of the matrix that resizes `source` pixels to `target`."""
   scale = source / target
   stretch = max(scale, 1.0) if antialias else 1.0
   centre = (np.arange(first, first + count) + 0.5) * scale - 0.5
@@ -170,7 +186,7 @@ def _resize_weights(
 
 
 def _keys(x):
-  """Keys' cubic convolution kernel with a = -0.5 (Catmull-Rom), for distances x >= 0."""
+  """Keys' cubic convolution kernel (1981) with a = -0.5, Catmull-Rom, for distances x >= 0."""
   near = (1.5 * x - 2.5) * x * x + 1
   far = ((-0.5 * x + 2.5) * x - 4) * x + 2
   return np.where(x < 1, near, np.where(x < 2, far, 0.0))

@@ -1,1 +1,1 @@
-"""Large sets written once as a few checksummed files."""
+"""Conversion of large image sets to prepared sets: a few files with checksums."""

@@ -1,8 +1,8 @@
-"""What `byolx prepare` is given: a folder or tar archives, as a list of images for each split.
+"""The inputs of `byolx prepare`: a folder or tar archives, as a list of images per split.
 
-A tar is laid out like a folder (see folders.image_folder): class folders or images only, or both
-kinds below `train` and `test` (or `val`). A folder around everything, as `tar cf photos.tar photos`
-makes it, does not count.
+A tar archive has the layouts of a folder (see folders.image_folder): class folders or images, or
+`train` and `test` (or `val`) with either of them. A single folder around all members, as written by
+`tar cf photos.tar photos`, is ignored.
 """
 
 import os
@@ -22,22 +22,22 @@ from byolx.data.sources.folders import image_folder
 from byolx.data.sources.names import Names
 
 MAX_BYTES = 2**30
-"""Larger files are not read; a photograph has a thousandth of this."""
+"""Largest size of an input file in bytes; larger files are left out."""
 
-_STAT_THREADS = 16  # they hide the latency of network disks
+_STAT_THREADS = 16  # parallel, to hide the latency of network disks
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-  """The images of one split, in the order in which they are stored.
+  """The images of one split, in storage order.
 
   Attributes:
     split: 'train' or 'test'.
-    root: the folder that names are relative to, or the tar archive.
-    names: of the files.
-    labels: -1 for none.
-    sizes: of the files, in bytes.
-    offsets: where they start in the archive; None if `root` is a folder.
+    root: path of the folder or of the tar archive.
+    names: path of each file, relative to the folder or to the split's root in the archive.
+    labels: class of each file, -1 if it is unlabelled.
+    sizes: size of each file in bytes.
+    offsets: byte offset of each file in the archive; None if `root` is a folder.
   """
 
   split: str
@@ -51,7 +51,7 @@ class Inputs:
     return len(self.names)
 
   def take(self, indices: Int[np.ndarray, "k"]) -> "Inputs":
-    """Some of them, in this order."""
+    """Selects the images at these indices, in this order."""
     offsets = None if self.offsets is None else self.offsets[indices]
     return Inputs(
       self.split,
@@ -63,10 +63,10 @@ class Inputs:
     )
 
   def read(self, index: int) -> tuple[bytes, str]:
-    """The bytes of a file, and what it is called in messages: `split/name`.
+    """Reads the bytes of one file; returns them and its name in messages, `split/name`.
 
     Raises:
-      DecodeError: the file cannot be read.
+      DecodeError: the file cannot be read, or is larger than MAX_BYTES.
     """
     name = f"{self.split}/{one_line(self.names[index])}"
     size = int(self.sizes[index])
@@ -76,14 +76,21 @@ class Inputs:
       if self.offsets is not None:
         return read_member(self.root, int(self.offsets[index]), size), name
       return read_file(os.path.join(self.root, self.names[index])), name
-    except DecodeError as error:  # it starts with the path, which is another on every machine
+    except DecodeError as error:
+      # The path is removed, so that `unreadable.txt` is the same on every machine.
       raise DecodeError(f"{name}: {str(error).rpartition(': ')[2]}") from None
     except OSError as error:
       raise DecodeError(f"{name}: {error.strerror or error}") from error
 
 
 class Collection(NamedTuple):
-  """Everything that will be prepared: splits, their classes, and what was left out already."""
+  """The images to prepare.
+
+  Attributes:
+    splits: inputs of 'train' and, if there is a test split, of 'test'.
+    classes: names of the classes, empty for an unlabelled set.
+    left_out: one line `name: reason` per member of an archive that was left out.
+  """
 
   splits: dict[str, Inputs]
   classes: tuple[str, ...]
@@ -93,33 +100,34 @@ class Collection(NamedTuple):
 def collect(
   source: str | Path, test: str | Path | None = None, test_labels: str | Path | None = None
 ) -> Collection:
-  """Lists all images.
+  """Lists the images of all splits.
 
   Args:
-    source: a folder, or a tar, of the training images or of both splits.
-    test: a folder or a tar of the test split.
-    test_labels: a file with lines `file-name class-name`, for a test split without class folders.
+    source: path of a folder or tar archive, of the training images or of both splits.
+    test: path of a folder or tar archive of the test images.
+    test_labels: path of a file with lines `file-name class-name`, for a test split without class
+      folders.
 
   Raises:
-    ValueError: there is no image, or splits, classes and labels do not go together.
+    ValueError: there is no image, or the splits, classes and labels are inconsistent.
     OSError: an archive cannot be read.
   """
-  found, left_out = _listed(Path(source))
+  parts, left_out = _list_path(Path(source))
   if test is not None:
-    if "test" in found:
+    if "test" in parts:
       raise ValueError(f"{source} has a test split of its own; expected no --test={test}")
-    of_test, more = _listed(Path(test))
-    if "test" in of_test:
+    test_parts, more = _list_path(Path(test))
+    if "test" in test_parts:
       raise ValueError(f"--test={test} has two splits; expected the images of one")
-    found["test"] = of_test["train"]
+    parts["test"] = test_parts["train"]
     left_out += more
-  (inputs, classes), splits = found["train"], {}
+  (inputs, classes), splits = parts["train"], {}
   splits["train"] = inputs
-  if "test" in found:
-    splits["test"] = _labelled_test(*found["test"], classes, test_labels)
+  if "test" in parts:
+    splits["test"] = _labelled_test(*parts["test"], classes, test_labels)
   elif test_labels is not None:
     raise ValueError(
-      f"--test_labels={test_labels} was given, but no test split is there; see --test"
+      f"--test_labels={test_labels} was given, but there is no test split; expected --test as well"
     )
   return Collection(splits, classes, left_out)
 
@@ -129,15 +137,15 @@ class _Part(NamedTuple):
   classes: tuple[str, ...]
 
 
-def _listed(path: Path) -> tuple[dict[str, _Part], list[str]]:
+def _list_path(path: Path) -> tuple[dict[str, _Part], list[str]]:
   if path.is_dir():
-    return _listed_folder(path), []
+    return _list_folder(path), []
   if not path.exists():
     raise ValueError(f"{path} does not exist; expected a folder or a tar archive")
   archive = list_archive(path)
-  parts = _laid_out(path, archive)
+  parts = _splits_of_archive(path, archive)
   if not len(parts["train"].inputs):
-    raise ValueError(f"{path} has no image ({_counts(archive)}); expected some")
+    raise ValueError(f"{path} has no image ({_counts(archive)}); expected at least one")
   return parts, [f"{path.name}/{line}" for line in archive.left_out]
 
 
@@ -149,11 +157,11 @@ def _counts(archive: Archive) -> str:
 # Folders.
 
 
-def _listed_folder(root: Path) -> dict[str, _Part]:
+def _list_folder(root: Path) -> dict[str, _Part]:
   train = image_folder(root, "train", test_share=0.0)
   parts = {"train": _of_files("train", train)}
-  inside = Path(train.folder) != root
-  if inside and any((root / name).is_dir() for name in ("test", "val")):
+  has_train_folder = Path(train.folder) != root
+  if has_train_folder and any((root / name).is_dir() for name in ("test", "val")):
     parts["test"] = _of_files("test", image_folder(root, "test", test_share=0.0))
   return parts
 
@@ -163,7 +171,7 @@ def _of_files(split: str, source) -> _Part:
     try:
       return os.stat(os.path.join(source.folder, name)).st_size
     except OSError:
-      return 0  # it will be listed when it is read
+      return 0  # the file is reported as unreadable when it is read
 
   with ThreadPoolExecutor(_STAT_THREADS) as pool:
     sizes = np.fromiter(pool.map(size, source.names), np.int64, len(source))
@@ -175,11 +183,11 @@ def _of_files(split: str, source) -> _Part:
 # Archives.
 
 
-def _laid_out(path: Path, archive: Archive) -> dict[str, _Part]:
-  """The splits of an archive, by the rules of folders.image_folder."""
+def _splits_of_archive(path: Path, archive: Archive) -> dict[str, _Part]:
+  """Finds the splits of an archive, by the rules of folders.image_folder."""
   images, folders = archive.images, archive.folders
   prefix = ""
-  while True:  # takes the folders around everything away
+  while True:  # skip single folders around all members
     top = {name for name in _below(folders, prefix) if "/" not in name}
     if len(top) != 1 or any("/" not in name for name in _below(images, prefix)):
       break
@@ -197,18 +205,18 @@ def _below(names, prefix: str) -> list[str]:
 
 
 def _of_members(split: str, path: Path, archive: Archive, prefix: str) -> _Part:
-  """The images of an archive whose names start with `prefix`."""
+  """Lists the images of an archive whose names start with `prefix`."""
   names = _below(archive.images, prefix)
   classes: tuple[str, ...] = ()
   if any("/" in name for name in names):
     archive.ignored["images beside the class folders"] += sum("/" not in name for name in names)
     names = [name for name in names if "/" in name]
     classes = tuple(sorted({name for name in _below(archive.folders, prefix) if "/" not in name}))
-  number = {name: label for label, name in enumerate(classes)}
+  label_of = {name: label for label, name in enumerate(classes)}
   names.sort(key=lambda name: (name.partition("/")[0] if classes else "", name))
-  where = np.array([archive.images[prefix + name] for name in names], np.int64).reshape(-1, 2)
-  labels = np.array([number.get(name.partition("/")[0], -1) for name in names], np.int32)
-  offsets, sizes = np.ascontiguousarray(where.T)
+  ranges = np.array([archive.images[prefix + name] for name in names], np.int64).reshape(-1, 2)
+  labels = np.array([label_of.get(name.partition("/")[0], -1) for name in names], np.int32)
+  offsets, sizes = np.ascontiguousarray(ranges.T)
   return _Part(Inputs(split, str(path), Names.of(names), labels, sizes, offsets), classes)
 
 
@@ -217,48 +225,48 @@ def _of_members(split: str, path: Path, archive: Archive, prefix: str) -> _Part:
 
 def _labelled_test(
   inputs: Inputs,
-  own: tuple[str, ...],
+  test_classes: tuple[str, ...],
   classes: tuple[str, ...],
   test_labels: str | Path | None,
 ) -> Inputs:
-  """The test split with the training split's numbers for the classes.
+  """Renumbers the labels of the test split by the classes of the training split.
 
   Args:
-    inputs: whose labels number the classes `own`, which is empty if they have none.
-    own: class names of the test split.
+    inputs: inputs of the test split; their labels are indices of `test_classes`, or -1.
+    test_classes: class names of the test split, empty if it has no class folders.
     classes: class names of the training split.
-    test_labels: the field of `collect`.
+    test_labels: path of a file with lines `file-name class-name`, or None.
   """
   root = inputs.root
   has_folders = (inputs.labels >= 0).any()
   if test_labels is not None:
     if has_folders:
       raise ValueError(f"{root} has class folders; expected no --test_labels={test_labels}")
-    of_each: Sequence[str] = _read_labels(Path(test_labels), inputs)
+    class_names: Sequence[str] = _read_labels(Path(test_labels), inputs)
   elif has_folders:
-    of_each = [own[label] for label in inputs.labels.tolist()]
+    class_names = [test_classes[label] for label in inputs.labels.tolist()]
   elif classes:
     raise ValueError(
       f"{root}, the test split, has no class folders, but the training split has {len(classes)}"
       " classes; expected --test_labels=FILE with lines `file-name class-name`"
     )
   else:
-    of_each = []
-  number = {name: label for label, name in enumerate(classes)}
-  if unknown := sorted(set(of_each) - set(classes)):
+    class_names = []
+  label_of = {name: label for label, name in enumerate(classes)}
+  if unknown := sorted(set(class_names) - set(classes)):
     raise ValueError(
       f"{root}, the test split, has the class {unknown[0]!r}; expected some of the {len(classes)}"
       " classes of the training split"
     )
-  if of_each:
-    labels = np.array([number[name] for name in of_each], np.int32)
+  if class_names:
+    labels = np.array([label_of[name] for name in class_names], np.int32)
   else:
     labels = np.full(len(inputs), -1, np.int32)
   return Inputs("test", root, inputs.names, labels, inputs.sizes, inputs.offsets)
 
 
 def _read_labels(path: Path, inputs: Inputs) -> list[str]:
-  """The class name of every input, by its file name."""
+  """Reads the class name of each input from a file of lines `file-name class-name`."""
   class_of, lines = {}, Counter()
   try:
     text = path.read_text(errors="surrogateescape")

@@ -1,8 +1,9 @@
-"""One shard of a prepared set, written by one process, whole or not at all.
+"""Atomic writing of one shard of a prepared set by one process.
 
-A shard is written under another name in the folder `prepared_format.PROGRESS`, brought to the disk and
-then renamed; after that a note of what is in it is written the same way. So a process may be killed
-at any moment: what has its final name is whole, and a shard with its note is never written twice.
+A shard is written to a temporary file in the folder `prepared_format.PROGRESS`, flushed to disk and
+renamed; then a progress file with its contents is written in the same way. So a process may be
+killed at any time: a file with its final name is complete, and a shard with an intact progress file
+is not written again.
 """
 
 import contextlib
@@ -28,29 +29,39 @@ from byolx.data.prepare.collect import Inputs
 from byolx.data.sources.prepared_format import PROGRESS, Shard, sha256_of
 
 OPTIONS = "group_size:1,uncompressed"
-"""A record can be read without its neighbours, and JPEGs do not compress any further."""
+"""Groups of one record, for random access; no compression, since JPEGs hardly compress further."""
 
 TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True)
 class Encode:
-  """How images are made smaller: those whose shorter side is longer than `short_side`, as JPEG."""
+  """Settings of the resize: images with a longer shorter side are reduced and stored as JPEG.
+
+  Attributes:
+    short_side: largest shorter side in pixels.
+    quality: JPEG quality, 1 to 100.
+    subsampling: chroma subsampling of the JPEG; 4:2:0 stores the colours at half the resolution.
+  """
 
   short_side: int
   quality: int = 95
   subsampling: str = "4:2:0"
-  """Of the colours: half the resolution, as in nearly all photographs on the web."""
 
   def describe(self) -> dict[str, Any]:
-    """For `dataset.json`."""
+    """Returns the entry of `dataset.json`."""
     return {**asdict(self), "resize": "bicubic, antialiased", "format": "jpeg"}
 
   def apply(self, image: UInt8[np.ndarray, "h w 3"], data: bytes, name: str) -> bytes:
-    """The bytes to be stored for the file `data`, which shows `image`.
+    """Returns the bytes to store: `data` itself, or a smaller JPEG if the image is too large.
+
+    Args:
+      image: decoded image.
+      data: bytes of its file.
+      name: name of the file in messages.
 
     Raises:
-      DecodeError: the smaller image cannot be a JPEG file, whose sides end at 65,500 pixels.
+      DecodeError: the smaller image exceeds the sides of a JPEG, 65,500 pixels.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -68,7 +79,14 @@ class Encode:
 
 @dataclass(frozen=True)
 class Job:
-  """A shard to be: where, and of which inputs."""
+  """A shard to write.
+
+  Attributes:
+    folder: path of the set.
+    file: file name of the shard.
+    inputs: images of the shard.
+    encode: settings of the resize; None to store each file unchanged.
+  """
 
   folder: str
   file: str
@@ -78,13 +96,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-  """A shard that is on disk.
+  """A written shard.
 
   Attributes:
-    shard: for `dataset.json`.
-    kept: which of the job's inputs are in it.
-    crc32: of every record.
-    unreadable: `name: reason` of the other inputs.
+    shard: entry of `dataset.json`.
+    kept: indices of the job's inputs in the shard.
+    crc32: CRC-32 of the bytes of each record.
+    unreadable: one line `name: reason` per input that was left out.
   """
 
   shard: Shard
@@ -94,30 +112,30 @@ class Finished:
 
 
 def start_worker() -> None:
-  """Prepares a process for `finish`: one core, and an end with the process that started it."""
+  """Initialises a worker process: one thread for OpenCV, and exit when the parent exits."""
   cv2.setNumThreads(0)
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says that it was stopped
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # only the parent reports Ctrl-C
   end_with_parent()
 
 
-def finish(job: Job) -> Finished:
-  """Writes a shard, unless it is there already: then it is compared with its digest, and kept.
+def write_shard(job: Job) -> Finished:
+  """Writes a shard, unless it exists already and matches its checksum.
 
   Raises:
-    OSError: it cannot be written, as where the disk is full; nothing of it is left.
+    OSError: the shard cannot be written, for example on a full disk; no partial file is left.
   """
   path = Path(job.folder) / job.file
-  note = Path(job.folder) / PROGRESS / f"{job.file}.json"
-  found = _read_note(note)
-  if found is not None and path.is_file() and sha256_of(path) == found.shard.sha256:
-    return found
+  progress_file = Path(job.folder) / PROGRESS / f"{job.file}.json"
+  earlier = _read_progress(progress_file)
+  if earlier is not None and path.is_file() and sha256_of(path) == earlier.shard.sha256:
+    return earlier
   kept, crc32, unreadable = [], [], []
   with _temporary(path) as temporary:
     with _writer(temporary) as writer:
       for index in range(len(job.inputs)):
         try:
           data, name = job.inputs.read(index)
-          image = decode(data, name)  # also where it is stored as it is: what is broken is listed
+          image = decode(data, name)  # needed without `encode` too: damaged files are left out
           data = job.encode.apply(image, data, name) if job.encode else data
         except DecodeError as error:
           unreadable.append(str(error))
@@ -125,21 +143,21 @@ def finish(job: Job) -> Finished:
         writer.write(data)
         kept.append(index)
         crc32.append(zlib.crc32(data))
-    size, digest = temporary.stat().st_size, sha256_of(temporary)
-  finished = Finished(Shard(job.file, len(kept), size, digest), kept, crc32, unreadable)
-  write_durably(note, json.dumps(asdict(finished)).encode())
+    size, sha256 = temporary.stat().st_size, sha256_of(temporary)
+  finished = Finished(Shard(job.file, len(kept), size, sha256), kept, crc32, unreadable)
+  write_durably(progress_file, json.dumps(asdict(finished)).encode())
   return finished
 
 
 def write_durably(path: Path, data: bytes) -> None:
-  """Writes a whole file to the disk, or leaves the old one."""
+  """Replaces a file atomically and flushes it to disk; after an error the old file remains."""
   with _temporary(path) as temporary:
     temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-  """A path to write to that becomes `path` at the end, or nothing if that is not reached."""
+  """Yields a temporary path, which is renamed to `path` at the end or deleted after an error."""
   folder = path.parent if path.parent.name == PROGRESS else path.parent / PROGRESS
   temporary = folder / f"{path.name}.{os.getpid()}{TEMPORARY}"
   try:
@@ -152,7 +170,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-  """Waits until a file, or the list of files in a folder, is on the disk."""
+  """Flushes a file, or the entries of a folder, to disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -162,7 +180,7 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
-  """A writer of records; what it cannot write, now or on closing, is an OSError."""
+  """Yields a writer of records; its errors, also those on closing, become OSErrors."""
   writer = ArrayRecordWriter(str(path), OPTIONS)
   try:
     yield writer
@@ -176,8 +194,8 @@ def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
         writer.close()
 
 
-def _read_note(path: Path) -> Finished | None:
-  """What an earlier process noted; None if there is no note, or none that can be read."""
+def _read_progress(path: Path) -> Finished | None:
+  """Reads a progress file of an earlier process; None if it is missing or damaged."""
   try:
     values = json.loads(path.read_text())
     return Finished(Shard(**values["shard"]), values["kept"], values["crc32"], values["unreadable"])

@@ -1,9 +1,9 @@
-"""Tar archives as lists of images: where in the archive the bytes of each one lie.
+"""Tar archives as lists of images, with the byte range of each image in the archive.
 
-Nothing is ever extracted, so a name in an archive never becomes a path on the disk. Names that
-lead out of the archive, links and devices are not followed but listed with what is wrong with
-them. A tar inside the archive is a folder of its name, which is how ImageNet's training images
-come: a tar of `n01440764.tar` and 999 others.
+Nothing is extracted, so a name in an archive is never used as a path on disk. Names that lead out
+of the archive, links and devices are left out and listed with the reason. A tar archive inside the
+archive counts as a folder of its name: ImageNet's training images are a tar archive of
+`n01440764.tar` and 999 others.
 """
 
 import io
@@ -28,13 +28,13 @@ _BLOCK = 512
 
 @dataclass
 class Archive:
-  """What a tar holds.
+  """The contents of a tar archive.
 
   Attributes:
-    images: by name, as `folder/file.jpg`: (offset, size) of the bytes in the archive.
-    folders: every folder that the archive mentions, hidden ones left out.
-    left_out: `member: reason`, a line for everything that was not taken though it might be meant.
-    ignored: how many other files there are, by extension.
+    images: (byte offset, size in bytes) of each image, by its name `folder/file.jpg`.
+    folders: names of all folders, without hidden ones.
+    left_out: one line `member: reason` per member that was left out and might be an image.
+    ignored: number of other files, by extension.
   """
 
   images: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -44,10 +44,10 @@ class Archive:
 
 
 def list_archive(path: str | Path) -> Archive:
-  """Lists an uncompressed tar. Of two members of one name the later one counts, as in unpacking.
+  """Lists an uncompressed tar archive; of two members of one name the later is used, as by `tar`.
 
   Raises:
-    ValueError: compressed, no tar, or cut short.
+    ValueError: the file is compressed, damaged, truncated or not a tar archive.
     OSError: the file cannot be read.
   """
   archive = Archive()
@@ -58,10 +58,14 @@ def list_archive(path: str | Path) -> Archive:
 
 
 def read_member(path: str | Path, offset: int, size: int) -> bytes:
-  """The bytes of one image.
+  """Reads the bytes of one image.
+
+  Args:
+    path: path of the archive.
+    offset, size: byte range of the image, from `Archive.images`.
 
   Raises:
-    OSError: they cannot be read, or the archive is shorter than it was.
+    OSError: the archive cannot be read, or has become shorter.
   """
   with open(path, "rb", buffering=0) as file:
     data = os.pread(file.fileno(), size, offset)
@@ -71,12 +75,12 @@ def read_member(path: str | Path, offset: int, size: int) -> bytes:
 
 
 def one_line(text: str) -> str:
-  """A name as it can stand in a line of a list."""
+  """Escapes line breaks in a name, so that it fits on one line."""
   return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 class _Window(io.RawIOBase):
-  """A part of an open file, as a file."""
+  """File object for a byte range of an open file."""
 
   def __init__(self, descriptor: int, start: int, size: int):
     self.descriptor, self.start, self.size = descriptor, start, size
@@ -105,16 +109,16 @@ class _Window(io.RawIOBase):
 
 
 def _list(window: _Window, path: str, folder: str, archive: Archive) -> None:
-  """Adds the members of the tar in `window`, all of them below `folder`."""
+  """Adds the members of the tar archive in `window` to `archive`, below `folder`."""
   _refuse_compressed(window, path)
   try:
     with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
       while (member := tar.next()) is not None:
-        tar.members.clear()  # a million of them would fill the memory
+        tar.members.clear()  # tarfile keeps all members: too much memory for millions
         _add(member, window, path, folder, archive)
   except tarfile.TarError as error:
-    raise ValueError(f"{path}: {error}; expected a whole, uncompressed tar archive") from error
-  # tarfile takes a damaged header in the middle for the end.
+    raise ValueError(f"{path}: {error}; expected a complete, uncompressed tar archive") from error
+  # tarfile ends without an error at a damaged header: check for the end mark.
   window.seek(tar.offset)
   if window.read(_BLOCK) != bytes(_BLOCK):
     raise ValueError(
@@ -130,9 +134,9 @@ def _add(
   name = "/".join([folder, *parts] if folder else parts)
   if any(part.startswith(".") and part != ".." for part in parts):
     return
-  if reason := _objection(member, parts):
-    shown = f"{folder}.tar/{member.name}" if folder else member.name
-    archive.left_out.append(f"{one_line(shown)}: {reason}")
+  if reason := _unusable(member, parts):
+    member_name = f"{folder}.tar/{member.name}" if folder else member.name
+    archive.left_out.append(f"{one_line(member_name)}: {reason}")
   elif member.isdir():
     archive.folders.update(_with_parents(name))
   elif name.endswith(".tar") and not folder:
@@ -146,12 +150,12 @@ def _add(
       archive.ignored[os.path.splitext(name)[1].lower() or "without extension"] += 1
       return
     if name in archive.images:
-      archive.left_out.append(f"{one_line(name)}: a later member of this name stands for it")
+      archive.left_out.append(f"{one_line(name)}: replaced by a later member of this name")
     archive.images[name] = (window.start + member.offset_data, member.size)
 
 
-def _objection(member: tarfile.TarInfo, parts: list[str]) -> str:
-  """Why a member is not even looked at; empty if it may be."""
+def _unusable(member: tarfile.TarInfo, parts: list[str]) -> str:
+  """Returns the reason to leave a member out, empty for a usable one."""
   if ".." in parts or member.name.startswith("/"):
     return "the name leads out of the archive"
   if member.islnk() or member.issym():
@@ -159,7 +163,7 @@ def _objection(member: tarfile.TarInfo, parts: list[str]) -> str:
   if not (member.isreg() or member.isdir()):
     return "neither a file nor a folder"
   if member.sparse is not None:
-    return "a sparse file, whose bytes do not lie in one piece"
+    return "a sparse file, whose bytes are not contiguous"
   return ""
 
 
@@ -174,6 +178,6 @@ def _refuse_compressed(window: _Window, path: str) -> None:
   for magic, kind in _COMPRESSED.items():
     if start.startswith(magic):
       raise ValueError(
-        f"{path} is compressed ({kind}), so that no image can be found without unpacking all before"
-        " it; expected a plain tar archive: decompress it first"
+        f"{path} is compressed ({kind}), so images cannot be read at random; expected an"
+        " uncompressed tar archive: decompress it first"
       )

@@ -1,8 +1,9 @@
-"""`byolx prepare`: a folder or tar archives become a prepared set (see data.records).
+"""`byolx prepare`: converts a folder or tar archives to a prepared set (see sources.prepared).
 
-Which input goes into which shard is settled before anything is written, by names and sizes alone,
-so the set does not depend on the number of processes. The plan is kept in the set, and a run that
-was stopped goes on from the shards that are finished; what comes out is the same to the byte.
+The plan assigns each input to a shard before anything is written, from the names and sizes of the
+inputs alone, so the set does not depend on the number of processes. The plan is stored in the set.
+A run that was stopped continues after its finished shards, and writes the same bytes as a run
+without a stop.
 """
 
 import contextlib
@@ -24,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-import byolx
 from byolx.core.config import ConfigError
 from byolx.core.text import duration
+from byolx.core.version import VERSION
 from byolx.data.prepare import collect
 from byolx.data.prepare.collect import Collection, Inputs
 from byolx.data.prepare.shards import (
@@ -34,9 +35,9 @@ from byolx.data.prepare.shards import (
   Encode,
   Finished,
   Job,
-  finish,
   start_worker,
   write_durably,
+  write_shard,
 )
 from byolx.data.sources import prepared, prepared_format
 from byolx.data.sources.prepared_format import (
@@ -57,20 +58,20 @@ _MB = 10**6
 
 
 class DamagedError(OSError):
-  """A set that is not as it was written."""
+  """The set does not match its checksums."""
 
 
 @dataclass(frozen=True)
 class Options:
-  """What is asked of `prepare`, beside where from and where to.
+  """Options of `prepare`.
 
   Attributes:
-    name: of the set; empty for the name of the folder or archive.
-    shards: how many for the training split; None to go by `shard_mb`.
-    shard_mb: megabytes of input in a shard.
-    encode: None to store every file as it is.
-    workers: processes; 1 works in this one.
-    max_failed_share: of the inputs; with more unreadable ones nothing is published.
+    name: name of the set; empty for the name of the folder or archive.
+    shards: number of shards of the training split; None to derive it from `shard_mb`.
+    shard_mb: size of the inputs of a shard, in megabytes.
+    encode: settings of the resize; None to store each file unchanged.
+    workers: number of worker processes; 1 for none, with all work in the calling process.
+    max_failed_share: largest share of inputs left out, 0 to 1; with more, the set is not published.
   """
 
   name: str = ""
@@ -88,38 +89,50 @@ def prepare(
   test: Path | None = None,
   test_labels: Path | None = None,
 ) -> None:
-  """Writes the set, or goes on with it where it stopped.
+  """Writes a prepared set, or continues an unfinished one.
+
+  Args:
+    source: path of a folder or tar archive, of the training images or of both splits.
+    to: path of the set; a new or empty folder, or the set of an earlier run with the same plan.
+    options: options of the set.
+    test: path of a folder or tar archive of the test images.
+    test_labels: path of a file with lines `file-name class-name` for the test images.
 
   Raises:
-    ConfigError: there is nothing to prepare, or `to` holds something else.
-    TooManyFailuresError: too many inputs cannot be read; nothing is published.
-    OSError: the set cannot be written; finished shards stay.
+    ConfigError: there is no image, or `to` has other contents.
+    TooManyFailuresError: too many inputs cannot be read; the set is not published.
+    OSError: the set cannot be written; finished shards remain.
   """
-  began = time.monotonic()
+  start = time.monotonic()
   try:
     collection = collect.collect(source, test, test_labels)
     cut = _cut_all(collection, options)
   except ValueError as error:
-    said = str(error).replace("data.folder is", "--from is").replace(", data.test_share 0.0", "")
-    raise ConfigError(said) from error
+    reason = str(error).replace("data.folder is", "--from is")
+    raise ConfigError(reason.replace(", data.test_share 0.0", "")) from error
   name = options.name or source.resolve().name.removesuffix(".tar")
   plan = _plan(name, collection, cut, options.encode)
   with _claimed(to, plan):
     if not (to / MANIFEST).exists():
       finished = _write_shards(to, collection, cut, options)
       _publish(to, name, collection, cut, finished, options.encode)
-    for note in (to / PROGRESS).glob("*.json"):
-      if note.name != PLAN:
-        note.unlink()
-  _conclude(to, time.monotonic() - began)
+    for progress_file in (to / PROGRESS).glob("*.json"):
+      if progress_file.name != PLAN:
+        progress_file.unlink()
+  _print_summary(to, time.monotonic() - start)
 
 
 def verify(folder: Path, workers: int, images: bool) -> None:
-  """Reads a whole set, and prints what is wrong with it.
+  """Verifies a whole set and prints its problems to stderr.
+
+  Args:
+    folder: path of the prepared set.
+    workers: number of threads.
+    images: True to decode each record as well.
 
   Raises:
-    ConfigError: it is not a finished set.
-    DamagedError: anything is wrong.
+    ConfigError: the folder has no finished set.
+    DamagedError: the set has a problem.
   """
   try:
     manifest = prepared_format.read_manifest(folder)
@@ -139,7 +152,7 @@ def verify(folder: Path, workers: int, images: bool) -> None:
 
 
 def _cut_all(collection: Collection, options: Options) -> dict[str, list[np.ndarray]]:
-  """For every split, the inputs of each shard: neighbours, of about as many bytes."""
+  """Cuts each split into shards: indices of contiguous inputs, of about equal sizes in bytes."""
   if options.shards is None:
     per_shard = options.shard_mb * _MB
   else:
@@ -148,23 +161,23 @@ def _cut_all(collection: Collection, options: Options) -> dict[str, list[np.ndar
       raise ValueError(f"--shards={options.shards}: expected at most {len(train)}, one per image")
     per_shard = int((train.sizes + 1).sum()) / options.shards
   cut = {}
-  for split, of_split in collection.splits.items():
-    total = int((of_split.sizes + 1).sum())  # one more, so that empty files count for something
-    count = min(max(1, math.ceil(total / per_shard - 1e-9)), len(of_split))
+  for split, inputs in collection.splits.items():
+    total = int((inputs.sizes + 1).sum())  # + 1, so that empty files count as well
+    count = min(max(1, math.ceil(total / per_shard - 1e-9)), len(inputs))
     if count >= MAX_SHARDS:
       raise ValueError(
-        f"{count} shards for {split}; expected less than {MAX_SHARDS}: increase --shard_mb"
+        f"{count} shards for {split}; expected fewer than {MAX_SHARDS}: increase --shard_mb"
       )
-    cut[split] = _cut(of_split.sizes + 1, count)
+    cut[split] = _cut(inputs.sizes + 1, count)
   return cut
 
 
 def _cut(sizes: np.ndarray, count: int) -> list[np.ndarray]:
-  """Numbers of neighbours, in `count` parts that are not empty."""
-  reached = np.cumsum(sizes)
+  """Cuts the indices of `sizes` into `count` contiguous parts, none of them empty."""
+  ends = np.cumsum(sizes)
   starts = [0]
   for part in range(1, count):
-    start = int(np.searchsorted(reached, reached[-1] * part / count))
+    start = int(np.searchsorted(ends, ends[-1] * part / count))
     starts.append(min(max(start, starts[-1] + 1), len(sizes) - count + part))
   return np.split(np.arange(len(sizes)), starts[1:])
 
@@ -172,7 +185,7 @@ def _cut(sizes: np.ndarray, count: int) -> list[np.ndarray]:
 def _plan(
   name: str, collection: Collection, cut: dict[str, list[np.ndarray]], encode: Encode | None
 ) -> dict[str, Any]:
-  """What makes the set what it is; two runs with the same plan write the same bytes."""
+  """Describes everything that the set depends on: equal plans give equal bytes."""
   left_out = "\n".join(collection.left_out).encode("utf-8", "surrogateescape")
   return {
     "format": prepared_format.FORMAT,
@@ -182,39 +195,39 @@ def _plan(
     "what was left out": hashlib.sha256(left_out).hexdigest(),
     "splits": {
       split: {
-        "images": len(of_split),
-        "bytes": int(of_split.sizes.sum()),
-        "names, sizes and labels": _fingerprint(of_split, collection.classes),
+        "images": len(inputs),
+        "bytes": int(inputs.sizes.sum()),
+        "names, sizes and labels": _fingerprint(inputs, collection.classes),
         "shards": len(cut[split]),
       }
-      for split, of_split in collection.splits.items()
+      for split, inputs in collection.splits.items()
     },
   }
 
 
-def _fingerprint(of_split: Inputs, classes: tuple[str, ...]) -> str:
-  digest = hashlib.sha256(json.dumps(classes).encode())
-  digest.update(of_split.names.buffer)
-  for values in (of_split.names.ends, of_split.sizes, of_split.labels):
-    digest.update(np.ascontiguousarray(values, "<i8").tobytes())
-  return digest.hexdigest()
+def _fingerprint(inputs: Inputs, classes: tuple[str, ...]) -> str:
+  sha256 = hashlib.sha256(json.dumps(classes).encode())
+  sha256.update(inputs.names.buffer)
+  for values in (inputs.names.ends, inputs.sizes, inputs.labels):
+    sha256.update(np.ascontiguousarray(values, "<i8").tobytes())
+  return sha256.hexdigest()
 
 
-def _differences(found: Any, given: Any, where: str = "") -> list[str]:
-  """What differs between two plans, as `splits.train.images: 10 -> 11`."""
-  if isinstance(found, dict) and isinstance(given, dict):
-    keys = dict.fromkeys([*found, *given])
-    parts = [_differences(found.get(k), given.get(k), f"{where}.{k}".lstrip(".")) for k in keys]
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+  """Lists the differences of two plans, such as `splits.train.images: 10 -> 11`."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    keys = dict.fromkeys([*old, *new])
+    parts = [_differences(old.get(k), new.get(k), f"{key}.{k}".lstrip(".")) for k in keys]
     return [line for part in parts for line in part]
-  if found == given:
+  if old == new:
     return []
-  is_digest = isinstance(found, str) and len(found) == hashlib.sha256().digest_size * 2
-  return [f"{where} changed" if is_digest else f"{where}: {found} -> {given}"]
+  is_sha256 = isinstance(old, str) and len(old) == hashlib.sha256().digest_size * 2
+  return [f"{key} changed" if is_sha256 else f"{key}: {old} -> {new}"]
 
 
 @contextlib.contextmanager
 def _claimed(to: Path, plan: dict[str, Any]) -> Iterator[None]:
-  """Makes the folder this plan's, for this process alone, or refuses another plan's."""
+  """Locks the folder for this process; refuses a folder with another plan or other files."""
   path = to / PROGRESS / PLAN
   if to.exists() and not to.is_dir():
     raise ConfigError(f"--to={to} is not a folder; expected a new or an empty one")
@@ -231,10 +244,10 @@ def _claimed(to: Path, plan: dict[str, Any]) -> Iterator[None]:
       temporary.unlink()
     if path.exists():
       try:
-        found = json.loads(path.read_text())
+        old = json.loads(path.read_text())
       except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}; expected a new --to") from error
-      if changed := _differences(found, plan):
+      if changed := _differences(old, plan):
         raise ConfigError(
           f"--to={to} holds a set of another plan ({'; '.join(changed)}); choose another --to, or"
           " undo the change"
@@ -252,32 +265,34 @@ def _claimed(to: Path, plan: dict[str, Any]) -> Iterator[None]:
 def _write_shards(
   to: Path, collection: Collection, cut: dict[str, list[np.ndarray]], options: Options
 ) -> dict[str, Finished]:
-  """Finishes all shards, several at a time; returns them by file."""
+  """Writes all shards in parallel; returns them by file name."""
   jobs = [
-    Job(str(to), _shard_file(split, number, len(parts)), of_split.take(part), options.encode)
-    for split, of_split, parts in _zipped(collection, cut)
+    Job(str(to), _shard_file(split, number, len(parts)), inputs.take(part), options.encode)
+    for split, inputs, parts in _zipped(collection, cut)
     for number, part in enumerate(parts)
   ]
   sizes = {job.file: int(job.inputs.sizes.sum()) for job in jobs}
-  images = sum(len(of_split) for of_split in collection.splits.values())
-  most = options.max_failed_share * (images + len(collection.left_out))
+  images = sum(len(inputs) for inputs in collection.splits.values())
+  max_left_out = options.max_failed_share * (images + len(collection.left_out))
   print(f"{images:,} images, {_size(sum(sizes.values()))}, into {len(jobs)} shards", flush=True)
   progress = _Progress("prepared", len(jobs), sum(sizes.values()))
   finished, left_out = {}, len(collection.left_out)
   try:
-    for done in _finish_all(jobs, options.workers):
+    for done in _write_in_parallel(jobs, options.workers):
       finished[done.shard.file] = done
       left_out += len(done.unreadable)
-      if left_out > most:
+      if left_out > max_left_out:
         break
       progress.add(len(done.kept), sizes[done.shard.file])
   except OSError as error:
-    raise OSError(f"{to}: {error}; finished shards stay, the same command goes on") from error
+    raise OSError(
+      f"{to}: {error}; finished shards remain; run the same command again to continue"
+    ) from error
   unreadable = [
     line for job in jobs if job.file in finished for line in finished[job.file].unreadable
   ]
   _write_list(to / UNREADABLE, [*collection.left_out, *unreadable])
-  if left_out > most:
+  if left_out > max_left_out:
     raise TooManyFailuresError(
       f"{left_out} inputs of {images} were left out so far, see {to / UNREADABLE}; expected at most"
       f" a share of --max_failed_share={options.max_failed_share}"
@@ -285,18 +300,18 @@ def _write_shards(
   return finished
 
 
-def _finish_all(jobs: list[Job], workers: int) -> Iterator[Finished]:
-  """Finished shards in any order; where it ends early, shards that were begun are finished."""
+def _write_in_parallel(jobs: list[Job], workers: int) -> Iterator[Finished]:
+  """Yields written shards in any order; if closed early, completes the shards already started."""
   if workers == 1 or len(jobs) == 1:
-    yield from map(finish, jobs)
+    yield from map(write_shard, jobs)
     return
   context = multiprocessing.get_context("spawn")
   pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=start_worker)
   try:
-    for future in as_completed([pool.submit(finish, job) for job in jobs]):
+    for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
       yield future.result()
   except BrokenProcessPool as error:
-    raise OSError("a worker process was killed, as it happens where memory is short") from error
+    raise OSError("a worker process was killed, possibly for lack of memory") from error
   finally:
     pool.shutdown(wait=True, cancel_futures=True)
 
@@ -306,7 +321,7 @@ def _shard_file(split: str, number: int, count: int) -> str:
 
 
 def _zipped(collection: Collection, cut: dict[str, list[np.ndarray]]):
-  return [(split, of_split, cut[split]) for split, of_split in collection.splits.items()]
+  return [(split, inputs, cut[split]) for split, inputs in collection.splits.items()]
 
 
 # 3. Publishing.
@@ -320,9 +335,9 @@ def _publish(
   finished: dict[str, Finished],
   encode: Encode | None,
 ) -> None:
-  """Writes the indices, and then `dataset.json`, which makes a set of the shards."""
+  """Writes the indices and, last, `dataset.json`, which marks the set as finished."""
   splits = {}
-  for split, of_split, parts in _zipped(collection, cut):
+  for split, inputs, parts in _zipped(collection, cut):
     files = [finished[_shard_file(split, i, len(parts))] for i in range(len(parts))]
     kept = np.concatenate([part[done.kept] for part, done in zip(parts, files)])
     if not len(kept):
@@ -330,15 +345,15 @@ def _publish(
         f"no image of the {split} split can be read, see {to / UNREADABLE}"
       )
     crc32 = np.array([value for done in files for value in done.crc32], np.uint32)
-    index = Index(of_split.labels[kept], crc32, of_split.names.take(kept)).to_bytes()
+    index = Index(inputs.labels[kept], crc32, inputs.names.take(kept)).to_bytes()
     file = f"{split}.index.npz"
     write_durably(to / file, index)
-    digest = hashlib.sha256(index).hexdigest()
+    sha256 = hashlib.sha256(index).hexdigest()
     splits[split] = StoredSplit(
-      len(kept), IndexFile(file, len(index), digest), tuple(done.shard for done in files)
+      len(kept), IndexFile(file, len(index), sha256), tuple(done.shard for done in files)
     )
   described = encode.describe() if encode else None
-  manifest = Manifest(name, byolx.__version__, described, collection.classes, splits)
+  manifest = Manifest(name, VERSION, described, collection.classes, splits)
   write_durably(to / MANIFEST, manifest.to_json().encode())
 
 
@@ -351,16 +366,16 @@ def _write_list(path: Path, lines: list[str]) -> None:
 
 
 class _Progress:
-  """A line now and then: shards, rates, remaining time."""
+  """Progress lines on stderr: shards, rates, remaining time."""
 
   def __init__(self, verb: str, files: int, size: int):
     self._verb, self._files, self._size = verb, files, size
-    self._began = self._printed = time.monotonic()
+    self._start = self._printed = time.monotonic()
     self._done = self._records = self._bytes = 0
     self._lock = threading.Lock()
 
   def add(self, count: int, size: int) -> None:
-    """One more shard, of so many records made from (or read as) so many bytes."""
+    """Adds a finished shard, of `count` records and `size` bytes."""
     with self._lock:
       self._done += 1
       self._records += count
@@ -369,19 +384,19 @@ class _Progress:
       if now - self._printed < PROGRESS_SECONDS and self._done < self._files:
         return
       self._printed = now
-      took = max(now - self._began, 1e-9)
-      left = took * (self._size - self._bytes) / max(self._bytes, 1)
+      elapsed = max(now - self._start, 1e-9)
+      left = elapsed * (self._size - self._bytes) / max(self._bytes, 1)
       parts = [
         f"{self._verb} shard {self._done:>{len(str(self._files))}}/{self._files}",
         f"{self._records:,} records",
-        f"{self._records / took:.0f} records/s",
-        f"{self._bytes / took / _MB:.1f} MB/s",
+        f"{self._records / elapsed:.0f} records/s",
+        f"{self._bytes / elapsed / _MB:.1f} MB/s",
         f"{duration(left)} left",
       ]
       print("  ".join(parts), file=sys.stderr, flush=True)
 
 
-def _conclude(to: Path, seconds: float) -> None:
+def _print_summary(to: Path, seconds: float) -> None:
   try:
     manifest = prepared_format.read_manifest(to)
   except ValueError as error:
@@ -394,7 +409,7 @@ def _conclude(to: Path, seconds: float) -> None:
 
 
 def _contents(manifest: Manifest) -> str:
-  """`train 1,281,167 records in 545 shards, 137.9 GB; test ...`."""
+  """Formats the contents of a set: `train 96 records in 4 shards, 2.1 MB; test ...`."""
   parts = [
     f"{split} {_plural(stored.records, 'record')} in {_plural(len(stored.shards), 'shard')}, "
     + _size(sum(shard.bytes for shard in stored.shards))

@@ -1,1 +1,1 @@
-"""Images on disk, one module a layout."""
+"""Data sources: one module per layout on disk."""

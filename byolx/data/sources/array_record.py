@@ -1,4 +1,4 @@
-"""ArrayRecord files that several threads and processes read at random."""
+"""Random access to ArrayRecord files, from several threads and processes."""
 
 import os
 import threading
@@ -8,28 +8,40 @@ from array_record.python.array_record_module import ArrayRecordReader
 from byolx.data.decode import DecodeError
 
 MAX_OPEN = 512
-"""So many shards are open at once in a process, of the 1024 files that systems usually allow."""
+"""Largest number of open shards per process; most systems allow a process 1024 open files."""
 
-_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # to read at random, not one after another
+_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access: nothing is read ahead
 _BUFFER = 32768
 
 
 def open_shard(path: str, records: int) -> ArrayRecordReader:
-  """Opens a shard that must have so many records.
+  """Opens a shard and checks its number of records.
+
+  Args:
+    path: path of the ArrayRecord file.
+    records: expected number of records.
 
   Raises:
-    DecodeError: it is missing, damaged, or has another number of records.
+    DecodeError: the shard is missing, damaged, or has another number of records.
   """
   reader = ArrayRecordReader(path, options=_OPTIONS, file_reader_buffer_size=_BUFFER)
   if not reader.ok() or reader.num_records() != records:
-    # The reader keeps its reasons to itself.
-    what = "the shard cannot be opened" if os.path.isfile(path) else "the shard is missing"
-    raise DecodeError(f"{what}; expected an ArrayRecord file of {records} records")
+    # The reader gives no reason for its failure.
+    reason = "the shard cannot be opened" if os.path.isfile(path) else "the shard is missing"
+    raise DecodeError(f"{reason}; expected an ArrayRecord file of {records} records")
   return reader
 
 
 def read_record(reader: ArrayRecordReader, position: int) -> bytes:
-  """One record; raises DecodeError if it is damaged."""
+  """Reads the bytes of one record.
+
+  Args:
+    reader: open shard.
+    position: index of the record in the shard, 0 to records - 1.
+
+  Raises:
+    DecodeError: the record is damaged.
+  """
   try:
     (data,) = reader.read([position])
   except (RuntimeError, ValueError) as error:
@@ -38,7 +50,7 @@ def read_record(reader: ArrayRecordReader, position: int) -> bytes:
 
 
 class Readers:
-  """The shards that a process has open; a copy in another process starts with none."""
+  """Cache of the open shards of a process; its pickled copy in another process starts empty."""
 
   def __init__(self):
     self._process = os.getpid()
@@ -49,8 +61,8 @@ class Readers:
     return Readers, ()
 
   def get(self, path: str, records: int) -> ArrayRecordReader:
-    """An open shard, which threads may share; raises DecodeError, see `open_shard`."""
-    if self._process != os.getpid():  # a fork
+    """Returns an open shard, which threads may share; arguments and errors as in `open_shard`."""
+    if self._process != os.getpid():  # after a fork
       self.__init__()
     reader = self._open.get(path)
     if reader is None:

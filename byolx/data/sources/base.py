@@ -1,15 +1,14 @@
-"""What is on disk (or inside scikit-learn), as random-access examples.
+"""Source protocol, and the source classes that the layouts share.
 
-A source knows its labels and classes without decoding an image, gives any example by its number,
-and can be pickled, so that worker processes can have it. Every source yields uint8 RGB pixels.
+A source gives random access to examples by index. Its labels and classes are available without
+decoding an image, and it can be pickled, so that worker processes can use it. Every source yields
+uint8 RGB pixels. The data sets are opened by functions of the other modules:
 
-Here are the kinds of source and the two sets that come with a system:
-
-  digits          scikit-learn's 1797 images of 8 x 8 pixels: nothing to download
-  fashion_mnist   70,000 images of 28 x 28, from Debian's package dataset-fashion-mnist
-
-The others are made in `folders` (image trees: a folder of one's own, ImageNet, Places365), `cifar`,
-`records` (sets that `byolx prepare` wrote) and `tfds`.
+  small      scikit-learn's digits, and Fashion-MNIST from Debian's package
+  cifar      CIFAR-10 and CIFAR-100
+  folders    image trees: a folder of class folders, ImageNet, Places365
+  prepared   sets written by `byolx prepare`
+  tfds       sets written by TensorFlow Datasets
 """
 
 import os
@@ -22,15 +21,21 @@ from jaxtyping import Int32, Int64, UInt8
 
 from byolx.data.decode import decode, read_file
 from byolx.data.sources.names import Names, Numbered, Picked
-from byolx.data.sources.retry import patiently
+from byolx.data.sources.retry import with_retries
 
 SPLITS = ("train", "test")
 SPLIT_SEED = 0
-"""The seed of every held-out share here: fixed, so that a data set has one test split."""
+"""Seed of the held-out test splits: fixed, so that a data set always has the same test split."""
 
 
 class Example(NamedTuple):
-  """One example: RGB pixels 0..255, its class (-1 if unlabelled), and a name for messages."""
+  """One example.
+
+  Attributes:
+    image: RGB pixels 0..255.
+    label: class of the image, -1 if it is unlabelled.
+    key: name of the example in messages.
+  """
 
   image: UInt8[np.ndarray, "h w 3"]
   label: int
@@ -42,10 +47,10 @@ class Source(Protocol):
   """Random access to examples.
 
   Attributes:
-    name: of the data set.
-    labels: class of every example, -1 if it has none; known without decoding.
-    classes: names of the classes, empty if there are none.
-    names: of every example: its file, or its key in the set. Splits are chosen by them.
+    name: name of the data set.
+    labels: class of each example, -1 if it is unlabelled; available without decoding.
+    classes: names of the classes, empty for an unlabelled set.
+    names: name of each example: its file, or its key in the set. Splits are chosen by these names.
   """
 
   name: str
@@ -56,7 +61,7 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Example:
-    """Raises DecodeError if the example cannot be read; the message starts with its name."""
+    """Reads one example; raises DecodeError, whose message starts with the example's name."""
 
 
 @runtime_checkable
@@ -64,12 +69,12 @@ class EncodedSource(Source, Protocol):
   """A source of encoded images, whose `source[i].image` is `decode(*source.encoded(i))`."""
 
   def encoded(self, index: int) -> tuple[bytes, str]:
-    """The bytes of an image file and the name for messages; raises DecodeError."""
+    """Returns the bytes of an image file and its name in messages; raises DecodeError."""
 
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-  """Images of one size, grey or RGB, held in memory."""
+  """Images of one size, grey or RGB, in memory; attributes as in `Source`."""
 
   name: str
   images: UInt8[np.ndarray, "n h w"] | UInt8[np.ndarray, "n h w 3"]
@@ -91,7 +96,13 @@ class ArraySource:
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-  """Image files; `files` are relative to `folder`."""
+  """Image files in a folder.
+
+  Attributes:
+    name, labels, classes: the attributes of `Source`.
+    folder: path of the folder.
+    files: paths of the image files, relative to `folder`.
+  """
 
   name: str
   folder: str
@@ -108,7 +119,7 @@ class FileSource:
 
   def encoded(self, index: int) -> tuple[bytes, str]:
     path = os.path.join(self.folder, self.files[index])
-    return patiently(lambda: read_file(path), self.folder), path
+    return with_retries(lambda: read_file(path), self.folder), path
 
   def __getitem__(self, index: int) -> Example:
     data, path = self.encoded(index)
@@ -117,7 +128,7 @@ class FileSource:
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-  """Some examples of another source, in the order of their indices."""
+  """The examples of another source at `indices`, in this order."""
 
   source: Source
   indices: Int64[np.ndarray, "k"]
@@ -147,7 +158,7 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class EncodedSubset(Subset):
-  """Some examples of a source of encoded images."""
+  """A subset of a source of encoded images."""
 
   source: EncodedSource
 
@@ -156,14 +167,14 @@ class EncodedSubset(Subset):
 
 
 def subset(source: Source, indices: Int64[np.ndarray, "k"]) -> Subset:
-  """Some examples of a source, encoded ones if the source's are."""
+  """Selects the examples at `indices`; the subset of an EncodedSource is an EncodedSource."""
   if isinstance(source, EncodedSource):
     return EncodedSubset(source, indices)
   return Subset(source, indices)
 
 
 def check_split(split: str) -> None:
-  """Refuses what is not the name of a split.
+  """Checks that `split` is 'train' or 'test'.
 
   Raises:
     ValueError: unknown split.

@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100, from the pickles of their "python version".
 
-A pickle can run any code of its author's. These are read by an unpickler that knows the three names
-which an array in a pickle of Python 2 needs, and puts inert stand-ins in the place of each; a file
-that asks for anything else is refused. What comes out is checked before it is used.
+Loading a pickle can run arbitrary code. These files are therefore read by a restricted unpickler:
+it accepts only the names that a pickled array needs, and replaces each of them by an inert
+stand-in. A file that refers to any other name is refused. The arrays are checked before use.
 """
 
 import io
@@ -23,7 +23,7 @@ _PIXELS = 3 * 32 * 32
 
 
 class _Layout(NamedTuple):
-  """Where a set keeps what: names of files, and keys of the dicts in them."""
+  """File names of a data set, and the keys of the dicts in these files."""
 
   name: str
   folder: str
@@ -55,27 +55,27 @@ _CIFAR100 = _Layout(
 
 
 def cifar10(folder: str | Path, split: str) -> ArraySource:
-  """CIFAR-10: 32 x 32, ten classes, 50,000 images for training and 10,000 for test.
+  """CIFAR-10: 32 x 32 pixels, 10 classes, 50,000 training and 10,000 test images.
 
   Args:
-    folder: the field data.folder: `cifar-10-batches-py`, or the folder that holds it.
+    folder: path of `cifar-10-batches-py` or of its parent; the field data.folder.
     split: 'train' or 'test'.
 
   Raises:
-    ValueError: unknown split, or a file that is missing or not what it should be.
+    ValueError: unknown split, or a file that is missing, damaged or of another format.
   """
   return _read(_CIFAR10, folder, split)
 
 
 def cifar100(folder: str | Path, split: str) -> ArraySource:
-  """CIFAR-100 with its 100 fine classes: 32 x 32, 50,000 images for training and 10,000 for test.
+  """CIFAR-100: 32 x 32 pixels, 100 fine classes, 50,000 training and 10,000 test images.
 
   Args:
-    folder: the field data.folder: `cifar-100-python`, or the folder that holds it.
+    folder: path of `cifar-100-python` or of its parent; the field data.folder.
     split: 'train' or 'test'.
 
   Raises:
-    ValueError: unknown split, or a file that is missing or not what it should be.
+    ValueError: unknown split, or a file that is missing, damaged or of another format.
   """
   return _read(_CIFAR100, folder, split)
 
@@ -88,12 +88,12 @@ def _read(layout: _Layout, folder: str | Path, split: str) -> ArraySource:
   if not str(folder) or not (root / layout.meta).is_file():
     files = ", ".join((layout.meta, *layout.train, *layout.test))
     raise ValueError(
-      f"data.folder is {str(folder)!r}, where {layout.meta} is not; expected {layout.folder}, the"
-      f" unpacked python version of the set, with {files}"
+      f"data.folder is {str(folder)!r}, which has no {layout.meta}; expected {layout.folder},"
+      f" the unpacked python version of the data set, with {files}"
     )
   names = _load(root / layout.meta, layout.classes)[layout.classes]
   if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
-    raise ValueError(f"{root / layout.meta}: {layout.classes} is no list of names")
+    raise ValueError(f"{root / layout.meta}: {layout.classes} is not a list of names")
   classes = tuple(name if isinstance(name, str) else name.decode("latin1") for name in names)
   files = layout.train if split == "train" else layout.test
   parts = [_read_batch(root / file, layout.labels, len(classes)) for file in files]
@@ -103,18 +103,18 @@ def _read(layout: _Layout, folder: str | Path, split: str) -> ArraySource:
 
 
 def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-  """Images uint8 [n 32 32 3] and labels int32 [n] of one file."""
+  """Reads the images, uint8 [n 32 32 3], and labels, int32 [n], of one file."""
   batch = _load(path, "data", labels_key)
   data, labels = batch["data"], batch[labels_key]
   pixels = data.pixels() if isinstance(data, _Array) else None
   if pixels is None or pixels.ndim != 2 or pixels.shape[1] != _PIXELS or not len(pixels):
-    found = "no array of bytes" if pixels is None else f"of shape {pixels.shape}"
-    raise ValueError(f"{path}: data is {found}; expected uint8 of shape (n, {_PIXELS})")
+    problem = "not an array of bytes" if pixels is None else f"of shape {pixels.shape}"
+    raise ValueError(f"{path}: data is {problem}; expected uint8 of shape (n, {_PIXELS})")
   if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-    raise ValueError(f"{path}: {labels_key} is no list of whole numbers")
+    raise ValueError(f"{path}: {labels_key} is not a list of integers")
   if len(labels) != len(pixels):
     raise ValueError(
-      f"{path} holds {len(pixels)} images and {len(labels)} labels; expected as many"
+      f"{path} holds {len(pixels)} images and {len(labels)} labels; expected one each"
     )
   if min(labels) < 0 or max(labels) >= classes:
     raise ValueError(
@@ -124,11 +124,11 @@ def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, 
   return np.ascontiguousarray(images), np.array(labels, np.int32)
 
 
-# Reading a pickle without trusting it.
+# Restricted unpickling.
 
 
 def _load(path: Path, *keys: str) -> dict[str, Any]:
-  """The dict in a pickle, which must have these keys; texts of Python 2 in it are bytes."""
+  """Loads the dict of a pickle and checks its keys; strings of Python 2 are loaded as bytes."""
   try:
     data = path.read_bytes()
   except OSError as error:
@@ -138,34 +138,35 @@ def _load(path: Path, *keys: str) -> dict[str, Any]:
   try:
     content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
   except _RefusedError as error:
-    raise ValueError(f"{path} asks for {error}; expected nothing but arrays in it") from None
+    raise ValueError(f"{path} refers to {error}; expected nothing but arrays in it") from None
   except Exception as error:  # damaged pickles raise nearly anything
     raise ValueError(f"{path} is damaged ({error}); expected a pickle of CIFAR") from error
   if not isinstance(content, dict):
     raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict")
-  found = {key.decode("latin1"): content[key] for key in content if isinstance(key, bytes)}
-  found |= {key: content[key] for key in content if isinstance(key, str)}
-  if missing := [key for key in keys if key not in found]:
+  values = {key.decode("latin1"): content[key] for key in content if isinstance(key, bytes)}
+  values |= {key: content[key] for key in content if isinstance(key, str)}
+  if missing := [key for key in keys if key not in values]:
     raise ValueError(f"{path} has no {missing[0]!r}; expected {' and '.join(keys)} in it")
-  return found
+  return values
 
 
 class _RefusedError(Exception):
-  """A name that an array does not need."""
+  """The pickle refers to a name that no array needs."""
 
 
 class _Unpickler(pickle.Unpickler):
-  """Knows no names but those below, and no code of theirs runs."""
+  """Unpickler that replaces the names in `_STAND_INS` and refuses all others."""
 
   def find_class(self, module: str, name: str) -> Callable:
     stand_in = _STAND_INS.get((module, name))
     if stand_in is None:
       raise _RefusedError(f"{module}.{name}")
-    return lambda *args: stand_in(*args)  # made anew, since a pickle may set attributes on it
+    # A new function each time, since a pickle may set attributes on it.
+    return lambda *args: stand_in(*args)
 
 
 class _Array:
-  """Stands in for an array while a pickle is read: keeps the state, interprets nothing."""
+  """Stand-in for an array: keeps the pickled state without interpreting it."""
 
   def __init__(self, *_: Any):
     self.state = None
@@ -174,27 +175,27 @@ class _Array:
     self.state = state
 
   def pixels(self) -> np.ndarray | None:
-    """The array, if it is one of unsigned bytes whose size fits."""
+    """Returns the array if it has uint8 values and a consistent size, otherwise None."""
     match self.state:
       case (int(), tuple() as shape, _Dtype(code="u1" | "|u1"), False | 0, bytes() as raw):
-        whole = all(type(side) is int and side >= 0 for side in shape)
-        if whole and math.prod(shape) == len(raw):
+        valid = all(type(side) is int and side >= 0 for side in shape)
+        if valid and math.prod(shape) == len(raw):
           return np.frombuffer(raw, np.uint8).reshape(shape)
     return None
 
 
 class _Dtype:
-  """Stands in for `numpy.dtype`."""
+  """Stand-in for `numpy.dtype`."""
 
   def __init__(self, code: Any = None, *_: Any):
     self.code = code.decode("latin1") if isinstance(code, bytes) else code
 
   def __setstate__(self, state: Any):
-    pass  # byte order and the like, which bytes do not have
+    pass  # the state holds the byte order, which uint8 does not have
 
 
 def _latin1(text: Any, encoding: Any = None) -> bytes:
-  """Stands in for `codecs.encode`, which is how Python 3 spells bytes in such pickles."""
+  """Stand-in for `codecs.encode`, by which Python 3 writes bytes in old pickle protocols."""
   if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
     raise _RefusedError(f"the encoding {encoding!r}")
   return text.encode("latin1")

@@ -1,11 +1,11 @@
-"""Image trees on disk: a folder of one's own, ImageNet and Places365, as they lie after unpacking.
+"""Image trees on disk: a folder of class folders, ImageNet and Places365.
 
   image_folder   one subfolder per class, or images without labels
   imagenet       train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
   places365      the lists places365_train_standard.txt and places365_val.txt, and the images
 
-Nothing is opened here: a folder is listed once, several classes at a time, and a file that cannot
-be decoded raises DecodeError when it is asked for.
+A folder is listed once, several classes in parallel. Images are opened only when they are read, so
+a file that cannot be decoded raises DecodeError then.
 """
 
 import logging
@@ -27,7 +27,7 @@ from byolx.data.splits import stratified_holdout
 logger = logging.getLogger("byolx")
 
 _LISTING_THREADS = 8
-"""They hide the latency of network disks; a local disk neither gains nor loses by them."""
+"""Threads that list class folders in parallel, which hides the latency of network disks."""
 
 _EXPECTED = (
   "a folder with one subfolder of images per class, or with images, or with train/ and test/ (or"
@@ -40,25 +40,26 @@ _PLACES365 = (
 
 
 def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> FileSource:
-  """Images in a folder, found by extension (see decode.EXTENSIONS), hidden files left out.
+  """Images in a folder, selected by extension (decode.EXTENSIONS); hidden files are left out.
 
-  Layouts, the first that fits:
-    - subfolders `train` and `test` (or `val`), each laid out as below: those are the splits. If
-      both are there, `test` is the test split unless it alone has no class folders.
-    - subfolders with images in them, at any depth: one class each, in order of name. Images beside
-      them are ignored.
-    - images only: unlabelled.
-  Without a folder for the test split, `test_share` of every class is held out, chosen by the
-  files' names (of what is in `train`, if that is the only subfolder).
+  The first of these layouts that fits is used:
+    - Subfolders `train` and `test` (or `val`), each in one of the layouts below, are the splits. If
+      `test` and `val` both exist, the test split is `test`, or `val` if only `val` has class
+      folders.
+    - Subfolders with images, at any depth, are one class each, sorted by name. Images beside the
+      subfolders are ignored.
+    - Images only: they are unlabelled.
+  Without a folder for the test split, `test_share` of each class is held out, chosen by a hash of
+  the file names. If `train` is the only subfolder, its images are split.
 
   Args:
-    folder: the field data.folder.
+    folder: path of the folder; the field data.folder.
     split: 'train' or 'test'.
-    test_share: 0 <= share < 1.
+    test_share: share of each class in the test split, 0 <= share < 1.
 
   Raises:
-    ValueError: unknown split; no such folder; no image in it or in the split; a class of the test
-      split that is not in the training split.
+    ValueError: unknown split; the folder does not exist; no image in it or in the split; a class of
+      the test split that is not in the training split.
   """
   check_split(split)
   root = _existing(folder, _EXPECTED)
@@ -67,68 +68,68 @@ def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> Fil
     root = _only_train(root)
     listing = _list_tree(root)
     files = listing.files
-    chosen = stratified_holdout(listing.labels, test_share, SPLIT_SEED, files)
-    part = chosen[SPLITS.index(split)]
-    listing = listing._replace(files=files.take(part), labels=listing.labels[part])
-    found = len(files)
+    parts = stratified_holdout(listing.labels, test_share, SPLIT_SEED, files)
+    indices = parts[SPLITS.index(split)]
+    listing = listing._replace(files=files.take(indices), labels=listing.labels[indices])
+    total = len(files)
   else:
     listing = _list_tree(root / "train")
     if split == "test":
       listing = _relabelled(_list_tree(test), listing.classes, test)
     root = root / "train" if split == "train" else test
-    found = len(listing.files)
+    total = len(listing.files)
   if not len(listing.files):
     raise ValueError(
       f"data.folder is {str(folder)!r}, whose {split} split has no image"
-      f" ({found} found, data.test_share {test_share}); expected {_EXPECTED}"
+      f" ({total} found, data.test_share {test_share}); expected {_EXPECTED}"
     )
   return _source("image_folder", root, split, listing)
 
 
 def imagenet(folder: str | Path, split: str) -> FileSource:
-  """ImageNet (ILSVRC 2012), or some of its classes: 1,281,167 images and 50,000, 1000 classes.
+  """ImageNet (ILSVRC 2012): 1,281,167 training and 50,000 test images of 1000 classes, or a part.
 
-  Classes are the folders of `train`, named by WordNet ids, in order of name: that is the usual
-  numbering 0 to 999.
+  The classes are the folders in `train`, which are named by WordNet ids (wnids). They are sorted by
+  name, which gives the usual class numbers 0 to 999.
 
   Args:
-    folder: the field data.folder, with `train` and `val` in it.
-    split: 'train', or 'test', which is `val`.
+    folder: path of the folder of `train` and `val`; the field data.folder.
+    split: 'train', or 'test' for the images in `val`.
 
   Raises:
-    ValueError: unknown split; no such folder; `train` or `val` missing or not laid out by wnids; a
-      class of `val` that `train` does not have; no image.
+    ValueError: unknown split; the folder does not exist; `train` or `val` is missing or has
+      subfolders that are not wnids; a class of `val` that `train` does not have; no image.
   """
   check_split(split)
   root = _existing(folder, _IMAGENET)
   classes = _wnids(root, "train")
   root = root / ("train" if split == "train" else "val")
-  chosen = classes if split == "train" else _wnids(root.parent, "val")
-  listing = _relabelled(_list_classes(root, chosen), classes, root)
+  wnids = classes if split == "train" else _wnids(root.parent, "val")
+  listing = _relabelled(_list_classes(root, wnids), classes, root)
   if not len(listing.files):
     raise ValueError(
-      f"data.folder is {str(folder)!r}, whose {root.name}/ has {len(chosen)} class folders without"
+      f"data.folder is {str(folder)!r}, whose {root.name}/ has {len(wnids)} class folders without"
       f" an image; expected {_IMAGENET}"
     )
   return _source("imagenet", root, split, listing)
 
 
 def places365(folder: str | Path, split: str) -> FileSource:
-  """Places365-Standard: 1,803,460 images for training, 36,500 of `val` for test, 365 classes.
+  """Places365-Standard: 1,803,460 training images, 36,500 test images (its `val`), 365 classes.
 
-  The files and their classes are those of the lists. The images may lie in `data_256_standard`,
-  `data_large_standard`, `data_256`, `data_large` or `train`, or in the folder itself, and those of
-  the test split in `val_256`, `val_large` or `val`; the first that is there is taken, and logged.
-  Classes are called as in `categories_places365.txt`; without it, as the folders of the training
-  list.
+  The lists give the files and their classes. Training images are searched in `data_256_standard`,
+  `data_large_standard`, `data_256`, `data_large`, `train` and the folder itself, test images in
+  `val_256`, `val_large`, `val` and the folder itself; the first folder with an image of the list is
+  used, and logged. Class names are read from `categories_places365.txt`, or else from the folders
+  in the training list.
 
   Args:
-    folder: the field data.folder, with the lists in it.
-    split: 'train', or 'test', which is `val`.
+    folder: path of the folder of the lists; the field data.folder.
+    split: 'train', or 'test' for the images of `val`.
 
   Raises:
-    ValueError: unknown split; no such folder, list or folder of images; a line that is not a file
-      and a class.
+    ValueError: unknown split; the folder, a list or the folder of images does not exist; a line of
+      a list is not a file and a class; a class number without a name.
   """
   check_split(split)
   root = _existing(folder, _PLACES365)
@@ -162,7 +163,7 @@ _PLACES365_TREES = {
 
 
 class _Listing(NamedTuple):
-  """Image files below a folder: relative names, classes, and a count of what else was there."""
+  """Image files below a folder: relative paths, classes, and counts of ignored files by kind."""
 
   files: Names
   labels: np.ndarray
@@ -171,7 +172,7 @@ class _Listing(NamedTuple):
 
 
 def _list_tree(folder: Path) -> _Listing:
-  """Lists a folder of class folders, or a flat folder of images, in order of name."""
+  """Lists a folder of class folders, or a flat folder of images, sorted by name."""
   ignored = Counter()
   flat, subfolders = [], []
   for entry in _entries(folder):
@@ -191,7 +192,7 @@ def _list_tree(folder: Path) -> _Listing:
 
 
 def _list_classes(folder: Path, classes: Sequence[str]) -> _Listing:
-  """All images below `folder / class`, for every class; their labels number these classes."""
+  """Lists the images below `folder / class` of all classes; labels are indices of `classes`."""
   with ThreadPoolExecutor(_LISTING_THREADS) as pool:
     parts = list(pool.map(lambda name: _images_below(folder, name), classes))
   files = Names.joined([files for files, _ in parts])
@@ -201,15 +202,15 @@ def _list_classes(folder: Path, classes: Sequence[str]) -> _Listing:
 
 
 def _images_below(folder: Path, name: str) -> tuple[Names, Counter]:
-  """Images below `folder / name`, relative to `folder`, sorted; links are followed, but once."""
-  files, ignored, seen, waiting = [], Counter(), set(), [name]
-  while waiting:
-    relative = waiting.pop()
+  """Lists the images below `folder / name`, relative to `folder`, sorted; follows links once."""
+  files, ignored, visited, pending = [], Counter(), set(), [name]
+  while pending:
+    relative = pending.pop()
     path = folder / relative
     status = os.stat(path)
-    if (status.st_dev, status.st_ino) in seen:  # a link to a folder above it
+    if (status.st_dev, status.st_ino) in visited:  # a link to a parent folder
       continue
-    seen.add((status.st_dev, status.st_ino))
+    visited.add((status.st_dev, status.st_ino))
     subfolders = []
     for entry in _entries(path):
       if entry.is_dir():
@@ -218,12 +219,12 @@ def _images_below(folder: Path, name: str) -> tuple[Names, Counter]:
         files.append(f"{relative}/{entry.name}")
       else:
         ignored[_kind(entry.name)] += 1
-    waiting.extend(sorted(subfolders, reverse=True))
+    pending.extend(sorted(subfolders, reverse=True))
   return Names.of(sorted(files)), ignored
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-  """What is in a folder, hidden files left out, in the order of the disk."""
+  """Lists a folder without hidden files, unsorted."""
   try:
     with os.scandir(folder) as entries:
       return [entry for entry in entries if not entry.name.startswith(".")]
@@ -240,27 +241,27 @@ def _kind(name: str) -> str:
 
 
 def _existing(folder: str | Path, expected: str) -> Path:
-  """The field data.folder as a folder that is there."""
+  """Checks that the field data.folder is an existing folder."""
   if not str(folder) or not os.path.isdir(folder):
-    what = "is not a folder" if str(folder) and os.path.exists(folder) else "does not exist"
-    raise ValueError(f"data.folder is {str(folder)!r}, which {what}; expected {expected}")
+    problem = "is not a folder" if str(folder) and os.path.exists(folder) else "does not exist"
+    raise ValueError(f"data.folder is {str(folder)!r}, which {problem}; expected {expected}")
   return Path(folder)
 
 
 def _relabelled(listing: _Listing, classes: Sequence[str], folder: Path) -> _Listing:
-  """The listing of the test split with the numbers that the training split gives to the classes."""
+  """Renumbers the labels of a listing by `classes`, the class names of the training split."""
   classes = tuple(classes)
   if not listing.classes:
     return listing._replace(classes=classes)
-  number_of = {name: number for number, name in enumerate(classes)}
+  label_of = {name: label for label, name in enumerate(classes)}
   used = [listing.classes[label] for label in np.unique(listing.labels)]
   if unknown := sorted(set(used) - set(classes)):
     raise ValueError(
       f"{folder} has the class {unknown[0]!r}, which train/ does not have;"
       f" expected some of its {len(classes)} classes"
     )
-  number = np.array([number_of.get(name, -1) for name in listing.classes], np.int32)
-  return listing._replace(labels=number[listing.labels], classes=classes)
+  new_labels = np.array([label_of.get(name, -1) for name in listing.classes], np.int32)
+  return listing._replace(labels=new_labels[listing.labels], classes=classes)
 
 
 def _source(name: str, root: Path, split: str, listing: _Listing) -> FileSource:
@@ -277,32 +278,33 @@ def _source(name: str, root: Path, split: str, listing: _Listing) -> FileSource:
 
 
 def _test_folder(root: Path) -> Path | None:
-  """The folder of the test split, if `root` has folders of splits."""
+  """Returns the folder of the test split if `root` has folders for both splits, otherwise None."""
   if not (root / "train").is_dir():
     return None
-  found = [root / name for name in ("test", "val") if (root / name).is_dir()]
-  return ([folder for folder in found if _subfolders(folder)] or found or [None])[0]
+  folders = [root / name for name in ("test", "val") if (root / name).is_dir()]
+  return ([folder for folder in folders if _subfolders(folder)] or folders or [None])[0]
 
 
 def _only_train(root: Path) -> Path:
-  """`root / "train"` where that is all there is: otherwise it would pass for the only class."""
+  """Returns `root / "train"` if it is the only subfolder, so that it is not taken for a class."""
   return root / "train" if _subfolders(root) == ["train"] else root
 
 
 def _wnids(root: Path, split: str) -> list[str]:
-  """The class folders of ImageNet's `train` or `val`, sorted, which must be all that is there."""
+  """Lists the class folders of `train` or `val`, sorted; other subfolders are refused."""
   folder = root / split
   if not folder.is_dir():
-    found = ", ".join(_subfolders(root)[:3]) or "no subfolder"
+    subfolders = ", ".join(_subfolders(root)[:3]) or "no subfolder"
     raise ValueError(
-      f"data.folder is {str(root)!r}, which has no {split}/ (found: {found}); expected {_IMAGENET}"
+      f"data.folder is {str(root)!r}, which has no {split}/ (found: {subfolders});"
+      f" expected {_IMAGENET}"
     )
   names = _subfolders(folder)
   if not names:
     files = sorted(entry.name for entry in _entries(folder))
-    found = f", but {len(files)} files such as {files[0]}" if files else ""
+    but = f", but {len(files)} files such as {files[0]}" if files else ""
     raise ValueError(
-      f"{folder} has no class folders{found}; expected the images sorted into {split}/<wnid>/, such"
+      f"{folder} has no class folders{but}; expected the images sorted into {split}/<wnid>/, such"
       f" as {split}/n01440764/"
     )
   if other := [name for name in names if not re.fullmatch(r"n\d{8}", name)]:
@@ -314,7 +316,7 @@ def _wnids(root: Path, split: str) -> list[str]:
 
 
 def _read_list(path: Path) -> tuple[list[str], list[int]]:
-  """The lines `file class` of a list of Places365; files without the slash at their start."""
+  """Reads the lines `file class` of a list; the leading slash of a file is removed."""
   try:
     lines = path.read_bytes().decode().splitlines()
   except OSError as error:
@@ -337,7 +339,7 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
 
 
 def _places(root: Path, files: list[str], labels: list[int], split: str) -> tuple[str, ...]:
-  """Names of the classes, such as `airfield`, by number."""
+  """Reads the class names, such as `airfield`, ordered by class number."""
   path = root / "categories_places365.txt"
   if path.is_file():
     folder_of = dict(zip(*reversed(_read_list(path))))

@@ -1,17 +1,18 @@
-"""Prepared sets: the images of a data set in a few large files, which are read at random.
+"""Prepared sets: the images of a data set in a few large files with random access.
 
-Millions of small files are slow to list and slow to open; `byolx prepare` puts them into a folder
+Millions of small files are slow to list and slow to open. `byolx prepare` writes them to a folder
 
-  dataset.json                         what is in it: written last, a set without it is unfinished
-  train-00000-of-00016.array_record    a shard in the format ArrayRecord; a record is the bytes of
-                                       one image file, and nothing else
-  train.index.npz                      of every record: label, checksum, name
-  unreadable.txt                       every input that was left out, and why
+  dataset.json                         manifest: splits, classes, sizes and checksums of the files;
+                                       written last, so a set without it is unfinished
+  train-00000-of-00016.array_record    shard in the format ArrayRecord; a record is the bytes of one
+                                       image file
+  train.index.npz                      label, checksum and name of each record
+  unreadable.txt                       inputs that were left out, with the reasons
 
-and `prepared` opens it for training. Nothing in it is trusted to have stayed as it was. The index
-is compared with its digest when a set is opened, shards are compared with their sizes, and every
-record with its checksum when it is read. ArrayRecord has checksums of its own, but a shard that is
-cut short while it is open gives empty records without an error. `verify` reads everything.
+and `prepared` opens this folder for training. Damage is detected by checksums: the index is checked
+against its SHA-256 and the shards against their sizes when a set is opened, and a record against
+its CRC-32 when it is read. The checksums of ArrayRecord do not suffice: if a shard is truncated
+while it is open, reads return empty records without an error. `verify` checks a whole set.
 """
 
 import bisect
@@ -42,7 +43,7 @@ from byolx.data.sources.prepared_format import (
   read_manifest,
   sha256_of,
 )
-from byolx.data.sources.retry import patiently
+from byolx.data.sources.retry import with_retries
 from byolx.data.splits import stratified_holdout
 
 # 1. Reading records.
@@ -50,7 +51,14 @@ from byolx.data.splits import stratified_holdout
 
 @dataclass(frozen=True, eq=False)
 class RecordSource:
-  """The records of a prepared split. Shards are opened when they are first read from."""
+  """The records of a prepared split; a shard is opened at the first read from it.
+
+  Attributes:
+    name, labels, classes, names: the attributes of `Source`.
+    folder: path of the prepared set.
+    shards: shards of the split, in the order of their records.
+    crc32: CRC-32 of the bytes of each record.
+  """
 
   name: str
   folder: str
@@ -65,11 +73,11 @@ class RecordSource:
     return len(self.labels)
 
   def encoded(self, index: int) -> tuple[bytes, str]:
-    """The bytes of one image file and its name.
+    """Returns the bytes of one image file and its name.
 
     Raises:
-      DecodeError: they are not the bytes that were prepared.
-    FolderLostError: see `patience`.
+      DecodeError: the shard cannot be read, or the bytes do not match their checksum.
+      FolderLostError: the folder is missing after all retries, see `retry.with_retries`.
     """
     index = range(len(self))[index]
     number = bisect.bisect_right(self._ends, index)
@@ -81,7 +89,7 @@ class RecordSource:
       return _checked(self._readers.get(path, shard.records), position, int(self.crc32[index]))
 
     try:
-      return patiently(read, self.folder), key
+      return with_retries(read, self.folder), key
     except DecodeError as error:
       raise DecodeError(f"{key}: record {position} of {path}: {error}") from None
 
@@ -102,19 +110,20 @@ def _checked(reader: ArrayRecordReader, position: int, crc32: int) -> bytes:
 
 
 def prepared(folder: str | Path, split: str, test_share: float = 0.2) -> EncodedSource:
-  """A set that `byolx prepare` wrote.
+  """Opens a set written by `byolx prepare`.
 
-  Where only a training split was prepared, `test_share` of every class of it is held out by the
-  records' names: the split that the folder had before it was prepared.
+  If the set has only a training split, `test_share` of each class is held out, chosen by a hash of
+  the record names. The split is the same as that of the image folder before it was prepared.
 
   Args:
-    folder: the field data.folder.
+    folder: path of the prepared set; the field data.folder.
     split: 'train' or 'test'.
-    test_share: 0 <= share < 1.
+    test_share: share of each class in the test split, 0 <= share < 1.
 
   Raises:
-    ValueError: unknown split; no prepared set, an unfinished one or one of a newer format; an index
-      or a shard that is missing or not of the right size; no record in the split.
+    ValueError: unknown split; the folder has no prepared set, an unfinished one or one of another
+      format; an index is missing or damaged; a shard is missing or has another size; the split has
+      no record.
   """
   check_split(split)
   manifest = read_manifest(folder)
@@ -123,8 +132,8 @@ def prepared(folder: str | Path, split: str, test_share: float = 0.2) -> Encoded
   else:
     (only,) = manifest.splits
     source = _open_split(folder, manifest, only)
-    rest, held = stratified_holdout(source.labels, test_share, SPLIT_SEED, source.names)
-    source = subset(source, rest if split == "train" else held)
+    train, test = stratified_holdout(source.labels, test_share, SPLIT_SEED, source.names)
+    source = subset(source, train if split == "train" else test)
   if not len(source):
     raise ValueError(
       f"{folder} has no record in the {split} split (data.test_share {test_share}); expected some"
@@ -158,19 +167,19 @@ def verify(
   images: bool = False,
   threads: int = 1,
 ) -> list[str]:
-  """Reads everything: digests of all files, the checksum of every record.
+  """Verifies a whole set: the checksums of all files and of all records.
 
   Args:
-    folder: of a prepared set.
-    report: told after every shard how many records and bytes were read.
-    images: whether every record is decoded, too.
-    threads: how many shards are read at once.
+    folder: path of the prepared set.
+    report: callback after each shard, with its numbers of records and bytes.
+    images: True to decode each record as well.
+    threads: number of shards read in parallel.
 
   Returns:
-    What is wrong, a line for each, in the order of splits, shards and records.
+    One line per problem, in the order of splits, shards and records.
 
   Raises:
-    ValueError: see `read_manifest`.
+    ValueError: the manifest is missing or damaged, see `read_manifest`.
   """
   manifest = read_manifest(folder)
   problems = []
@@ -184,27 +193,27 @@ def verify(
     parts = [slice(start, start + shard.records) for start, shard in zip(starts, stored.shards)]
 
     def check(shard: Shard, part: slice, index=index) -> list[str]:
-      found = _verify_shard(Path(folder) / shard.file, shard, index, part, images)
+      shard_problems = _verify_shard(Path(folder) / shard.file, shard, index, part, images)
       report(shard.records, shard.bytes)
-      return found
+      return shard_problems
 
     with ThreadPoolExecutor(threads) as pool:
-      for found in pool.map(check, stored.shards, parts):
-        problems += found
+      for shard_problems in pool.map(check, stored.shards, parts):
+        problems += shard_problems
   return problems
 
 
 def _verify_shard(
   path: Path, shard: Shard, index: Index | None, part: slice, images: bool
 ) -> list[str]:
-  """What is wrong with a shard, whose records are `part` of the index (None if that is lost)."""
+  """Lists the problems of a shard; its records are `part` of the index, None if unreadable."""
   try:
     check_size(path, shard.bytes)
-    digest = sha256_of(path)
+    sha256 = sha256_of(path)
   except (ValueError, OSError) as error:
     return [str(error)]
   problems = []
-  if digest != shard.sha256:
+  if sha256 != shard.sha256:
     problems.append(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
   elif index is None:
     return []

@@ -1,7 +1,7 @@
-"""The files of a prepared set beside its shards: `dataset.json` and the index of every split.
+"""The metadata files of a prepared set: `dataset.json` and the index of each split.
 
-Both are read as what a stranger may have written: names of files stay inside the folder, nothing
-is unpickled, and what does not fit together is an error that names the file.
+Neither file is trusted: file names must stay inside the folder, nothing is unpickled, and an
+inconsistent value raises an error that names the file.
 """
 
 import hashlib
@@ -22,15 +22,22 @@ from byolx.data.sources.names import Names
 FORMAT = 1
 MANIFEST = "dataset.json"
 PROGRESS = ".prepare"
-"""The folder, inside a set, of what `byolx prepare` knows about its own progress."""
+"""Subfolder of a set with the state of an unfinished `byolx prepare`."""
 
 
-# 1. What dataset.json says.
+# 1. dataset.json.
 
 
 @dataclass(frozen=True)
 class Shard:
-  """One file of records."""
+  """One file of records.
+
+  Attributes:
+    file: file name in the folder of the set.
+    records: number of records.
+    bytes: size of the file in bytes.
+    sha256: SHA-256 of the file, in hexadecimal.
+  """
 
   file: str
   records: int
@@ -40,7 +47,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class IndexFile:
-  """The file with labels, checksums and names of a split's records."""
+  """The file of the labels, checksums and names of a split's records; fields as in `Shard`."""
 
   file: str
   bytes: int
@@ -61,11 +68,11 @@ class Manifest:
   """The contents of `dataset.json`.
 
   Attributes:
-    name: of the data set.
-    byolx: the version that wrote it.
-    encode: how images were made smaller; None if every file is as it was.
-    classes: names of the classes, empty if there are none.
-    splits: 'train', and 'test' if the set has a test split of its own.
+    name: name of the data set.
+    byolx: version of byolx that wrote the set.
+    encode: settings of `shards.Encode`; None if the image files were stored unchanged.
+    classes: names of the classes, empty for an unlabelled set.
+    splits: the split 'train', and 'test' if a test split was prepared.
   """
 
   name: str
@@ -82,40 +89,42 @@ def read_manifest(folder: str | Path) -> Manifest:
   """Reads `dataset.json`.
 
   Raises:
-    ValueError: no prepared set, an unfinished one, one of a newer format, or damage.
+    ValueError: the file is missing, damaged or of another format, or the set is unfinished.
   """
   path = Path(folder) / MANIFEST
   if not path.is_file():
     if (Path(folder) / PROGRESS).is_dir():
       raise ValueError(
-        f"{folder} is an unfinished set, without {MANIFEST}; expected that the `byolx prepare` that"
-        " began it is run again, and goes on where it stopped"
+        f"{folder} is an unfinished set, without {MANIFEST}; run the same `byolx prepare` command"
+        " again to finish it"
       )
     raise ValueError(f"{folder} has no {MANIFEST}; expected a folder written by `byolx prepare`")
   try:
     values = json.loads(path.read_text())
-    found = values.pop("format")
-    if found == FORMAT:
+    version = values.pop("format")
+    if version == FORMAT:
       return _manifest(**values)
   except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ValueError(f"{path} is damaged: {error}; expected what `byolx prepare` wrote") from error
-  raise ValueError(f"{path} has the format {found!r}; expected {FORMAT}, which this version reads")
+    raise ValueError(f"{path} is damaged: {error}; expected a file of `byolx prepare`") from error
+  raise ValueError(
+    f"{path} has the format {version!r}; expected {FORMAT}, which this version reads"
+  )
 
 
 def _manifest(name, byolx, encode, classes, splits) -> Manifest:
-  """Checks what the rest relies on; a wrong or missing field is a TypeError of the call itself."""
+  """Builds and checks a manifest; a missing or unknown field is a TypeError of the call."""
   stored = {}
-  for split, of_split in splits.items():
+  for split, entry in splits.items():
     check_split(split)
-    shards = tuple(Shard(**shard) for shard in of_split["shards"])
-    stored[split] = StoredSplit(of_split["records"], IndexFile(**of_split["index"]), shards)
+    shards = tuple(Shard(**shard) for shard in entry["shards"])
+    stored[split] = StoredSplit(entry["records"], IndexFile(**entry["index"]), shards)
     for file in (stored[split].index, *shards):
       if os.path.basename(file.file) != file.file:
         raise ValueError(f"the file {file.file!r} is not in the set's folder")
     if stored[split].records != sum(shard.records for shard in shards):
       raise ValueError(f"the shards of {split} do not have {stored[split].records} records")
   if not stored:
-    raise ValueError("it has no split")
+    raise ValueError("the set has no split")
   return Manifest(name, byolx, encode, tuple(classes), stored)
 
 
@@ -123,14 +132,20 @@ def _manifest(name, byolx, encode, classes, splits) -> Manifest:
 
 
 class Index(NamedTuple):
-  """Of every record of a split: its class (-1 for none), the checksum of its bytes, its name."""
+  """Labels, checksums and names of the records of a split.
+
+  Attributes:
+    labels: class of each record, -1 if it is unlabelled.
+    crc32: CRC-32 of the bytes of each record.
+    names: name of each record.
+  """
 
   labels: Int32[np.ndarray, "n"]
   crc32: UInt32[np.ndarray, "n"]
   names: Names
 
   def to_bytes(self) -> bytes:
-    """An `.npz` file, the same bytes for the same index."""
+    """Serialises to `.npz`; equal indices give equal bytes."""
     file = io.BytesIO()
     key_bytes = np.frombuffer(self.names.buffer, np.uint8)
     np.savez(
@@ -140,10 +155,15 @@ class Index(NamedTuple):
 
 
 def read_index(folder: str | Path, stored: StoredSplit, classes: int) -> Index:
-  """Reads the index of a split whose records are of so many classes.
+  """Reads and checks the index of a split.
+
+  Args:
+    folder: path of the prepared set.
+    stored: the split's entry in the manifest.
+    classes: number of classes; labels are -1 to classes - 1.
 
   Raises:
-    ValueError: the file is missing, or not the one that was written.
+    ValueError: the file is missing or damaged.
   """
   path = Path(folder) / stored.index.file
   check_size(path, stored.index.bytes)
@@ -155,31 +175,31 @@ def read_index(folder: str | Path, stored: StoredSplit, classes: int) -> Index:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
       labels, crc32, key_bytes, ends = (arrays[name] for name in kinds)
   except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-    raise ValueError(f"{path} is no index: {error}; expected {', '.join(kinds)}") from error
-  found = [(array.dtype, array.shape) for array in (labels, crc32, key_bytes, ends)]
+    raise ValueError(f"{path} is not an index: {error}; expected {', '.join(kinds)}") from error
+  formats = [(array.dtype, array.shape) for array in (labels, crc32, key_bytes, ends)]
   lengths = (stored.records, stored.records, key_bytes.size, stored.records)
   expected = [(np.dtype(kind), (length,)) for kind, length in zip(kinds.values(), lengths)]
   limits = np.concatenate([[0], ends.ravel(), [key_bytes.size]])
   in_order = limits[-1] == limits[-2] and (np.diff(limits) >= 0).all()
-  if found != expected or not in_order or ((labels < -1) | (labels >= classes)).any():
+  if formats != expected or not in_order or ((labels < -1) | (labels >= classes)).any():
     raise ValueError(
-      f"{path} is no index of {stored.records} records of {classes} classes; expected the one that"
-      " `byolx prepare` wrote"
+      f"{path} is not an index of {stored.records} records of {classes} classes; expected the file"
+      " that `byolx prepare` wrote"
     )
   return Index(labels, crc32, Names(key_bytes.tobytes(), ends))
 
 
 def check_size(path: Path, expected: int) -> None:
-  """Raises ValueError unless there is a file of so many bytes."""
+  """Checks the size of a file; raises ValueError if it differs or the file is missing."""
   try:
-    found = path.stat().st_size
+    size = path.stat().st_size
   except OSError as error:
     raise ValueError(f"{path}: {error.strerror}; expected a file of {expected} bytes") from error
-  if found != expected:
-    raise ValueError(f"{path} has {found} bytes; expected {expected}, as in {MANIFEST}")
+  if size != expected:
+    raise ValueError(f"{path} has {size} bytes; expected {expected}, as in {MANIFEST}")
 
 
 def sha256_of(path: str | Path) -> str:
-  """The digest of a file's bytes, in hexadecimal."""
+  """Computes the SHA-256 of a file, in hexadecimal."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

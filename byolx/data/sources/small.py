@@ -1,4 +1,4 @@
-"""Small sets that come with packages: scikit-learn's digits, Debian's Fashion-MNIST."""
+"""Small data sets of installed packages: scikit-learn's digits, Debian's Fashion-MNIST."""
 
 import gzip
 import importlib.util
@@ -19,11 +19,13 @@ FASHION_MNIST_CLASSES = (
 
 
 def digits(split: str, test_share: float = 0.2) -> ArraySource:
-  """scikit-learn's handwritten digits: 8 x 8, ten classes, 1437 for training and 360 for test.
+  """scikit-learn's handwritten digits: 8 x 8 pixels, 10 classes, 1797 images.
+
+  With the default `test_share`, 1437 are training and 360 are test images.
 
   Args:
     split: 'train' or 'test'.
-    test_share: which share is held out, the same proportion of every class.
+    test_share: share of the images in the test split, 0 <= share < 1; balanced over the classes.
 
   Raises:
     ValueError: unknown split, or a share outside [0, 1).
@@ -31,27 +33,28 @@ def digits(split: str, test_share: float = 0.2) -> ArraySource:
   check_split(split)
   table = _digits_table()
   labels = table[:, -1].astype(np.int32)
-  chosen = stratified_holdout(labels, test_share, SPLIT_SEED)[SPLITS.index(split)]
-  images = np.rint(table[chosen, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-  return ArraySource("digits", images, labels[chosen], tuple(str(i) for i in range(10)))
+  indices = stratified_holdout(labels, test_share, SPLIT_SEED)[SPLITS.index(split)]
+  images = np.rint(table[indices, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+  return ArraySource("digits", images, labels[indices], tuple(str(i) for i in range(10)))
 
 
 def _digits_table() -> np.ndarray:
-  """The file that `sklearn.datasets.load_digits` reads; to import scikit-learn would take seconds."""
+  """Reads the file of `sklearn.datasets.load_digits` without the slow import of scikit-learn."""
   package = importlib.util.find_spec("sklearn").submodule_search_locations[0]
   with gzip.open(Path(package) / "datasets" / "data" / "digits.csv.gz", "rt") as file:
     return np.loadtxt(file, delimiter=",")
 
 
 def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
-  """Fashion-MNIST: 28 x 28, ten classes, 60,000 for training and 10,000 for test.
+  """Fashion-MNIST: 28 x 28 pixels, 10 classes, 60,000 training and 10,000 test images.
 
   Args:
-    folder: where the four `.gz` files lie; None or '' is where Debian's package puts them.
+    folder: path of the folder of the four `.gz` files; None or '' for the folder of Debian's
+      package, FASHION_MNIST_FOLDER.
     split: 'train' or 'test'.
 
   Raises:
-    ValueError: unknown split, or a file that is missing or not what it should be.
+    ValueError: unknown split, or a file that is missing, damaged or of another format.
   """
   check_split(split)
   folder = Path(folder or FASHION_MNIST_FOLDER)
@@ -60,7 +63,7 @@ def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
   labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", ())
   if len(images) != len(labels):
     raise ValueError(
-      f"{folder} holds {len(images)} {split} images and {len(labels)} labels; expected as many"
+      f"{folder} holds {len(images)} {split} images and {len(labels)} labels; expected one each"
     )
   if len(labels) and labels.max() >= 10:
     raise ValueError(f"{folder}: a {split} label is {labels.max()}; expected classes 0 to 9")
@@ -68,7 +71,7 @@ def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-  """Reads a compressed IDX file of uint8 items of the given shape; the header must fit exactly."""
+  """Reads a compressed IDX file of uint8 items of this shape, and checks its header and size."""
   try:
     data = gzip.decompress(path.read_bytes())
   except FileNotFoundError:
@@ -77,7 +80,7 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
       " dataset-fashion-mnist), or set data.folder to the folder of its four .gz files"
     ) from None
   except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f"{path}: {error}; expected a whole gzip file in IDX format") from error
+    raise ValueError(f"{path}: {error}; expected a complete gzip file in IDX format") from error
   start = 8 + 4 * len(shape)
   magic = bytes((0, 0, 8, 1 + len(shape)))
   if data[:4] != magic:

@@ -1,27 +1,35 @@
-"""tf.Example messages, parsed without TensorFlow: protocol buffers, just so far.
+"""Parser of tf.Example messages without TensorFlow, for this part of the protocol buffers format:
 
   Example   { Features features = 1; }
   Features  { map<string, Feature> feature = 1; }, whose entries are { key = 1; value = 2; }
   Feature   { oneof: BytesList = 1, FloatList = 2, Int64List = 3 }, each { repeated value = 1; }
 
-Nothing is copied but what is asked for, and whatever the bytes, nothing but ValueError is raised.
+Only the requested values are copied. Damaged messages raise ValueError, whatever their bytes.
 """
 
 from collections.abc import Iterator
 
 
 def features(record: bytes) -> dict[str, memoryview]:
-  """The serialised Feature of every key of a tf.Example; raises ValueError if it is damaged."""
-  found = {}
+  """Returns the serialised Feature of each key of a tf.Example.
+
+  Raises:
+    ValueError: the message is damaged.
+  """
+  serialised = {}
   for part in _messages(memoryview(record), 1):
     for entry in _messages(part, 1):
       key = bytes(next(_messages(entry, 1), b"")).decode("utf-8", "surrogateescape")
-      found[key] = next(_messages(entry, 2), memoryview(b""))
-  return found
+      serialised[key] = next(_messages(entry, 2), memoryview(b""))
+  return serialised
 
 
 def first_bytes(features: dict[str, memoryview], key: str) -> bytes:
-  """The first bytes of a feature; raises ValueError if it has none."""
+  """Returns the first byte string of a feature.
+
+  Raises:
+    ValueError: the feature is missing, damaged or has no byte string.
+  """
   for values in _messages(_feature(features, key), 1):
     for value in _messages(values, 1):
       return bytes(value)
@@ -29,15 +37,19 @@ def first_bytes(features: dict[str, memoryview], key: str) -> bytes:
 
 
 def first_int(features: dict[str, memoryview], key: str) -> int:
-  """The first whole number of a feature; raises ValueError if it has none."""
+  """Returns the first integer of a feature.
+
+  Raises:
+    ValueError: the feature is missing, damaged or has no integer.
+  """
   for values in _messages(_feature(features, key), 3):
     for number, value in _fields(values):
       if number != 1:
         continue
-      if not isinstance(value, int):  # several in a row, packed
+      if not isinstance(value, int):  # packed: several integers in one field
         value, _ = _varint(value, 0)
       return value - (1 << 64) if value >> 63 else value
-  raise ValueError(f"the feature {key!r} holds no whole number")
+  raise ValueError(f"the feature {key!r} holds no integer")
 
 
 def _feature(features: dict[str, memoryview], key: str) -> memoryview:
@@ -46,15 +58,15 @@ def _feature(features: dict[str, memoryview], key: str) -> memoryview:
   return features[key]
 
 
-def _messages(message: memoryview, wanted: int) -> Iterator[memoryview]:
-  """The strings and submessages with this field number."""
+def _messages(message: memoryview, field_number: int) -> Iterator[memoryview]:
+  """Yields the strings and submessages with this field number."""
   for number, value in _fields(message):
-    if number == wanted and not isinstance(value, int):
+    if number == field_number and not isinstance(value, int):
       yield value
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-  """(field number, value) in order; numbers of fixed size come as their bytes."""
+  """Yields (field number, value) in order; a value of fixed size is yielded as its bytes."""
   position = 0
   while position < len(message):
     tag, position = _varint(message, position)
@@ -69,14 +81,16 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
       else:
         raise ValueError(f"damaged tf.Example: wire type {kind}")
       if size > len(message) - position:
-        raise ValueError(f"damaged tf.Example: {size} bytes wanted, {len(message) - position} left")
+        raise ValueError(
+          f"damaged tf.Example: {size} bytes expected, {len(message) - position} left"
+        )
       value = message[position : position + size]
       position += size
     yield tag >> 3, value
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-  """(number, position behind it)."""
+  """Reads a varint; returns it and the position after it."""
   number = 0
   for shift in range(0, 64, 7):
     if position >= len(message):

@@ -1,12 +1,11 @@
-"""Sets that TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow or that library.
+"""Sets written by TensorFlow Datasets (TFDS) as ArrayRecord, read without TensorFlow and TFDS.
 
-Such a folder holds `dataset_info.json` (splits, and how many records each file has), `features.json`
-(what a record holds), `NAME-SPLIT.array_record-00000-of-00008` and so on, and class names in
-`label.labels.txt`. A record is a serialised tf.Example, of which only the wanted parts are parsed.
+The folder of a set holds `dataset_info.json` (splits, and the number of records per file),
+`features.json` (the features of a record), the files `NAME-SPLIT.array_record-00000-of-00008` and
+so on, and the class names in `label.labels.txt`. A record is a serialised tf.Example, of which only
+image, label and file name are parsed. This command writes such a set:
 
   tensorflow_datasets.builder("imagenet2012", file_format="array_record").download_and_prepare()
-
-makes one.
 """
 
 import functools
@@ -37,20 +36,19 @@ _EXPECTED = (
   " dataset_info.json and features.json in it"
 )
 _FILE_NAMES = ("file_name", "filename", "image/filename")
-_READERS, _AT_ONCE = 4, 64  # files, and records of each, that are read at once for their labels
+_READERS, _AT_ONCE = 4, 64  # files, and records per file, in one read of the labels
 _PROGRESS_SECONDS = 10
 
 
 @dataclass(frozen=True, eq=False)
 class TFDSSource:
-  """Encoded images in ArrayRecord files of tf.Example messages. Made by `tfds`.
+  """Encoded images in ArrayRecord files of tf.Example messages, opened by `tfds`.
 
-  Args:
-    name: of the data set.
+  Attributes:
+    name, labels, classes, names: the attributes of `Source`.
     files: paths of the ArrayRecord files.
-    ends: how many records there are up to the end of each file.
-    image_key: of the image in a tf.Example.
-    labels, classes, names: as of every `Source`.
+    ends: cumulative number of records at the end of each file.
+    image_key: key of the image in a tf.Example.
   """
 
   name: str
@@ -66,7 +64,7 @@ class TFDSSource:
     return len(self.labels)
 
   def encoded(self, index: int) -> tuple[bytes, str]:
-    """The bytes of an image file and the record's name; raises DecodeError."""
+    """Returns the bytes of an image file and the record's name; raises DecodeError."""
     index = range(len(self))[index]
     shard = int(np.searchsorted(self.ends, index, side="right"))
     start = int(self.ends[shard - 1]) if shard else 0
@@ -84,18 +82,18 @@ class TFDSSource:
 
 
 def tfds(folder: str | Path, split: str) -> TFDSSource:
-  """A data set of TensorFlow Datasets, with one image and at most one class per record.
+  """Opens a set of TensorFlow Datasets, with one image and at most one class per record.
 
-  All records are read once, for their labels, which the log says if it takes long.
+  All records are read once for their labels; a slow read logs its progress.
 
   Args:
-    folder: the field data.folder, such as `imagenet2012/5.1.0`.
-    split: 'train'; or 'test', which is the set's `test`, or its `validation` where there is no
-      `test` or it has no labels (as ImageNet's).
+    folder: path of one version of a set, such as `imagenet2012/5.1.0`; the field data.folder.
+    split: 'train'; or 'test' for the set's `test`, or for its `validation` if `test` is missing or
+      unlabelled (as in ImageNet).
 
   Raises:
-    ValueError: unknown split; a folder that is not such a set or not in ArrayRecord; files that are
-      missing or incomplete; no image, or several, in a record.
+    ValueError: unknown split; the folder is not a TFDS set in ArrayRecord; a file is missing or
+      incomplete; a record has no image feature, or several without a supervised one.
   """
   check_split(split)
   root = Path(folder)
@@ -104,24 +102,24 @@ def tfds(folder: str | Path, split: str) -> TFDSSource:
     raise ValueError(f"{root / 'dataset_info.json'} has no name; expected {_EXPECTED}")
   keys = _keys(root, info, features)
   shards = _shards(root, info)
-  wanted = ("train",) if split == "train" else ("test", "validation")
-  found = [name for name in wanted if name in shards]
-  if not found:
+  choices = ("train",) if split == "train" else ("test", "validation")
+  names = [name for name in choices if name in shards]
+  if not names:
     raise ValueError(
-      f"data.folder is {str(folder)!r}, which has the splits {', '.join(shards) or 'none'}; expected"
-      f" {' or '.join(wanted)} for the {split} split"
+      f"data.folder is {str(folder)!r}, which has the splits {', '.join(shards) or 'none'};"
+      f" expected {' or '.join(choices)} for the {split} split"
     )
-  chosen = found[0]
-  if len(found) > 1 and keys.label and _labels_and_names(shards[chosen][0], keys, 1)[0][0] < 0:
-    chosen = found[1]
-  return _source(info["name"], chosen, shards[chosen], keys)
+  name = names[0]
+  if len(names) > 1 and keys.label and _labels_and_names(shards[name][0], keys, 1)[0][0] < 0:
+    name = names[1]
+  return _source(info["name"], name, shards[name], keys)
 
 
-# 1. What a folder says about itself.
+# 1. Metadata of a set.
 
 
 class _Keys(NamedTuple):
-  """Keys of a tf.Example: of the image, the label and the file name ('' where there is none)."""
+  """Keys of the image, label and file name in a tf.Example ('' if missing), and class names."""
 
   image: str
   label: str
@@ -143,7 +141,7 @@ def _read_json(root: Path, file: str) -> dict:
     inner = sorted(root.glob("*/dataset_info.json")) + sorted(root.glob("*/*/dataset_info.json"))
     hint = f"; did you mean {inner[0].parent}?" if inner else ""
     raise ValueError(
-      f"data.folder is {str(root)!r}, where {file} is not; expected {_EXPECTED}{hint}"
+      f"data.folder is {str(root)!r}, which has no {file}; expected {_EXPECTED}{hint}"
     ) from None
   except ValueError as error:
     raise ValueError(f"{root / file} is damaged ({error}); expected {_EXPECTED}") from error
@@ -153,12 +151,12 @@ def _read_json(root: Path, file: str) -> dict:
 
 
 def _keys(root: Path, info: dict, features: dict) -> _Keys:
-  """Finds the image, the label and the file name among the features of a record."""
+  """Finds the keys of the image, label and file name among the features of a record."""
   parts = features.get("featuresDict", {}).get("features", {})
   kinds = {key: part.get("pythonClassName", "").rpartition(".")[2] for key, part in parts.items()}
   images = [key for key, kind in kinds.items() if kind == "Image"]
   labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
-  # Where there are several, those of as_supervised.
+  # Of several images or labels, those of as_supervised are used.
   items = info.get("supervisedKeys", {}).get("tuple", {}).get("items", [])
   supervised = [item.get("featureKey") for item in items]
   if len(images) > 1:
@@ -166,8 +164,8 @@ def _keys(root: Path, info: dict, features: dict) -> _Keys:
   if len(labels) > 1:
     labels = [key for key in labels if key in supervised[1:2]]
   if len(images) != 1:
-    found = ", ".join(f"{key} ({kind})" for key, kind in kinds.items()) or "nothing"
-    raise ValueError(f"{root / 'features.json'} has {found}; expected one Image in a record")
+    present = ", ".join(f"{key} ({kind})" for key, kind in kinds.items()) or "nothing"
+    raise ValueError(f"{root / 'features.json'} has {present}; expected one Image in a record")
   label = labels[0] if labels else ""
   classes = ()
   if label:
@@ -177,18 +175,18 @@ def _keys(root: Path, info: dict, features: dict) -> _Keys:
     if file.is_file():
       classes = tuple(file.read_text(encoding="utf-8").splitlines())
     if not classes or len(classes) != count:
-      raise ValueError(f"{root} has {count} classes and {len(classes)} names; expected as many")
+      raise ValueError(f"{root} has {count} classes and {len(classes)} names; expected one each")
   file_name = next((key for key in _FILE_NAMES if kinds.get(key) == "Text"), "")
   return _Keys(images[0], label, file_name, classes)
 
 
 def _shards(root: Path, info: dict) -> dict[str, list[_Shard]]:
-  """The files of every split that has records; that they are there is checked later."""
+  """Lists the files of each split with records, without checking that they exist."""
   kind = info.get("fileFormat", "tfrecord")
   if kind != "array_record":
     raise ValueError(
       f"data.folder is {str(root)!r}, which is prepared as {kind}; expected {_EXPECTED} (prepare it"
-      ' anew; pip install "byolx[tfds]" installs what that takes)'
+      ' again, with TFDS from pip install "byolx[tfds]")'
     )
   shards = {}
   for split in info.get("splits", []):
@@ -201,8 +199,8 @@ def _shards(root: Path, info: dict) -> dict[str, list[_Shard]]:
 
 
 def _file_name(template: str, dataset: str, split: str, shard: int, count: int) -> str:
-  """`imagenet2012-train.array_record-00000-of-01024`, or however the template has it."""
-  known = {
+  """Fills in a template, to `imagenet2012-train.array_record-00000-of-01024` by default."""
+  values = {
     "DATASET": dataset,
     "SPLIT": split,
     "FILEFORMAT": "array_record",
@@ -210,14 +208,14 @@ def _file_name(template: str, dataset: str, split: str, shard: int, count: int) 
     "NUM_SHARDS": f"{count:05d}",
     "SHARD_X_OF_Y": f"{shard:05d}-of-{count:05d}",
   }
-  return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), template)
+  return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 # 2. Labels and names: one pass over all records.
 
 
 def _source(dataset: str, split: str, shards: list[_Shard], keys: _Keys) -> TFDSSource:
-  parts, began, said = [], time.monotonic(), 0.0
+  parts, start, reported = [], time.monotonic(), 0.0
   done, records = 0, sum(shard.records for shard in shards)
   with ThreadPoolExecutor(_READERS) as pool:
     for shard, part in zip(
@@ -225,9 +223,9 @@ def _source(dataset: str, split: str, shards: list[_Shard], keys: _Keys) -> TFDS
     ):
       parts.append(part)
       done += shard.records
-      seconds = time.monotonic() - began
-      if seconds > said + _PROGRESS_SECONDS:
-        said = seconds
+      seconds = time.monotonic() - start
+      if seconds > reported + _PROGRESS_SECONDS:
+        reported = seconds
         logger.info("%s: labels of %d of the %d %s records read", dataset, done, records, split)
   labels = np.concatenate([labels for labels, _ in parts])
   names: Sequence[str] = Numbered(f"{dataset}/{split}", records)
@@ -239,7 +237,7 @@ def _source(dataset: str, split: str, shards: list[_Shard], keys: _Keys) -> TFDS
     )
   logger.info(
     "%s: %d images, %d classes in %s; labels read in %.0f s",
-    dataset, records, len(keys.classes), split, time.monotonic() - began,
+    dataset, records, len(keys.classes), split, time.monotonic() - start,
   )  # fmt: skip
   files = tuple(str(shard.path) for shard in shards)
   ends = np.cumsum([shard.records for shard in shards])
@@ -247,14 +245,14 @@ def _source(dataset: str, split: str, shards: list[_Shard], keys: _Keys) -> TFDS
 
 
 def _labels_and_names(shard: _Shard, keys: _Keys, count: int) -> tuple[np.ndarray, Names]:
-  """Of the first records of a file: int32 labels, -1 if there is none or it cannot be read."""
+  """Reads int32 labels (-1 if missing or unreadable) and names of a file's first records."""
   if not shard.path.is_file():
     raise ValueError(f"{shard.path} does not exist; expected {shard.records} records in it")
-  reader = ArrayRecordReader(str(shard.path))  # reads ahead, unlike those that training opens
+  reader = ArrayRecordReader(str(shard.path))  # with read-ahead, unlike the readers of training
   if reader.num_records() != shard.records:
     raise ValueError(
-      f"{shard.path} has {reader.num_records()} records; expected {shard.records}, as"
-      " dataset_info.json says"
+      f"{shard.path} has {reader.num_records()} records; expected {shard.records}, as in"
+      " dataset_info.json"
     )
   labels, names = np.full(count, -1, np.int32), []
   for number, record in enumerate(_records(reader, count)):
@@ -266,14 +264,14 @@ def _labels_and_names(shard: _Shard, keys: _Keys, count: int) -> tuple[np.ndarra
       if keys.file_name:
         name = tf_example.first_bytes(features, keys.file_name).decode("utf-8", "surrogateescape")
     except (ValueError, OverflowError) as error:
-      logger.debug("%s: %s", name, error)  # it is named when the image is asked for
+      logger.debug("%s: %s", name, error)  # training logs it when it reads the image
     names.append(name)
   reader.close()
   return labels, Names.of(names)
 
 
 def _records(reader: ArrayRecordReader, count: int) -> Iterator[bytes]:
-  """The first records of a file, b"" for those that are damaged."""
+  """Yields the first records of a file, b"" for a damaged one."""
   for start in range(0, count, _AT_ONCE):
     numbers = list(range(start, min(start + _AT_ONCE, count)))
     try:

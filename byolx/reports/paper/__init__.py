@@ -1,7 +1,7 @@
-"""The paper's tables of results (appendices D to J), and which measured run is which number.
+"""The paper's tables of results (appendices D to J), with the conditions for runs that measure them.
 
-Numbers are those of the appendices, in the units that they are printed in. Tables 6 and 10 hold
-settings, no results; the tables before 6 are not in the appendices.
+Numbers and units are those printed in the appendices. Tables 6 and 10 are missing since they hold
+settings, not results. Tables 1 to 5 are missing since they are not in the appendices.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ _ALL = (
 )
 
 TABLES: Mapping[str, Table] = {table.number: table for table in _ALL}
-"""Every table, by its number."""
+"""All tables, by number."""
 
 __all__ = [
   "LEFT_OPEN",

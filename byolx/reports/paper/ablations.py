@@ -1,4 +1,4 @@
-"""Appendix G.1 to G.3: projector and predictor, rates, batch size, augmentations (Tables 14 to 17)."""
+"""Appendices G.1 to G.3: projector and predictor, rates, batch size, augmentations (Tables 14 to 17)."""
 
 from byolx.reports.paper.settings import ablation, pretrained
 from byolx.reports.paper.table import Column, Condition, Table, best, row, spread
@@ -11,7 +11,7 @@ _BYOL_AND_SIMCLR = (
   Column("SimCLR (repro)", "Top-5"),
 )
 
-# Depth of projector and predictor.
+# (projector depth, predictor depth): top-1, top-5.
 _TABLE_14A_CELLS = {
   (1, 1): (61.9, 86.0),
   (1, 2): (65.0, 86.8),
@@ -130,7 +130,7 @@ TABLE_16 = Table(
 
 
 def _both(**fields: float) -> Condition:
-  """Fields of both views."""
+  """Condition with the same fields for both views of the pretraining."""
   return Condition(
     pretrain={
       f"views.{view}.{name}": x for view in ("view1", "view2") for name, x in fields.items()
@@ -197,6 +197,6 @@ TABLE_17 = Table(
       condition=_NO_FLIP.but(_NO_COLOUR).but(_NO_SOLARISE),
     ),
   ),
-  "The paper does not say whether a row that keeps only some of them keeps flips and solarisation; "
-  "read here as: neither, unless named. Color is jittering and grayscale.",
+  'The paper does not state whether rows named "... only" keep flips and solarisation; '
+  "here they keep neither, unless named. Color is jittering and grayscale.",
 )

@@ -11,7 +11,7 @@ def _network(depth: int, width: int) -> Condition:
 
 
 def _variation(pretrain_views: bool, regularised: bool) -> Condition:
-  """Appendix D.1's variation of linear evaluation: alpha = 20 and beta = 0.01."""
+  """Variation of linear evaluation in appendix D.1, regularised with alpha = 20 and beta = 0.01."""
   views = PRETRAINING_VIEWS if pretrain_views else {"classify.views": LINEAR["classify.views"]}
   return Condition(
     config={
@@ -27,7 +27,7 @@ _TABLE_7_CELLS = {
   (50, 4): ((78.6, 94.2), (78.6, 94.3), (78.9, 94.3), (best(79.0), best(94.5))),
   (200, 2): ((79.6, 94.8), (79.6, 94.8), (79.8, 95.0), (best(80.0), best(95.0))),
 }
-# No or yes to pretrain augmentations and to logits regularization, in the order of the rows.
+# (pretrain augmentations, logits regularization), in the order of the rows.
 _VARIATIONS = ((False, False), (True, False), (False, True), (True, True))
 
 TABLE_7 = Table(

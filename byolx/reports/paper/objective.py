@@ -1,4 +1,4 @@
-"""Appendices G.4 to G.6 and J, and numbers stated in the text: loss, target, predictor (18 to 22)."""
+"""Appendices G.4 to G.6 and J: loss, target, predictor (Tables 18 to 22), and results in the text."""
 
 from byolx.reports.paper.settings import RESNET50, ablation, linear, pretrained
 from byolx.reports.paper.table import Cell, Column, Condition, Table, best, row, spread
@@ -9,7 +9,7 @@ _TOP1_AND_TOP5 = (*_TOP1, Column("Top-5", condition=ablation("top5")))
 _BASELINE = Condition()
 _HARD_COPY = pretrained({"byol.target": "stop_gradient"})
 
-# Loss weight beta: temperature alpha, top-1, top-5.
+# Loss weight beta: (temperature alpha, top-1, top-5).
 _TABLE_18_CELLS: dict[str, tuple[tuple[str, Cell | float, Cell | float], ...]] = {
   "0": (("0.1", 72.5, 90.8),),
   "0.1": (
@@ -53,7 +53,7 @@ TABLE_18 = Table(
 
 
 def _variant(predictor: bool, target: str) -> Condition:
-  """Without negatives (beta = 0), in the words of the config."""
+  """Condition of a variant without negatives (beta = 0): values of two `byol` fields."""
   return pretrained({"byol.predictor": predictor, "byol.target": target})
 
 
@@ -111,7 +111,7 @@ TABLE_21 = Table(
   "λ = 1 is the run of Table 19 with predictor, sg(θ), β = 0; Table 22 has 3.2 ± 2.9 for it.",
 )
 
-# Multiplier mu of the projector's rate: top-1 at lambda = 1, 1.5, 2, 5, 10.
+# Multiplier mu of the projector's learning rate: top-1 at lambda = 1, 1.5, 2, 5, 10.
 _TABLE_22_CELLS = {
   "1": (spread(3.2, 2.9), spread(25.7, 6.6), spread(60.8, 2.9), spread(66.7, 0.4), 66.9),
   "1.5": (
@@ -148,7 +148,7 @@ _SMALL_BATCH = Condition(
 
 TEXT = Table(
   "text",
-  "Results that the appendices state in their text, and no table has",
+  "Results that the appendices state only in their text",
   ("Appendix", "Result"),
   (Column("Top-1", condition=linear("top1")),),
   (

@@ -1,7 +1,7 @@
-"""The protocols that the tables share: how encoders are pretrained, how they are measured.
+"""Protocols of the paper's tables: settings of pretraining, evaluation and supervised training.
 
-A measured run is a number of the paper only if it has every value of its protocol. Each field of a run
-is in one of three places: in a protocol (`MAIN`, `LINEAR`, `SEMI_SUPERVISED`, `SUPERVISED`), in
+A measured run matches a cell of a table only if it has all values of the cell's protocol. Each config
+field is in one of three places: in a protocol (`MAIN`, `LINEAR`, `SEMI_SUPERVISED`, `SUPERVISED`), in
 `LEFT_OPEN` if the paper does not state it, or in `WITHOUT_EFFECT` if no number depends on it.
 """
 
@@ -43,7 +43,7 @@ _RESNET = {
   "model.bn_eps": 1e-5,
 }
 
-# Statistics over the whole batch. Table 16 has smaller passes.
+# BatchNorm statistics of the whole batch. Table 16 changes train.micro_batch.
 _WHOLE_BATCH = {"train.micro_batch": 0, "model.bn_group": 0}
 
 MAIN: Mapping[str, Any] = {
@@ -51,7 +51,7 @@ MAIN: Mapping[str, Any] = {
   "data.validation": "none",
   "data.labels": 1.0,
   "data.label_list": "",
-  # Table 6. Appendix C shifts the brightness by an offset.
+  # Table 6. Appendix C changes the brightness by an additive offset.
   **_INPUT,
   "views.brightness_rule": "additive",
   **{f"views.{view}.{name}": value for view in ("view1", "view2") for name, value in _VIEW.items()},
@@ -84,7 +84,7 @@ MAIN: Mapping[str, Any] = {
   "train.batch_size": 4096,
   **_WHOLE_BATCH,
 }
-"""Pretraining of the main results: appendices A and C."""
+"""Pretraining settings of the main results (appendices A and C)."""
 
 ABLATIONS: Mapping[str, Any] = {
   **MAIN,
@@ -94,21 +94,21 @@ ABLATIONS: Mapping[str, Any] = {
   "optim.weight_decay": 1e-6,
   "train.epochs": 300.0,
 }
-"""Pretraining of the baseline of appendices G and J."""
+"""Pretraining settings of the baseline of appendices G and J."""
 
 RESNET50: Mapping[str, Any] = {"model.arch": "resnet50", "model.width": 1.0}
 
 ONLINE: Mapping[str, Any] = {"init.encoder": "online"}
-"""What is evaluated (appendix A): the online network's encoder."""
+"""Evaluated encoder: that of the online network (appendix A)."""
 
-# Views of the first view's settings: T of Table 6.
+# Settings of the first view: T in Table 6.
 _FIRST_VIEW = {
   f"views.view1.{name}": MAIN[f"views.view1.{name}"]
   for name in (*_VIEW, "blur_probability", "solarise_probability")
 }
 
-# What all classifiers of appendix D share. Schedule and scaling of the rate are the authors' code's
-# where the paper does not state them: its rates have a meaning only together with both.
+# Settings of all classifiers of appendix D. Where the paper does not state the schedule and the scaling
+# of the learning rate, they are those of the authors' code: the paper's rates depend on both.
 _CLASSIFICATION = {
   **_INPUT,
   **{f"views.view1.{name}": value for name, value in _SPATIAL.items()},
@@ -136,14 +136,14 @@ _LINEAR_RATES = (0.4, 0.3, 0.2, 0.1, 0.05)
 LINEAR: Mapping[str, Any] = {
   **_CLASSIFICATION,
   **ONLINE,
-  # Side by side, or one by one in a sweep.
+  # All rates in one run, or one rate per run of a sweep.
   "optim.rates": OneOf((_LINEAR_RATES, *((rate,) for rate in _LINEAR_RATES))),
   "train.epochs": 80.0,
 }
-"""Linear evaluation of appendix D.1, on any data set: the rate is chosen on validation images."""
+"""Linear evaluation (appendix D.1) on any data set. Validation images choose the learning rate."""
 
 PRETRAINING_VIEWS: Mapping[str, Any] = {"classify.views": "pretrain", **_FIRST_VIEW}
-"""Training views of appendix D.1's variation: those of Table 6."""
+"""Training views of the variation in appendix D.1: those of Table 6."""
 
 SEMI_SUPERVISED: Mapping[str, Any] = {
   **_CLASSIFICATION,
@@ -154,7 +154,7 @@ SEMI_SUPERVISED: Mapping[str, Any] = {
   "optim.base_rate": OneOf((0.01, 0.02, 0.05, 0.1, 0.005)),
   "train.epochs": OneOf((30.0, 50.0)),
 }
-"""Fine-tuning of appendix D.1: rate and epochs are chosen on validation images."""
+"""Fine-tuning (appendix D.1). Validation images choose the learning rate and the epochs."""
 
 SUPERVISED: Mapping[str, Any] = {
   **{name: value for name, value in _CLASSIFICATION.items() if name != "train.batch_size"},
@@ -167,7 +167,7 @@ SUPERVISED: Mapping[str, Any] = {
   "optim.warmup_epochs": 5.0,
   "train.epochs": 200.0,
 }
-"""Supervised baselines of appendix D.2, trained from scratch; batch size and rate are left open."""
+"""Supervised baselines, trained from scratch (D.2). The paper does not state batch size and rate."""
 
 _OPEN_NETWORK = {
   "model.padding": "same",
@@ -181,14 +181,14 @@ _OPEN_CLASSIFICATION = {
   "eval.antialias": False,
   "classify.head_init": "normal",
 }
-_OPEN_START = {"model.kernel_init": "uncorrected", "model.bn_last_scale": 1.0}
+_OPEN_INITIAL_WEIGHTS = {"model.kernel_init": "uncorrected", "model.bn_last_scale": 1.0}
 
 LEFT_OPEN: Mapping[str, Mapping[str, Any]] = {
   "pretrain": {
     **_OPEN_INPUT,
     **_OPEN_NETWORK,
-    **_OPEN_START,
-    # Appendix J's pseudo-code disagrees with the authors' code.
+    **_OPEN_INITIAL_WEIGHTS,
+    # In the next three fields the pseudo-code of appendix J differs from the authors' code.
     "byol.output_bias": False,
     "byol.target_init": "own_key",
     "byol.norm_guard": 1e-12,
@@ -198,7 +198,7 @@ LEFT_OPEN: Mapping[str, Mapping[str, Any]] = {
   "finetune": {**_OPEN_CLASSIFICATION, "optim.exclude": True},
   "supervised": {
     **_OPEN_CLASSIFICATION,
-    **_OPEN_START,
+    **_OPEN_INITIAL_WEIGHTS,
     "optim.exclude": True,
     "optim.base_rate": 0.1,
     "train.batch_size": 4096,
@@ -208,9 +208,10 @@ LEFT_OPEN: Mapping[str, Mapping[str, Any]] = {
     "classify.randaugment.interpolation": "nearest",
   },
 }
-"""By task: fields that the paper does not state, and the values of the shipped configs.
+"""By task: fields that the paper does not state, with the values of the shipped configs.
 
-A run with other values of these fields is still the paper's protocol; `byolx report` names them.
+A run with other values of these fields still follows the paper's protocol. `byolx report` lists such
+values.
 """
 
 NOT_STATED: Mapping[str, tuple[str, ...]] = {
@@ -219,86 +220,111 @@ NOT_STATED: Mapping[str, tuple[str, ...]] = {
   "finetune": ("optim.schedule", "optim.warmup_epochs", "optim.batch_scaling"),
   "supervised": ("optim.batch_scaling", "data.validation"),
 }
-"""By task: fields of its protocol that the paper does not state, and that have the authors' or our value.
+"""By task: fields that the paper does not state but that belong to the protocol nevertheless.
 
-They are compared all the same: the paper's learning rates have a meaning only together with them.
+Their values are those of the authors' code or our own. They are compared because the paper's learning
+rates depend on them.
 """
 
-_NO_CUSTOM = ("model.blocks", "model.channels", "model.strides", "model.bottleneck")
-_NEVER = (
-  # Of data.validation=share, which only Places365 has: the paper names no validation images there.
+_CUSTOM_NETWORK = ("model.blocks", "model.channels", "model.strides", "model.bottleneck")
+_ANY_TASK = (
+  # Used only with data.validation=share, on Places365: the paper names no validation images there.
   "data.validation_share",
   *("seed", "data.labels_seed", "data.max_failed_share", "data.test_share", "views.placement"),
   *("train.max_gradient_norm", "eval.test", "eval.predictions", "eval.bootstrap"),
   *("eval.fractions", "eval.draws", "eval.batch_size", "eval.max_train"),
-  *_NO_CUSTOM,
+  *_CUSTOM_NETWORK,
 )
 
 WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
   "pretrain": (
     *("task", "init.", "classify.", "byol.probe_weight", "optim.rates"),
     *("eval.resize", "eval.crop_rule", "eval.antialias"),
-    *_NEVER,
+    *_ANY_TASK,
   ),
-  # The encoder's parameters and statistics are frozen, so passes of any size have the same gradient.
+  # The encoder's parameters and statistics are frozen, so the gradient does not depend on micro_batch.
   "linear": (
     *("byol.", "views.view2.", "optim.base_rate", "optim.exclude", "optim.trust"),
     *("train.micro_batch", "model.bn_group", "model.kernel_init", "model.bn_last_scale"),
     *("views.brightness_rule", "classify.randaugment.", "init.workdir"),
-    *_NEVER,
+    *_ANY_TASK,
   ),
   "finetune": (
     *("byol.", "views.view2.", "optim.trust", "model.kernel_init", "model.bn_last_scale"),
     *("views.brightness_rule", "classify.randaugment.", "init.workdir"),
-    *_NEVER,
+    *_ANY_TASK,
   ),
   "supervised": (
     *("byol.", "views.view2.", "optim.trust", "views.brightness_rule", "init."),
-    *_NEVER,
+    *_ANY_TASK,
   ),
 }
-"""By task: fields, or groups with a dot at the end, on which no number of the shipped configs depends.
+"""By task: fields on which no number of the shipped configs depends; "byol." means a whole group.
 
-`task`, `data.source`, `data.labels` and `data.label_list` are in a run's records, which are compared too.
+`task`, `data.source`, `data.labels` and `data.label_list` are not listed here: they are in the records of
+a run, which are compared as well.
 """
 
 
 def measured(task: str, metric: str = "top1", data: str = "imagenet") -> Mapping[str, Any]:
-  """The record of a task on the test images, of the head that the validation images chose.
+  """Required keys of a record on test images, for training with all labels.
 
   Args:
     task: "linear", "finetune" or "supervised".
     metric: "top1" or "top5".
     data: name of the data set.
+
+  Returns:
+    Values of the keys task, protocol, metric, split, labels and data.
   """
   keys = {"task": task, "protocol": task, "metric": metric, "split": "test", "labels": 1.0}
   return {**keys, "data": data}
 
 
 def linear(metric: str) -> Condition:
-  """Linear evaluation on ImageNet of an encoder pretrained there by the main settings (D.1)."""
+  """Condition of linear evaluation on ImageNet with an encoder pretrained by `MAIN` (D.1).
+
+  Args:
+    metric: "top1" or "top5".
+  """
   record = {**measured("linear", metric), "pretrained_on": "imagenet"}
   return Condition(record, {**LINEAR, **LOCAL_VALIDATION}, MAIN)
 
 
 def finetuned(metric: str) -> Condition:
-  """A ResNet-50 pretrained by the main settings, fine-tuned on all labels of ImageNet (D.1)."""
+  """Condition of fine-tuning on all labels of ImageNet with a ResNet-50 pretrained by `MAIN` (D.1).
+
+  Args:
+    metric: "top1" or "top5".
+  """
   record = {**measured("finetune", metric), "pretrained_on": "imagenet"}
   return Condition(record, {**SEMI_SUPERVISED, **RESNET50}, MAIN)
 
 
 def supervised(metric: str) -> Condition:
-  """A supervised baseline on ImageNet (D.2)."""
+  """Condition of a supervised baseline on ImageNet (D.2).
+
+  Args:
+    metric: "top1" or "top5".
+  """
   return Condition(measured("supervised", metric), SUPERVISED)
 
 
 def ablation(metric: str) -> Condition:
-  """Linear evaluation of a ResNet-50 pretrained by the settings of appendices G and J."""
+  """Condition of linear evaluation with a ResNet-50 pretrained by `ABLATIONS` (appendices G and J).
+
+  Args:
+    metric: "top1" or "top5".
+  """
   config = {**LINEAR, **LOCAL_VALIDATION, **RESNET50}
   record = {**measured("linear", metric), "pretrained_on": "imagenet"}
   return Condition(record, config, ABLATIONS, origin_known=True)
 
 
 def pretrained(fields: Mapping[str, Any]) -> Condition:
-  """A run whose encoder's pretraining differs from the column's in these fields."""
+  """Condition of a row that changes fields of the column's pretraining.
+
+  Args:
+    fields: values of config fields of the pretraining run.
+  """
   return Condition(pretrain=fields)

@@ -1,4 +1,4 @@
-"""What a table of the paper is: columns, rows, numbers, and which measured run is which of them."""
+"""Tables of the paper: columns, rows, cells, and the conditions for runs that measure them."""
 
 import dataclasses
 import functools
@@ -11,29 +11,27 @@ NOT_MEASURABLE = "not measurable yet"
 MEASURABLE = "measurable"
 
 NETWORK = ("model.arch", "model.width")
-"""Fields that name the network of a row."""
+"""Config fields that define the network of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-  """The values of a field that the paper chooses between on validation images."""
+  """Values of a field among which the paper chooses on validation images."""
 
   values: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-  """When a measured run is a row of a table: every key named here has the value given here.
-
-  A value of `config` or `pretrain` may be a `OneOf`.
+  """Condition for a measured run to be a cell of a table: required values of keys and fields.
 
   Args:
-    record: keys of a record of results.json.
-    config: fields of the run that was measured.
-    pretrain: fields of the run that its encoder comes from.
-    origin_known: whether a record that does not say where its encoder comes from, such as one of
-      converted weights, is refused. Otherwise `pretrained_on` and `pretrain` are compared only where
-      the record has them.
+    record: required values of keys of the run's record in results.json.
+    config: required values of config fields of the run. A value may be a `OneOf`.
+    pretrain: required values of config fields of the encoder's pretraining run. A value may be a
+      `OneOf`.
+    origin_known: True to reject records without facts on the encoder's pretraining, such as those of
+      converted weights; False to compare `pretrained_on` and `pretrain` only if the record has them.
   """
 
   record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -42,7 +40,7 @@ class Condition:
   origin_known: bool = False
 
   def but(self, other: "Condition") -> "Condition":
-    """Both together; where they disagree, the other."""
+    """Combine two conditions. Where both have a value, that of `other` counts."""
     return Condition(
       {**self.record, **other.record},
       {**self.config, **other.config},
@@ -53,12 +51,13 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One number, in the unit of its column; None where the paper has none.
+  """One number of a table.
 
   Args:
-    value: the number.
-    interval: half the range over seeds, where the paper gives one (it leaves out those below 0.25).
-    best: the paper prints it bold.
+    value: number in the unit of its column; None if the paper has none.
+    interval: half the range over seeds, in the same unit; None if the paper omits it, as it does below
+      0.25 points (appendix G).
+    best: True if the paper prints the number in bold.
   """
 
   value: float | None
@@ -71,13 +70,14 @@ class Column:
   """A column of numbers.
 
   Args:
-    name: as the paper calls it.
-    group: the heading over several columns.
-    condition: None: not measurable with this library's fields yet, in any row.
+    name: heading of the column in the paper.
+    group: heading above several columns, or "".
+    condition: condition that all measured cells of the column share; None if this library cannot
+      measure any of them yet.
     unit: "%", "m" (metres), or "" for a ratio.
-    higher_is_better: the better direction.
-    decimals: as printed.
-    theirs: numbers of other publications.
+    higher_is_better: True if the largest value is the best.
+    decimals: number of printed decimals.
+    theirs: True for numbers of other publications.
   """
 
   name: str
@@ -90,13 +90,21 @@ class Column:
 
   @property
   def title(self) -> str:
-    """Group and name."""
+    """Group and name of the column, as one line."""
     return f"{self.group} {self.name}".strip()
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row: what stands before the numbers, and the numbers; `theirs` and `condition` as in Column."""
+  """A row of a table.
+
+  Args:
+    labels: texts before the numbers, one per heading of the table.
+    cells: numbers, one per column.
+    condition: condition that the measured cells of the row add to those of the columns; None if this
+      library cannot measure any of them yet.
+    theirs: True for numbers of other publications.
+  """
 
   labels: tuple[str, ...]
   cells: tuple[Cell, ...]
@@ -109,15 +117,15 @@ class Table:
   """One table of results.
 
   Args:
-    number: as the paper counts them, such as "9" or "14a".
-    caption: in short.
-    headings: of the labels of a row.
-    columns: of numbers.
-    rows: each with as many labels as headings, and as many cells as columns.
-    note: what the paper says elsewhere about these numbers, or how a row is to be read.
+    number: number of the table in the paper, such as "9" or "14a"; "text" for results in the text.
+    caption: shortened caption.
+    headings: headings of the labels.
+    columns: columns of numbers.
+    rows: rows with one label per heading and one cell per column.
+    note: remark below the table, or "".
 
   Raises:
-    ValueError: a row of another length.
+    ValueError: a row has another number of labels or cells.
   """
 
   number: str
@@ -137,9 +145,10 @@ class Table:
 
   @functools.cached_property
   def defining(self) -> tuple[frozenset[str], frozenset[str]]:
-    """Fields that tell the rows apart: those of the measured run, and those of its pretraining.
+    """Fields that distinguish the rows, in the config and in the pretraining config.
 
-    They are the network and what a row changes of its column. The others are the table's protocol.
+    These are the network and the fields in which the condition of a row changes that of its column. All
+    other fields belong to the table's protocol.
     """
     config, pretrain = set(NETWORK), set[str]()
     for row, column in itertools.product(self.rows, self.columns):
@@ -149,20 +158,20 @@ class Table:
     return frozenset(config), frozenset(pretrain)
 
   def condition(self, row: Row, column: Column) -> Condition | None:
-    """Which measured run is this cell; None: none, see `status`."""
+    """Condition for a run to measure a cell; None if no run can, for the reason given by `status`."""
     if row.theirs or column.theirs or row.condition is None or column.condition is None:
       return None
     return column.condition.but(row.condition)
 
   def status(self, row: Row, column: Column) -> str:
-    """`MEASURABLE`, `NOT_MEASURABLE` with this library's fields yet, or `OTHER_WORK`."""
+    """Status of a cell: `MEASURABLE` by this library, `NOT_MEASURABLE` yet, or `OTHER_WORK`."""
     if row.theirs or column.theirs:
       return OTHER_WORK
     return MEASURABLE if self.condition(row, column) else NOT_MEASURABLE
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-  """Names that both have with different values."""
+  """Names that are in both mappings, with different values."""
   return {name for name, value in after.items() if name in before and before[name] != value}
 
 
@@ -172,16 +181,16 @@ def row(
   condition: Condition | None = None,
   theirs: bool = False,
 ) -> Row:
-  """A row whose cells may be written as plain numbers."""
-  made = tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)
-  return Row(labels, made, condition, theirs)
+  """Make a row from cells or plain numbers."""
+  row_cells = tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)
+  return Row(labels, row_cells, condition, theirs)
 
 
 def best(value: float) -> Cell:
-  """A number that the paper prints bold."""
+  """Cell with a number that the paper prints in bold."""
   return Cell(value, best=True)
 
 
 def spread(value: float, interval: float) -> Cell:
-  """A number with its interval: value ± interval."""
+  """Cell with a number and its interval: value ± interval."""
   return Cell(value, interval)

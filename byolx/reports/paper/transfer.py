@@ -47,7 +47,7 @@ TABLE_12 = Table(
 
 
 def _on(data: str) -> Condition:
-  """Appendix D.1's protocol on a data set, of a ResNet-50 pretrained by the main settings."""
+  """Condition of D.1's linear evaluation on a data set, with a ResNet-50 pretrained by `MAIN`."""
   # The paper names no validation images of Places365.
   validation = LOCAL_VALIDATION if data == "imagenet" else {}
   config = {**LINEAR, **RESNET50, **validation}

@@ -124,7 +124,7 @@ def test_a_finished_shard_that_was_damaged_is_written_again(byolx, tree, tmp_pat
   cut = write._cut_all(collection, write.Options(shards=4))
   files = [f"train-{i:05d}-of-00004.array_record" for i in range(4)]
   for file, part in zip(files, cut["train"]):
-    shards.finish(shards.Job(str(to), file, collection.splits["train"].take(part), None))
+    shards.write_shard(shards.Job(str(to), file, collection.splits["train"].take(part), None))
   (to / "dataset.json").unlink()
   data = bytearray((to / files[1]).read_bytes())
   data[500] ^= 4
@@ -198,7 +198,9 @@ def test_a_full_disk(byolx, tmp_path, workers):
   _, err = process.communicate(timeout=60)
   assert process.returncode == 1
   (said,) = [line for line in err.splitlines() if line.startswith("byolx: error: ")]
-  assert said.endswith(": File too large; finished shards stay, the same command goes on")
+  assert said.endswith(
+    ": File too large; finished shards remain; run the same command again to continue"
+  )
   assert "Traceback" not in err
   assert not list((tmp_path / "set" / ".prepare").glob("*.tmp"))
   assert list((tmp_path / "set").glob("*.array_record"))

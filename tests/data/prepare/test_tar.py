@@ -123,7 +123,7 @@ def test_hidden_files_other_files_and_duplicates(tmp_path):
   )
   assert contents(path) == {"a/1.jpg": b"newer"}
   archive = list_archive(path)
-  assert archive.left_out == ["a/1.jpg: a later member of this name stands for it"]
+  assert archive.left_out == ["a/1.jpg: replaced by a later member of this name"]
   assert archive.ignored == {".txt": 1, "without extension": 1}
   assert archive.folders == {"a", "empty"}
 

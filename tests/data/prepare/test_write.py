@@ -271,7 +271,7 @@ def test_verify_on_its_own(byolx, tree, tmp_path):
     ),
     (
       ("--from={tree}/train", "--to={set}", "--test_labels={file}"),
-      "--test_labels={file} was given, but no test split is there; see --test",
+      "--test_labels={file} was given, but there is no test split; expected --test as well",
     ),
     (
       ("--from={tree}/val", "--to={set}", "--test={tree}/train"),
@@ -289,7 +289,7 @@ def test_verify_on_its_own(byolx, tree, tmp_path):
       ("--from={tree}/train", "--to={set}", "--test={tree}/val/cat", "--test_labels={few}"),
       "{few} has no line for v1.jpg and 1 others of 3 images; expected lines `file-name class-name`",
     ),
-    (("--to={set}",), "neither --from nor --verify was given; expected what to prepare, or verify"),
+    (("--to={set}",), "neither --from nor --verify was given; expected one of them"),
     (("--to={empty}", "--verify"), "{empty} has no dataset.json; expected a folder written by"),
     (("--from={tree}",), "the following arguments are required: --to; see byolx prepare --help"),
     (("--to=x", "--quality=101"), "--quality: '101': expected a whole number from 1 to 100"),

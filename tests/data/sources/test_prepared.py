@@ -310,9 +310,7 @@ def test_what_is_no_set(tmp_path):
   with pytest.raises(ValueError, match=r"has no dataset.json"):
     verify(tmp_path / "nowhere")
   (tmp_path / ".prepare").mkdir()
-  with pytest.raises(
-    ValueError, match=r"is an unfinished set, without dataset.json; expected that"
-  ):
+  with pytest.raises(ValueError, match=r"is an unfinished set, without dataset.json; run the same"):
     prepared(tmp_path, "train")
 
 
@@ -339,7 +337,7 @@ def test_missing_and_shortened_files(damaged):
     (lambda m: m.update(format="1"), "has the format '1'; expected 1"),
     (lambda m: m.pop("format"), "is damaged: 'format'"),
     (lambda m: m.pop("classes"), "is damaged: .*classes"),
-    (lambda m: m.update(splits={}), "is damaged: it has no split"),
+    (lambda m: m.update(splits={}), "is damaged: the set has no split"),
     (lambda m: m.update(splits=[]), "is damaged: "),
     (lambda m: m["splits"].update(val=m["splits"]["train"]), "split is 'val'"),
     (lambda m: m["splits"]["train"].update(records=41), "do not have 41 records"),
@@ -368,7 +366,7 @@ def test_a_manifest_that_is_cut_off(damaged):
   path = damaged / "dataset.json"
   path.write_text(path.read_text()[:100])
   with pytest.raises(
-    ValueError, match=r"dataset\.json is damaged: .*expected what `byolx prepare`"
+    ValueError, match=r"dataset\.json is damaged: .*expected a file of `byolx prepare`"
   ):
     prepared(damaged, "train")
 
@@ -409,7 +407,9 @@ def arrays(count=3 * OF_EACH):
 def test_indices_that_do_not_fit(damaged, change):
   np.savez(damaged / "train.index.npz", **(arrays() | change))
   reseal(damaged)
-  with pytest.raises(ValueError, match=r"train\.index\.npz is no index of 42 records of 3 classes"):
+  with pytest.raises(
+    ValueError, match=r"train\.index\.npz is not an index of 42 records of 3 classes"
+  ):
     prepared(damaged, "train")
 
 
@@ -418,11 +418,11 @@ def test_an_index_is_never_unpickled(damaged, tmp_path, monkeypatch):
   trap = {"crc32": np.array([Boom()] * 42, object)}
   np.savez(damaged / "train.index.npz", **(arrays() | trap))
   reseal(damaged)
-  with pytest.raises(ValueError, match=r"is no index: Object arrays cannot be loaded"):
+  with pytest.raises(ValueError, match=r"is not an index: Object arrays cannot be loaded"):
     prepared(damaged, "train")
   (damaged / "train.index.npz").write_bytes(pickle.dumps(Boom()))
   reseal(damaged)
-  with pytest.raises(ValueError, match=r"is no index: "):
+  with pytest.raises(ValueError, match=r"is not an index: "):
     prepared(damaged, "train")
   assert not (tmp_path / "boom").exists()
 
@@ -436,7 +436,7 @@ def test_an_index_that_lacks_an_array_or_was_replaced(damaged):
   del values["crc32"]
   np.savez(path, **values)
   reseal(damaged)
-  with pytest.raises(ValueError, match=r"is no index: .*crc32"):
+  with pytest.raises(ValueError, match=r"is not an index: .*crc32"):
     prepared(damaged, "train")
 
 

@@ -18,7 +18,7 @@ from byolx.data.prepare import write
 from byolx.data.sources import base, retry
 from byolx.data.sources.folders import image_folder
 from byolx.data.sources.prepared import prepared
-from byolx.data.sources.retry import FolderLostError, patiently
+from byolx.data.sources.retry import FolderLostError, with_retries
 from byolx.data.transforms import Views
 
 
@@ -48,21 +48,21 @@ def failing(count, number):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_what_passes_is_waited_for(number, pauses, tmp_path, caplog):
-  assert patiently(failing(2, number), str(tmp_path)) == "data"
+  assert with_retries(failing(2, number), str(tmp_path)) == "data"
   assert pauses == [0.1, 0.2]
-  assert f"a.jpg: {os.strerror(number)}; trying again in 0.2 s" in caplog.text
+  assert f"a.jpg: {os.strerror(number)}; retry in 0.2 s" in caplog.text
 
 
 def test_what_does_not_pass_is_a_bad_record(pauses, tmp_path):
   with pytest.raises(DecodeError, match=r"a\.jpg: Input/output error"):
-    patiently(failing(9, errno.EIO), str(tmp_path))
+    with_retries(failing(9, errno.EIO), str(tmp_path))
   assert pauses == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR])
 def test_a_bad_record_is_not_waited_for(number, pauses, tmp_path):
   with pytest.raises(DecodeError):
-    patiently(failing(1, number), str(tmp_path))
+    with_retries(failing(1, number), str(tmp_path))
   assert pauses == []
 
 

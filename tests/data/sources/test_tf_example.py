@@ -127,11 +127,11 @@ def test_damage_raises_nothing_but_value_error(values, data):
 @pytest.mark.parametrize(
   ("record", "message"),
   [
-    (b"\x0a\x05abc", "5 bytes wanted, 3 left"),
+    (b"\x0a\x05abc", "5 bytes expected, 3 left"),
     (b"\x0a", "ends inside a number"),
     (b"\x0a" + b"\xff" * 10 + b"\x01", "more than 64 bits"),
     (b"\x0b", "wire type 3"),
-    (b"\x0a" + b"\xff" * 9 + b"\x01", "18446744073709551615 bytes wanted, 0 left"),
+    (b"\x0a" + b"\xff" * 9 + b"\x01", "18446744073709551615 bytes expected, 0 left"),
   ],
 )
 def test_damage_is_described(record, message):

@@ -204,9 +204,7 @@ def test_files_that_go_away_or_are_cut(pets):
   with pytest.raises(ValueError, match=r"00002-of-00003 does not exist; expected 3 records in it"):
     tfds(pets, "train")
   path.write_bytes(data[: len(data) // 2])
-  with pytest.raises(
-    ValueError, match=r"00003 has 0 records; expected 3, as dataset_info.json says"
-  ):
+  with pytest.raises(ValueError, match=r"00003 has 0 records; expected 3, as in dataset_info.json"):
     tfds(pets, "train")
 
 
@@ -223,7 +221,7 @@ def change(path, **values):
     ),
     (
       lambda root: (root / "features.json").unlink(),
-      r"where features\.json is not; expected a folder that TensorFlow Datasets prepared",
+      r"which has no features\.json; expected a folder that TensorFlow Datasets prepared",
     ),
     (
       lambda root: (root / "features.json").write_text("{"),
@@ -241,7 +239,7 @@ def change(path, **values):
     (lambda root: change(root / "dataset_info.json", name=None), r"dataset_info\.json has no name"),
     (
       lambda root: (root / "label.labels.txt").write_text("cat\n"),
-      r"has 3 classes and 1 names; expected as many",
+      r"has 3 classes and 1 names; expected one each",
     ),
     (
       lambda root: write_set(root, {"train": [[record(0, 3)]]}),

@@ -8,10 +8,12 @@ import pytest
 from photographs import write_jpegs
 
 from byolx import cli
+from byolx.data import loader
 from byolx.data.decode import decode
 from byolx.data.sampler import epoch_order
+from byolx.data.transforms import Views
 from byolx.planning import input_speed
-from byolx.runs import config, experiment, images
+from byolx.runs import config, images, trainer
 
 STAGES = {"host": ["decode", "crop, resize", "colour", "batch", "transfer"]}
 STAGES["device"] = [stage for stage in STAGES["host"] if stage != "colour"]
@@ -157,9 +159,9 @@ def test_bare_functions_do_what_the_pipeline_does(settings):
   cfg = config.load("configs/image_folder.py", settings)
   source = images.build_sources(cfg).train
   work = input_speed.Work.of(cfg, source)
-  with experiment.pipeline.train_batches(
-    source, experiment.build_views(cfg), cfg.views.size, 4, cfg.seed
-  ) as batches:
+  transform = trainer.build_input(cfg, len(source.classes))
+  assert isinstance(transform, Views)
+  with loader.train_batches(source, transform, 4, cfg.seed) as batches:
     batch = next(batches)
   rows = batch["index"].tolist()
   for row, record in enumerate(rows):

@@ -1,7 +1,6 @@
 """BYOL's networks: online encoder, projector, predictor; target encoder, projector (Figure 8)."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,10 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from byolx.core.fields import at_least, field, one_of
+from byolx.models import encoder
+from byolx.models.encoder import Network
 from byolx.models.heads import MLP
 from byolx.models.layers import Linear
 from byolx.models.remat import OUTPUTS
-from byolx.models.resnet import ResNet, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class BYOLSpec:
     one_of("own_key", "online"),
   )
   classes: int = 0
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None
+  network: Network | None = None
 
 
 class Outputs(NamedTuple):
@@ -77,7 +78,7 @@ class Branch(nnx.Module):
   """
 
   def __init__(self, spec: BYOLSpec, *, rngs: nnx.Rngs):
-    self.encoder = spec.network(rngs) if spec.network else ResNet(spec.encoder, rngs=rngs)
+    self.encoder = encoder.build(spec.encoder, spec.network, rngs)
     self.projector = MLP(
       spec.encoder,
       self.encoder.features,

@@ -1,4 +1,4 @@
-"""A pretrained encoder in one line: from a workdir or a checkpoint, without the data set."""
+"""Loading of a pretrained encoder from a workdir or checkpoint, without its data set."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +23,23 @@ from byolx.data.augment.resizing import evaluation_view
 from byolx.models.resnet import ResNet, ResNetSpec
 
 CROP = {"resize": 256, "crop_rule": "paper", "antialias": False}
-"""The evaluation crop where the stored config has none."""
+"""Evaluation crop, if the stored config has none: the fields of the group `eval`."""
 
 
 class PretrainedEncoder(nnx.Module):
-  """An encoder with the colour normalisation and the image size that it was trained with.
+  """Encoder with the colour normalisation and the image size of its training.
+
+  Args:
+    network: encoder, an NNX module on normalised images.
+    config: flat config of the encoder's run.
+    lineage: facts about the checkpoint.
 
   Attributes:
-    network: the encoder, an NNX module on normalised images.
-    features: d, size of the representation.
-    size: side of the images that it was trained on, pixels.
-    mean, std: colour normalisation of each channel, for pixels in [0, 1].
+    network: encoder, an NNX module on normalised images.
+    features: size d of the representation.
+    size: side of the training views, pixels.
+    mean, std: mean and standard deviation of each channel, for pixels in [0, 1].
+    crop: resize, crop_rule and antialias of the evaluation crop.
     lineage: facts about the checkpoint: path, step, encoder, commit, fingerprint.
   """
 
@@ -46,24 +52,26 @@ class PretrainedEncoder(nnx.Module):
     self.lineage = nnx.static(dict(lineage)) if hasattr(nnx, "static") else dict(lineage)
 
   def __call__(self, images: UInt8[Array | np.ndarray, "n h w 3"]) -> Float[Array, "n d"]:
-    """Representations of images, as evaluation uses them: running statistics, float32.
+    """Computes the representations of images, float32, with BatchNorm's running averages.
 
     Args:
-      images: RGB pixels 0..255. Images of another size than `size` are encoded as they are; `prepare`
-        makes that size of any image.
+      images: RGB images 0..255, which are not resized; `prepare` crops images of any size to `size`.
+
+    Raises:
+      ValueError: the images are not uint8 [n, h, w, 3].
     """
     return self._run(_features, images)
 
   def stages(
     self, images: UInt8[Array | np.ndarray, "n h w 3"]
   ) -> tuple[Float[Array, "n _ _ _"], ...]:
-    """Feature maps of the stem and of every stage, float32, for dense prediction."""
+    """Computes the feature maps of the stem and of each stage, float32, for dense prediction."""
     return self._run(_stages, images)
 
   def prepare(
     self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
   ) -> UInt8[np.ndarray, "n size size 3"]:
-    """The evaluation crops of images of any size, as the encoder's run evaluates them."""
+    """Crops images of any size as in the evaluation of the encoder's run."""
     resize, rule, antialias = self.crop
     resize = max(resize, self.size)
     return np.stack([evaluation_view(x, self.size, resize, rule, antialias) for x in images])
@@ -97,24 +105,23 @@ def load_encoder(
   mesh: Mesh | None = None,
   network: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> PretrainedEncoder:
-  """Loads an encoder from the newest good checkpoint of a run; the data set need not be there.
+  """Loads an encoder from the newest undamaged checkpoint of a run; its data set is not needed.
 
-  Architecture, padding, epsilon, compute type, colour normalisation and image size are those of the
-  checkpoint.
+  The architecture, colour normalisation and image size come from the config in the checkpoint.
 
     encoder = byolx.load_encoder("runs/quickstart")
     features = encoder(images)  # uint8 [n, h, w, 3] -> float32 [n, d]
 
   Args:
-    path: workdir, its folder of checkpoints, or the folder of one checkpoint.
-    encoder: "online" or "target".
-    mesh: devices that hold the encoder, each all of it; None: the first device.
-    network: function that makes the encoder of a run that was trained with the user's own; None:
-      the ResNet of the stored config.
+    path: workdir, folder of checkpoints, or folder of one checkpoint.
+    encoder: encoder to load, "online" or "target".
+    mesh: devices that hold the encoder, each a whole copy; None for the first device.
+    network: function that builds the encoder, for a run with the user's own encoder; None for the
+      ResNet of the stored config.
 
   Raises:
-    ConfigError: there is no such encoder, or nothing says what network its arrays belong to.
-    CheckpointError: there is no checkpoint, or none is good.
+    ConfigError: the checkpoint has no such encoder or no config, or its arrays do not fit the network.
+    CheckpointError: there is no checkpoint, or no undamaged one.
   """
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   if mesh is not None:
@@ -133,13 +140,13 @@ def load_encoder(
   leaves = storage.named(state)
   kinds = {name: storage.kind(leaf) for name, leaf in leaves.items()}
   differing = [
-    f"{name} is {storage.kind(loaded.arrays[name]) if name in loaded.arrays else 'missing'} there, "
-    f"{kinds.get(name, 'no such array')} here"
+    f"{name} is {storage.kind(loaded.arrays[name]) if name in loaded.arrays else 'missing'}, expected "
+    f"{kinds.get(name, 'no such array')}"
     for name in kinds | loaded.arrays
     if name not in loaded.arrays or kinds.get(name) != storage.kind(loaded.arrays[name])
   ]
   if differing:
-    raise ConfigError(f"{path}: its encoder is another network: {first_few(differing)}")
+    raise ConfigError(f"{path}: the arrays do not fit the network: {first_few(differing)}")
   arrays = [loaded.arrays[name] for name in leaves]
   state = jax.tree.unflatten(jax.tree.structure(state), arrays)
   return PretrainedEncoder(nnx.merge(graphdef, state), config, loaded.lineage)

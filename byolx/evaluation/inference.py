@@ -157,8 +157,8 @@ def warm_statistics(
   """Sets the BatchNorm running averages of an untrained encoder to those of images, in place.
 
   Padding must not enter the statistics. So masked rows are dropped, each batch is cut to a multiple of
-  the number of devices and of the encoder's normalisation groups, and batches with masked rows are
-  used only before any complete batch.
+  the number of devices and of the encoder's normalisation groups, and a batch with masked rows is used
+  only if no batch was used before.
 
   Args:
     encoder: untrained encoder, which is changed.

@@ -13,8 +13,8 @@ local validation set (the last 10009 training images in TensorFlow's order) is m
 Network, padding, compute type, view size and colour normalisation are those of the encoder, and need not
 be set. `arch` and `width` are for `byolx plan`, which reads no encoder; in a run they must equal the
 encoder's. `views=pretrain` trains on views from T of Table 6; `tclip` is alpha of
-alpha * tanh(logits / alpha); `penalty` is the weight beta of the squared logits. For an encoder with views
-of another size than 224 pixels, set `--config.eval.resize` to 8/7 of their side.
+alpha * tanh(logits / alpha); `penalty` is the weight beta of the squared logits. If the encoder's views
+do not have 224 pixels, set `--config.eval.resize` to 8/7 of their side.
 
 Cost: 80 epochs of forward passes; not run here.
 

@@ -15,9 +15,9 @@ Deviations from the paper: none.
 
 Not stated in the paper, and as in its authors' code on ImageNet: a cosine (`optim.schedule`) without
 warm-up (`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`).
-Ours: the rate is selected on 1 % of the training images (`data.validation`, `data.validation_share`), since
-Table 10 has no validation images of Places365. The fields that this file does not set have the defaults
-of docs/fidelity.md.
+Ours: the rate is selected on 1 % of the training images (`data.validation`, `data.validation_share`),
+since Table 10 has no validation images of Places365. The fields that this file does not set have the
+defaults of docs/fidelity.md.
 """
 
 from ml_collections import ConfigDict

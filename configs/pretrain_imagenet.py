@@ -17,8 +17,8 @@ With `cores`, computation is in bfloat16, with float32 parameters, statistics an
 sharded over up to 64 cores; and 32 cores also have the rematerialisation and the micro-batch that a batch
 of 4096 needs to fit into memory (docs/plan.md). Networks other than ResNet-50 1x have bfloat16 and a
 sharded state also with cores=0. ResNet-50 1x with cores=0 computes in float32, with the state whole on
-every device. If 4096 images do not fit, `--config.train.micro_batch=512` averages the gradients of several
-passes; BatchNorm's statistics are then those of 512 images (Table 16).
+every device. If 4096 images do not fit, `--config.train.micro_batch=512` averages the gradients of
+several passes; BatchNorm's statistics are then those of 512 images (Table 16).
 
 Result (paper; this config was not run here), ResNet-50, top-1 of the linear protocol on `val`:
 
@@ -37,8 +37,8 @@ Deviations from the paper, by field:
     (configs/pretrain_imagenet_b512.py); for other sizes, only the peak rate is scaled.
   `train.epochs`, `optim.base_rate`, `byol.tau_base`: with `epochs=100` and `epochs=40`, presets of the
     authors' code, for which the paper has no result; the other fields are those of 300 epochs.
-  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most 50,000
-    training images; the classifier of appendix D.1 is `configs/linear_imagenet.py`.
+  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most
+    50,000 training images; the classifier of appendix D.1 is `configs/linear_imagenet.py`.
 
 Not stated in the paper: `model.dtype`, which is float32 as in the authors' code, unless stated otherwise
 above. The fields that this file does not set have the defaults of docs/fidelity.md.

@@ -12,8 +12,8 @@ Result (paper; this config was not run here): 73.7 top-1 of the linear protocol 
 
 Deviations from the paper, by field:
 
-  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most 50,000
-    training images; the classifier of appendix D.1 is `configs/linear_imagenet.py`.
+  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most
+    50,000 training images; the classifier of appendix D.1 is `configs/linear_imagenet.py`.
 
 Not stated in the paper: `model.dtype`, which is float32 as in the authors' code, for every network.
 The fields that this file does not set have the defaults of docs/fidelity.md.

@@ -13,8 +13,8 @@ on Places365, 58.5 on ImageNet, 64.2 on SUN397.
 
 Deviations from the paper, by field:
 
-  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most 50,000
-    training images; the classifier of appendix D.1 is `configs/linear_places365.py`.
+  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most
+    50,000 training images; the classifier of appendix D.1 is `configs/linear_places365.py`.
 
 Not stated in the paper: `model.dtype`, which is float32 as in the authors' code, for every network.
 The fields that this file does not set have the defaults of docs/fidelity.md.

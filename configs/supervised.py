@@ -8,8 +8,8 @@ The protocol of appendix D.2 for small data sets: weight decay, label smoothing,
 of a twentieth of the epochs, and RandAugment with `views=randaugment`. Images, view size and architecture
 are those of the run in `init.like`, except for fields that are set; its weights are not used.
 
-Arguments: `labels`, class-balanced share of the labels; `views`, training views (`classify.views`); `rate`,
-base learning rate per 256 images; `epochs`; `batch`, images per step.
+Arguments: `labels`, class-balanced share of the labels; `views`, training views (`classify.views`);
+`rate`, base learning rate per 256 images; `epochs`; `batch`, images per step.
 
 Cost: minutes for Fashion-MNIST on two CPU cores (docs/imagenet_protocols.md).
 """

@@ -93,7 +93,7 @@ def pillow(photos: Path) -> None:
   """One decode and two views, uint8, without colours: ours and the same work with Pillow."""
   cfg = settings(photos)
   work = input_speed.Work.of(cfg, images.build_sources(cfg).train)
-  input_speed.making.one_thread_per_image()
+  input_speed.batching.one_thread_per_image()
 
   def ours(antialias: bool):
     def way(i):

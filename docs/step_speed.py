@@ -34,8 +34,8 @@ sys.path += [str(ROOT / "docs"), str(ROOT / "tests")]
 import plain_byol  # noqa: E402
 from photographs import pieces  # noqa: E402
 
-from byolx.core import config, sharding  # noqa: E402
-from byolx.runs import trainer  # noqa: E402
+from byolx.core import sharding  # noqa: E402
+from byolx.runs import config, trainer  # noqa: E402
 from byolx.training.state import TrainState  # noqa: E402
 from byolx.training.step import compile_step  # noqa: E402
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from byolx.core.config import ConfigError, flatten, load
+from byolx.core.config import ConfigError, flatten
+from byolx.runs.config import load
 from byolx.sweeps import grids
 
 FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from byolx.core.config import ConfigError, file_of, flatten, plain, stored
 from byolx.core.fields import Field
 from byolx.runs import schema
+from byolx.tasks import TASKS
 
 
 def defaults() -> ConfigDict:

@@ -138,17 +138,18 @@ def check(config: ConfigDict) -> None:
       f"init.inherit={tuple(config.init.inherit)} without init.like or init.workdir: expected the run "
       "whose fields are taken"
     )
-  TASKS[config.task].check(config)
-
-
-def _check_evaluation(config: ConfigDict) -> None:
-  if config.eval.batch_size % jax.process_count():
-    raise ConfigError(
-      f"eval.batch_size={config.eval.batch_size}: expected a multiple of the {jax.process_count()} "
-      "processes"
-    )
   if config.eval.resize < config.views.size:
     raise ConfigError(
       f"eval.resize={config.eval.resize}: the centre crop of views.size={config.views.size} is "
       "larger than the image; expected eval.resize of at least views.size"
+    )
+  TASKS[config.task].check(config)
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+  """Refuses evaluation batches that the processes cannot divide evenly."""
+  if config.eval.batch_size % jax.process_count():
+    raise ConfigError(
+      f"eval.batch_size={config.eval.batch_size}: expected a multiple of the {jax.process_count()} "
+      "processes"
     )

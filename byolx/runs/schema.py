@@ -49,13 +49,14 @@ class RunSpec:
   )
 
 
-_BEFORE_TASKS: dict[str, type] = {
+BEFORE_TASKS: dict[str, type] = {
   "": RunSpec,
   "data": DataSpec,
   "views": ViewsSpec,
   "model": ResNetSpec,
 }
-_AFTER_TASKS: dict[str, type] = {
+"""The dataclass of each group, as `byolx fields` lists them; the first has no name of its own."""
+AFTER_TASKS: dict[str, type] = {
   "optim": OptimizerSpec,
   "train": TrainSpec,
   "init": InitSpec,
@@ -65,6 +66,7 @@ _AFTER_TASKS: dict[str, type] = {
   "log": LogSpec,
   "eval": EvalSpec,
 }
+"""The other groups, listed after those of the tasks."""
 
 
 def fields() -> dict[str, Field]:
@@ -99,9 +101,9 @@ def task_source(config: ConfigDict) -> str:
 
 @functools.lru_cache
 def _assembled(tasks: tuple[type, ...]) -> Mapping[str, Field]:
-  groups = {name: fields_of(kind) for name, kind in _BEFORE_TASKS.items()}
+  groups = {name: fields_of(kind) for name, kind in BEFORE_TASKS.items()}
   groups |= {kind.group: kind.fields() for kind in tasks}
-  groups |= {name: fields_of(kind) for name, kind in _AFTER_TASKS.items()}
+  groups |= {name: fields_of(kind) for name, kind in AFTER_TASKS.items()}
   return {
     f"{group}.{name}".lstrip("."): field
     for group, fields in groups.items()

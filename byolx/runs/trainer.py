@@ -266,6 +266,8 @@ def build_input(config: ConfigDict, classes: int) -> transforms.Transform:
   Raises:
     ConfigError: fields do not go together.
   """
+  config = config.copy_and_resolve_references()
+  config.eval.resize = max(config.eval.resize, config.views.size)  # no evaluation image is made
   return build_task(config, Setting(config, build_encoder(config), classes, 1)).transform("train")
 
 

@@ -25,18 +25,24 @@ from byolx.models.encoder import Network
 from byolx.models.resnet import ResNetSpec
 
 CROP = {"resize": 256, "crop_rule": "paper", "antialias": False}
-"""The evaluation crop where the stored config has none."""
+"""Evaluation crop, if the stored config has none: the fields of the group `eval`."""
 
 
 class PretrainedEncoder(nnx.Module):
-  """An encoder with the colour normalisation and the image size that it was trained with.
+  """Encoder with the colour normalisation and the image size of its training.
+
+  Args:
+    network: encoder, an NNX module on normalised images.
+    config: flat config of the encoder's run.
+    lineage: facts about the checkpoint.
 
   Attributes:
-    network: the encoder, an NNX module on normalised images.
-    features: d, size of the representation.
-    size: side of the images that it was trained on, pixels.
-    mean, std: colour normalisation of each channel, for pixels in [0, 1].
-    checkpoint: folder of the checkpoint that it was loaded from.
+    network: encoder, an NNX module on normalised images.
+    features: size d of the representation.
+    size: side of the training views, pixels.
+    mean, std: mean and standard deviation of each channel, for pixels in [0, 1].
+    crop: resize, crop_rule and antialias of the evaluation crop.
+    checkpoint: folder of the checkpoint.
     step: training step of the checkpoint.
   """
 

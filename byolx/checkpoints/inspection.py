@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from byolx.checkpoints import manager, pretrained, storage
 from byolx.checkpoints.storage import CheckpointError
-from byolx.core.config import plain
+from byolx.core.config import flatten, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Page:
     changes: `[default, value]` of the config fields that are not at their default, by name.
     parts: part, number of arrays, number of values and an empty remark, for each part of the state.
     lineage: origin of the encoder that the run started from; None for a run from scratch.
-    encoder: values of the config fields in `fields.ENCODER`, by name; empty if not stored.
+    encoder: values of the config fields in `schema.encoder_fields`, by name; empty if not stored.
   """
 
   path: str
@@ -126,7 +126,10 @@ def _of_encoder(
   flat: Mapping[str, Any] | None, defaults: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
   """The fields that go with the encoder; none where the checkpoint has no config."""
-  return {name: flat.get(name, defaults[name]) for name in names} if flat else {}
+  if not flat:
+    return {}
+  values = {**defaults, **flatten(flat)}
+  return {name: values[name] for name in names}
 
 
 def _summarise(folder: Path, verify: bool) -> tuple[Step, dict[str, Any] | None]:

@@ -1,7 +1,8 @@
-"""Batches: from the numbers of records to arrays.
+"""Loading of batches, part by part: reads the records of a part and fills its arrays.
 
-Worker processes are given the objects defined here. Each maps the number of a part of a batch to that
-part, in any process and in any order; `sampler` says which records are in it.
+`TrainPart` and `EvaluationPart` map the number of a part to its arrays. They are pickled into worker
+processes, and may be called in any process and in any order: `sampler` determines the records of a
+part from its number.
 """
 
 import math
@@ -17,7 +18,7 @@ from jaxtyping import UInt8
 from byolx.core.machine import end_with_parent
 from byolx.data.decode import DecodeError
 from byolx.data.sampler import REPLACEMENT, Rows, Stream, epoch_order
-from byolx.data.shared_memory import Borrower, Lender, Loan
+from byolx.data.shared_memory import BufferHandle, BufferReader, Buffers
 from byolx.data.sources.base import Example, Source
 from byolx.data.transforms import Array, Arrays, Random, Transform
 from byolx.data.unreadable import Failure, TooManyFailuresError
@@ -25,17 +26,24 @@ from byolx.data.unreadable import Failure, TooManyFailuresError
 Batch = dict[str, Any]
 
 _REPLACEMENTS = 1000
-"""After so many unreadable records in a row the source is given up."""
+"""Largest number of records to try in place of an unreadable one before an error is raised."""
 
 EVALUATION_SEED = 0
-"""The seed of what a transform draws in evaluation: every evaluation of an image sees the same."""
+"""Seed of a transform's random numbers in evaluation, the same in all runs."""
 
 _ALIGNMENT = 64
-"""Bytes: every array of a block begins at a multiple."""
+"""Alignment of arrays in a block, bytes."""
 
 
-class Placed(NamedTuple):
-  """Where the rows of one array lie inside a block of bytes."""
+class Slot(NamedTuple):
+  """Position of one array in a block of bytes.
+
+  Attributes:
+    name: name of the array in the batch.
+    offset: first byte of the array in the block.
+    shape: shape of the array, rows first.
+    dtype: type of its values.
+  """
 
   name: str
   offset: int
@@ -43,69 +51,69 @@ class Placed(NamedTuple):
   dtype: np.dtype
 
   def of(self, block: UInt8[np.ndarray, "bytes"]) -> np.ndarray:
-    """The array, a view of the block."""
+    """Returns the array, as a view of the block."""
     size = math.prod(self.shape) * self.dtype.itemsize
     return block[self.offset : self.offset + size].view(self.dtype).reshape(self.shape)
 
 
-class Made(NamedTuple):
-  """A part of a batch, and the unreadable records that came up while it was made.
+class LoadedPart(NamedTuple):
+  """A loaded part of a batch, and the unreadable records met while loading it.
 
   Attributes:
-    placed: places of the large arrays inside the block.
-    block: bytes of all large arrays, or the loan of the shared memory that holds them.
-    rest: all other arrays by name.
+    slots: positions of the large arrays in the block.
+    block: bytes of all large arrays, or the handle of the shared memory that holds them.
+    small: the other arrays, by name.
     failures: unreadable records, in the order of rows.
   """
 
-  placed: tuple[Placed, ...]
-  block: UInt8[np.ndarray, "bytes"] | Loan
-  rest: Batch
+  slots: tuple[Slot, ...]
+  block: UInt8[np.ndarray, "bytes"] | BufferHandle
+  small: Batch
   failures: tuple[Failure, ...]
 
 
 class Allocation:
-  """The arrays of one part of a batch, to be filled row by row.
+  """Arrays of one part of a batch, to be filled row by row.
 
-  Arrays with a shape of their own (images, masks, boxes) lie in one block of shared memory; scalars
-  and the arrays inside a NamedTuple, such as a view's random numbers, go through a pipe.
+  Arrays with axes besides the rows (images, masks, boxes) are in one block of shared memory. Scalars
+  and the arrays of a NamedTuple, such as a view's random numbers, are sent through a pipe.
 
   Args:
     arrays: shape and dtype of each array of one example, by name.
-    rows: number of rows.
-    lender: owner of the shared memory.
+    rows: number of rows of the part.
+    buffers: shared memory of this process.
   """
 
-  def __init__(self, arrays: Arrays, rows: int, lender: Lender):
-    placed, end = [], 0
+  def __init__(self, arrays: Arrays, rows: int, buffers: Buffers):
+    slots, end = [], 0
     for name, array in arrays.items():
       if isinstance(array, Array) and array.shape:
         dtype = np.dtype(array.dtype)
-        placed.append(Placed(name, end, (rows, *array.shape), dtype))
+        slots.append(Slot(name, end, (rows, *array.shape), dtype))
         end += rows * math.prod(array.shape) * dtype.itemsize
         end += -end % _ALIGNMENT
-    block, self._sent = lender.take(end)
-    self._placed = tuple(placed)
-    self._large = {place.name: place.of(block) for place in placed}
-    self._rest = {
+    block, self._sent = buffers.take(end)
+    self._slots = tuple(slots)
+    self._large = {slot.name: slot.of(block) for slot in slots}
+    self._small = {
       name: _each(lambda x: np.empty((rows, *x.shape), x.dtype), array)
       for name, array in arrays.items()
       if name not in self._large
     }
 
   def row(self, row: int) -> Batch:
-    """One row of every array, as views: what is written into them is in the batch."""
+    """Returns one row of each array, as views to be filled."""
     rows = {name: array[row, ...] for name, array in self._large.items()}
-    return rows | {name: _each(lambda x: x[row, ...], x) for name, x in self._rest.items()}
+    return rows | {name: _each(lambda x: x[row, ...], x) for name, x in self._small.items()}
 
   def clear(self, row: int) -> None:
     """Fills one row with zeros."""
     for array in self.row(row).values():
       _each(lambda x: x.fill(0), array)
 
-  def made(self, known: Batch, failures: tuple[Failure, ...]) -> Made:
-    """The part, with the arrays of `known` as well."""
-    return Made(self._placed, self._sent, known | self._rest, failures)
+  def finish(self, others: Batch, failures: tuple[Failure, ...]) -> LoadedPart:
+    """Returns the filled part, with the arrays of `others` added."""
+    return LoadedPart(self._slots, self._sent, others | self._small, failures)
 
 
 def _each(function: Callable[[Any], Any], array: Any) -> Any:
@@ -115,56 +123,62 @@ def _each(function: Callable[[Any], Any], array: Any) -> Any:
   return function(array)
 
 
-class Crew:
-  """The threads of one process that fill the rows of a part side by side.
+class ThreadPool:
+  """Threads of one process that fill the rows of a part in parallel.
 
-  Pickled without its threads, which start when they are first needed.
+  The threads start on first use. Pickling leaves them out.
+
+  Args:
+    threads: number of threads, at least 1.
+
+  Raises:
+    ValueError: `threads` is less than 1.
   """
 
   def __init__(self, threads: int):
     if threads < 1:
       raise ValueError(f"threads is {threads}; expected at least 1")
     self._threads = threads
-    self._pool: ThreadPoolExecutor | None = None
+    self._executor: ThreadPoolExecutor | None = None
 
   def __reduce__(self):
-    return Crew, (self._threads,)
+    return ThreadPool, (self._threads,)
 
   def fill(self, rows: int, fill: Callable[[range], list[Failure]]) -> tuple[Failure, ...]:
-    """Calls `fill` on ranges that cover all rows; returns the failures in the order of rows."""
+    """Calls `fill` on ranges that cover all rows, and returns the failures in the order of rows."""
     if self._threads == 1 or rows == 1:
       return tuple(fill(range(rows)))
-    if self._pool is None:
-      self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="byolx-input")
-    # More ranges than threads: the one with the largest photographs should not be waited for.
+    if self._executor is None:
+      self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="byolx-input")
+    # More ranges than threads, so that threads stay busy if some photographs are larger than others.
     count = min(rows, 4 * self._threads)
     ranges = [range(rows * i // count, rows * (i + 1) // count) for i in range(count)]
-    return tuple(failure for failures in self._pool.map(fill, ranges) for failure in failures)
+    return tuple(failure for failures in self._executor.map(fill, ranges) for failure in failures)
 
   def close(self) -> None:
     """Ends the threads."""
-    if self._pool is not None:
-      self._pool.shutdown()
-      self._pool = None
+    if self._executor is not None:
+      self._executor.shutdown()
+      self._executor = None
 
 
 class TrainPart:
-  """Number of a part -> Made, for `loader.train_batches`."""
+  """Loads a part of a training batch from its number, for `loader.train_batches`."""
 
-  def __init__(self, source: Source, transform: Transform, seed: int, rows: Rows, crew: Crew):
+  def __init__(self, source: Source, transform: Transform, seed: int, rows: Rows, pool: ThreadPool):
     self._source = source
     self._transform = transform
     self._arrays = transform.arrays
     self._seed = seed
     self._rows = rows
-    self._crew = crew
-    self._lender = Lender()
+    self._pool = pool
+    self._buffers = Buffers()
 
-  def __call__(self, number: int) -> Made:
+  def __call__(self, number: int) -> LoadedPart:
     places = self._rows.of(number)
     count = len(places)
     label, index = np.empty(count, np.int32), np.empty(count, np.int32)
-    allocation = Allocation(self._arrays, count, self._lender)
+    allocation = Allocation(self._arrays, count, self._buffers)
 
     def fill(rows: range) -> list[Failure]:
       stream, failures = Stream(self._seed), []
@@ -176,23 +190,29 @@ class TrainPart:
         self._transform(example, Random(stream, record, epoch), allocation.row(row))
       return failures
 
-    failures = self._crew.fill(count, fill)
-    return allocation.made({"label": label, "index": index}, failures)
+    failures = self._pool.fill(count, fill)
+    return allocation.finish({"label": label, "index": index}, failures)
 
   def _read(self, record: int, stream: Stream, failures: list[Failure]) -> tuple[Example, int]:
-    """The record, or a readable one in its place, which depends on seed and record only."""
+    """Reads a record, or a readable one in its place, which depends on seed and record only.
+
+    Returns:
+      The example, and the number of the record that it comes from.
+
+    Raises:
+      TooManyFailuresError: too many records in a row cannot be read.
+    """
     count = self._rows.records
     try:
       return self._source[record], record
     except DecodeError as error:
       failures.append(Failure(record, str(error)))
-    # Stepping by a number without a common divisor visits every other record before the first
-    # comes again.
+    # A stride coprime to the number of records visits all other records before it repeats one.
     stride = int(stream.at(REPLACEMENT, record).integers(1, max(count, 2)))
     while math.gcd(stride, count) > 1:
       stride += 1
-    for hop in range(1, min(count, _REPLACEMENTS)):
-      other = (record + hop * stride) % count
+    for attempt in range(1, min(count, _REPLACEMENTS)):
+      other = (record + attempt * stride) % count
       try:
         return self._source[other], other
       except DecodeError as error:
@@ -204,22 +224,22 @@ class TrainPart:
 
 
 class EvaluationPart:
-  """Number of a part -> Made, for `loader.evaluation_batches`."""
+  """Loads a part of an evaluation batch from its number, for `loader.evaluation_batches`."""
 
-  def __init__(self, source: Source, transform: Transform, rows: Rows, crew: Crew):
+  def __init__(self, source: Source, transform: Transform, rows: Rows, pool: ThreadPool):
     self._source = source
     self._transform = transform
     self._arrays = transform.arrays
     self._rows = rows
-    self._crew = crew
-    self._lender = Lender()
+    self._pool = pool
+    self._buffers = Buffers()
 
-  def __call__(self, number: int) -> Made:
+  def __call__(self, number: int) -> LoadedPart:
     places = self._rows.of(number)
     count = len(places)
     label, index = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
     mask = np.zeros(count, bool)
-    allocation = Allocation(self._arrays, count, self._lender)
+    allocation = Allocation(self._arrays, count, self._buffers)
 
     def fill(rows: range) -> list[Failure]:
       stream, failures = Stream(EVALUATION_SEED), []
@@ -238,19 +258,30 @@ class EvaluationPart:
         label[row], index[row], mask[row] = example.label, record, True
       return failures
 
-    failures = self._crew.fill(count, fill)
-    return allocation.made({"label": label, "mask": mask, "index": index}, failures)
+    failures = self._pool.fill(count, fill)
+    return allocation.finish({"label": label, "mask": mask, "index": index}, failures)
 
 
-def join(parts: Sequence[Made], borrower: Borrower) -> tuple[Batch, tuple[Failure, ...]]:
-  """One batch of its parts, in order, and the failures in them; a single part is not copied."""
-  blocks = [borrower.open(part.block) for part in parts]
+def join(parts: Sequence[LoadedPart], reader: BufferReader) -> tuple[Batch, tuple[Failure, ...]]:
+  """Joins the parts of a batch, in order; a single part is not copied.
+
+  Args:
+    parts: all parts of one batch.
+    reader: reader of the workers' shared memory.
+
+  Returns:
+    The batch, and the unreadable records of all parts.
+
+  Raises:
+    OSError: a worker has ended.
+  """
+  blocks = [reader.open(part.block) for part in parts]
   batch = {}
-  for places in zip(*(part.placed for part in parts), strict=True):
-    arrays = [place.of(block) for place, block in zip(places, blocks, strict=True)]
-    batch[places[0].name] = _concatenated(arrays)
-  for key in parts[0].rest:
-    batch[key] = _concatenated([part.rest[key] for part in parts])
+  for slots in zip(*(part.slots for part in parts), strict=True):
+    arrays = [slot.of(block) for slot, block in zip(slots, blocks, strict=True)]
+    batch[slots[0].name] = _concatenated(arrays)
+  for key in parts[0].small:
+    batch[key] = _concatenated([part.small[key] for part in parts])
   return batch, tuple(failure for part in parts for failure in part.failures)
 
 
@@ -263,12 +294,12 @@ def _concatenated(values: list[Any]) -> Any:
 
 
 def start_worker(*_) -> None:
-  """Settles a worker process: it uses one core, and ends when its parent does."""
+  """Initialises a worker process: it uses one core, and ends when its parent process does."""
   end_with_parent()
   one_thread_per_image()
   threadpoolctl.threadpool_limits(1)
 
 
 def one_thread_per_image() -> None:
-  """OpenCV's own threads only get into the way of many small images."""
+  """Turns off OpenCV's own threads: images are already loaded in parallel."""
   cv2.setNumThreads(0)

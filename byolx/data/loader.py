@@ -1,15 +1,15 @@
-"""Batches, made ahead of time in threads or worker processes.
+"""Loader: batches, loaded in advance by threads or worker processes.
 
-Everything about a batch is a function of (source, transform, seed, step): `sampler` says which records
-are in it and gives their random numbers, the transform turns an example into arrays, `batching` puts
-them together. So neither the number of hosts, workers, threads or devices nor a restart changes what
-is trained on, and any view can be drawn again.
+A batch is a function of (source, transform, seed, step). `sampler` determines its records and their
+random numbers, the transform turns each example into arrays, and `batching` collects them. So batches
+do not depend on restarts, or on the number of hosts, workers, threads or devices, and every view can
+be reproduced.
 
-grain runs the work: part of a batch -> arrays is a `grain.MapDataset`. Its elements are parts of
-batches rather than records because its bookkeeping per element costs as much as a view of a small
-image. Worker processes write large arrays into shared memory, see `shared_memory`.
+grain schedules the work. The elements of its `MapDataset` are parts of batches, not records, because
+grain's overhead per element is as large as the cost of a view of a small image. Worker processes write
+large arrays into shared memory, see `shared_memory`.
 
-Files that cannot be read do not stop a run, see `unreadable`.
+Unreadable files do not stop a run, see `unreadable`.
 """
 
 import itertools
@@ -31,25 +31,25 @@ from jaxtyping import Int32, UInt8
 from byolx.core.machine import usable_cores
 from byolx.data.batching import (
   Batch,
-  Crew,
   EvaluationPart,
-  Made,
+  LoadedPart,
+  ThreadPool,
   TrainPart,
   join,
   one_thread_per_image,
   start_worker,
 )
 from byolx.data.sampler import Rows
-from byolx.data.shared_memory import Borrower
+from byolx.data.shared_memory import BufferReader
 from byolx.data.sources.base import Source
 from byolx.data.transforms import Transform
 from byolx.data.unreadable import FailureLog
 
 _SHARED_BYTES = 2**16
-"""Smaller arrays come from workers through a pipe: each array in shared memory is a file."""
+"""Least bytes of an array that grain sends through its own shared memory, one file per array."""
 
 PART_ROWS = 128
-"""Worker processes make larger batches in parts of about so many rows: their memory stays small."""
+"""Approximate rows per part: worker processes load larger batches in parts, which limits memory."""
 
 
 def train_batches(
@@ -67,42 +67,44 @@ def train_batches(
   named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
-  """Endless training batches.
+  """Loads training batches, without an end.
 
   Args:
-    source: the examples.
-    transform: function from an example to the rows of a batch.
-    batch_size: rows of the global batch; every host yields `batch_size / host_count` of them.
+    source: training examples.
+    transform: function that fills one row of a batch from an example.
+    batch_size: rows of the global batch; each host loads `batch_size / host_count` of them.
     seed: seed of the order of records and of all random numbers, 0 to 2**32 - 1.
-    start_step: number of the first batch, from 0: the step of a restored state.
-    workers: processes that make batches; 0 makes them in this process, -1 is one per core.
-    threads: threads that make a batch side by side, in this process or in each worker. Decoding and
-      resizing release the interpreter; the code between them does not.
-    host_index, host_count: number of this host, and of hosts; each has one block of the global batch.
-    max_failed_share: share of unreadable records above which the run stops, see `unreadable`.
-    named: unreadable records that were logged before, see `FailureLog`.
-    prefetch: batches made ahead of time; 0 makes each when it is asked for, in the caller.
+    start_step: number of the first batch, from 0; the step of a restored state.
+    workers: number of worker processes; 0 to load in this process, -1 for one per core.
+    threads: threads that fill a batch in parallel, in this process or in each worker. Decoding and
+      resizing release Python's global lock; other code does not.
+    host_index: index of this host, 0 to host_count - 1.
+    host_count: number of hosts; each loads one block of the global batch.
+    max_failed_share: largest share of unreadable records, 0 to 1, see `unreadable`.
+    named: reasons of unreadable records already logged, see `FailureLog`.
+    prefetch: batches loaded in advance; 0 to load each one in the call of `next`.
 
   Returns:
-    An iterator of dicts; call its `close()`, or use it in a with statement:
-      the arrays of the transform, with a leading axis b.
+    Iterator of dicts, to close by `close()` or a with statement. Its arrays, of b rows each, are those
+    of the transform and:
       label: int32 [b], -1 if unlabelled.
-      index: int32 [b], number of the record whose pixels these are.
+      index: int32 [b], number of the record that was read.
 
   Raises:
-    ValueError: a setting is outside its range; later, from the iterator, too many unreadable files.
+    ValueError: an argument is out of range.
+    TooManyFailuresError: too many records cannot be read; raised by the iterator.
   """
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed is {seed}; expected 0 to 2**32 - 1")
   if start_step < 0:
     raise ValueError(f"start_step is {start_step}; expected at least 0")
-  workers, crew = _workers(workers), Crew(threads)
+  workers, pool = _workers(workers), ThreadPool(threads)
   rows = _rows(source, batch_size, host_index, host_count, workers)
-  make = TrainPart(source, transform, seed, rows, crew)
-  parts = grain.MapDataset.range(start_step * rows.parts, sys.maxsize).map(make)
+  load_part = TrainPart(source, transform, seed, rows, pool)
+  parts = grain.MapDataset.range(start_step * rows.parts, sys.maxsize).map(load_part)
   consequence = "another one takes its place"
   failures = FailureLog(source.name, len(source), max_failed_share, consequence, named)
-  return Batches(parts, rows.parts, failures, crew, workers, prefetch)
+  return Batches(parts, rows.parts, failures, pool, workers, prefetch)
 
 
 def evaluation_batches(
@@ -118,41 +120,52 @@ def evaluation_batches(
   named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
-  """Batches of every record once, in order.
+  """Loads evaluation batches: all records once, in order.
 
-  The last batch is padded to `batch_size`. Padding and unreadable files are rows whose `mask` is
-  False; all their arrays are 0, label and index -1.
+  The last batch is padded to `batch_size`. Rows of padding and of unreadable records have `mask` False,
+  label and index -1, and all other arrays 0.
 
   Args:
-    source: the examples.
-    transform: function from an example to the rows of a batch.
+    source: examples.
+    transform: function that fills one row of a batch from an example.
     batch_size: rows of the global batch.
-    workers, threads, host_index, host_count, max_failed_share, named, prefetch: see `train_batches`.
+    workers, threads, prefetch: loading options, as in `train_batches`.
+    host_index, host_count: index of this host and number of hosts, as in `train_batches`.
+    max_failed_share, named: handling of unreadable records, as in `train_batches`.
 
   Returns:
-    An iterator of dicts: the arrays of the transform, label int32 [b], mask bool [b], index int32 [b].
-    It closes itself at the end.
+    Iterator of dicts, which closes itself at the end. Its arrays, of b rows each, are those of the
+    transform, label int32 [b], mask bool [b] and index int32 [b].
 
   Raises:
-    ValueError: see `train_batches`.
+    ValueError: an argument is out of range.
+    TooManyFailuresError: too many records cannot be read; raised by the iterator.
   """
-  workers, crew = _workers(workers), Crew(threads)
+  workers, pool = _workers(workers), ThreadPool(threads)
   rows = _rows(source, batch_size, host_index, host_count, workers)
-  make = EvaluationPart(source, transform, rows, crew)
-  # Without an end, as a worker that comes to its end takes with it the memory that it lends.
-  parts = grain.MapDataset.range(sys.maxsize).map(make)
+  load_part = EvaluationPart(source, transform, rows, pool)
+  # Endless, so that no worker ends, and its shared memory with it, before the last batch is read.
+  parts = grain.MapDataset.range(sys.maxsize).map(load_part)
   failures = FailureLog(source.name, len(source), max_failed_share, "it is left out", named)
   count = math.ceil(len(source) / batch_size)
-  return Batches(parts, rows.parts, failures, crew, workers, prefetch, count)
+  return Batches(parts, rows.parts, failures, pool, workers, prefetch, count)
 
 
 def evaluation_images(
   source: Source, transform: Transform, *, workers: int = 0
 ) -> tuple[UInt8[np.ndarray, "n size size 3"], Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
-  """Array `image`, label and index of all readable records, in order, for sources that fit into memory.
+  """Loads all readable records of a source into memory, in order.
+
+  Args:
+    source: examples.
+    transform: transform with an array `image`, such as `Centre`.
+    workers: number of worker processes, as in `train_batches`.
+
+  Returns:
+    Images, labels (-1 if unlabelled) and numbers of the records.
 
   Raises:
-    ValueError: see `train_batches`; or no record can be read.
+    ValueError: the source is empty, no record can be read, or an argument is out of range.
   """
   batch_size = max(1, min(len(source), 256))
   with evaluation_batches(source, transform, batch_size, workers=workers) as batches:
@@ -180,23 +193,27 @@ def _rows(source: Source, batch_size: int, host_index: int, host_count: int, wor
 
 
 class Batches(Iterator[Batch]):
-  """Iterator over batches that are made ahead of time; close it when done, or use `with`.
+  """Iterator over batches loaded in advance; close it when done, or use it in a with statement.
 
   Args:
-    made: numbers of parts -> Made, from the first part of a batch on, without an end.
-    parts: of a batch.
-    failures: what to do about unreadable records.
-    crew: the threads that `made` uses in this process.
-    workers, prefetch: as for `train_batches`.
-    count: of batches; None for no end.
+    dataset: endless dataset of loaded parts, which starts with the first part of a batch.
+    parts: number of parts of a batch.
+    failures: log of unreadable records.
+    pool: threads of this process that fill the parts.
+    workers: number of worker processes, at least 0.
+    prefetch: batches loaded in advance, at least 0.
+    count: number of batches; None for no end.
+
+  Raises:
+    ValueError: `prefetch` is negative.
   """
 
   def __init__(
     self,
-    made: grain.MapDataset[Made],
+    dataset: grain.MapDataset[LoadedPart],
     parts: int,
     failures: FailureLog,
-    crew: Crew,
+    pool: ThreadPool,
     workers: int,
     prefetch: int,
     count: int | None = None,
@@ -204,11 +221,12 @@ class Batches(Iterator[Batch]):
     if prefetch < 0:
       raise ValueError(f"prefetch is {prefetch}; expected at least 0")
     one_thread_per_image()
-    # No threads of grain's inside: the thread, the crew or the workers below are the only ones.
-    dataset = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    # Without grain's reading threads: the prefetching thread or the workers below, and the pool,
+    # are enough.
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
       if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain hands its flags on to the workers
+        flags.FLAGS.mark_as_parsed()  # grain passes its absl flags to the workers
       ahead = max(1, math.ceil(prefetch * parts / workers))
       options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
       dataset = WithOptionsIterDataset(dataset, DatasetOptions(min_shm_size=_SHARED_BYTES))
@@ -217,19 +235,19 @@ class Batches(Iterator[Batch]):
       dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
     self._parts = parts
     self._steps = itertools.count() if count is None else iter(range(count))
-    self._borrower = Borrower()
-    self._running = [crew, iter(dataset)]  # empty once closed; closed from the last to the first
+    self._reader = BufferReader()
+    self._running = [pool, iter(dataset)]  # in reverse order of closing; empty once closed
     self._failures = failures
     self._finalizer = weakref.finalize(self, _close_all, self._running)
 
   def __next__(self) -> Batch:
-    """The next batch. An error that was raised in making it is raised here, and closes."""
+    """Returns the next batch. An error in loading it is raised here, after closing the iterator."""
     if not self._running:
       raise StopIteration
     try:
       next(self._steps)
       parts = list(itertools.islice(self._running[-1], self._parts))
-      batch, failures = join(parts, self._borrower)
+      batch, failures = join(parts, self._reader)
       self._failures.add(batch["index"], failures)
     except BaseException:
       self.close()
@@ -237,7 +255,7 @@ class Batches(Iterator[Batch]):
     return batch
 
   def close(self) -> None:
-    """Stops the threads or the workers and waits for their end. May be called again."""
+    """Stops threads and workers, and waits for their end; further calls do nothing."""
     self._finalizer()
 
   def __enter__(self) -> "Batches":
@@ -247,6 +265,6 @@ class Batches(Iterator[Batch]):
     self.close()
 
 
-def _close_all(running: list[Crew | grain.DatasetIterator]) -> None:
+def _close_all(running: list[ThreadPool | grain.DatasetIterator]) -> None:
   while running:
     running.pop().close()

@@ -1,9 +1,8 @@
-"""Transforms: from one example and its random numbers to arrays of fixed shape.
+"""Transforms: functions from an example and its random numbers to arrays of fixed shape.
 
-A transform declares the name, shape and dtype of every array that it makes. The input allocates them
-for a whole batch, in shared memory where worker processes fill them, and passes one row of each to the
-transform. So views, masks, boxes or depth maps take the same way, and shapes are known before any
-image is read.
+A transform declares the name, shape and dtype of its arrays. The loader allocates them for a whole
+batch, in shared memory if worker processes fill them, and passes one row of each to the transform. So
+views, masks, boxes and depth maps are treated alike, and all shapes are known before an image is read.
 """
 
 import dataclasses
@@ -24,26 +23,31 @@ PLACEMENTS = ("host", "device")
 
 
 class Array(NamedTuple):
-  """Shape and dtype of one array of one example, without the batch axis."""
+  """Declaration of an array.
+
+  Attributes:
+    shape: shape for one example, without the batch axis.
+    dtype: numpy type of the values.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype | type
 
 
 Arrays = Mapping[str, Any]
-"""Names to `Array`, or to a NamedTuple of `Array`; a batch has the same names."""
+"""Declared arrays by name, each an `Array` or a NamedTuple of `Array`."""
 
 Rows = Mapping[str, Any]
-"""Names to numpy arrays that a transform fills, one example's row of each; scalars are 0-d arrays."""
+"""Arrays of one example by name, which a transform fills; scalars are 0-d arrays."""
 
 
 class Random(NamedTuple):
-  """The random numbers of one example in one epoch: a function of seed, epoch and record only.
+  """Random generators of one example in one epoch, which depend on seed, record and epoch only.
 
   Attributes:
     stream: generators of the run's seed.
-    record: number of the example in its source, from 0.
-    epoch: number of the pass over the source, from 0; 0 in evaluation.
+    record: index of the example in its source, from 0.
+    epoch: index of the epoch, from 0; 0 in evaluation.
   """
 
   stream: Stream
@@ -51,10 +55,10 @@ class Random(NamedTuple):
   epoch: int
 
   def generator(self, number: int = 0, purpose: int = VIEW) -> np.random.Generator:
-    """A generator at its start. It is valid until the next call: finish one before the next.
+    """Returns a generator at the start of its stream; it is valid until the next call.
 
     Args:
-      number: number of the generator, such as that of a view; different numbers share nothing.
+      number: index of an independent stream, such as the index of a view.
       purpose: VIEW or RANDAUGMENT of `byolx.data.sampler`.
     """
     return self.stream.at(purpose, self.record, self.epoch, number)
@@ -62,39 +66,47 @@ class Random(NamedTuple):
 
 @runtime_checkable
 class Transform(Protocol):
-  """One example in, one row of every declared array out. It is pickled into worker processes.
+  """Interface of transforms, which are pickled into worker processes.
 
-  Every batch also has `label` (int32, -1 without one) and `index` (int32, number of the record), and
-  in evaluation `mask` (bool, False for padding); a transform does not declare these.
+  A transform fills one row of its declared arrays from one example. The loader adds `label` (int32, -1
+  if unlabelled), `index` (int32, index of the record) and, in evaluation, `mask` (bool, False for
+  padding), so a transform does not declare these.
   """
 
   @property
   def arrays(self) -> Arrays:
-    """Shape and dtype of every array."""
+    """Shape and dtype of each array."""
 
   def __call__(self, example: Example, random: Random, rows: Rows) -> None:
-    """Fills the rows: `rows["image"][...] = pixels`. They hold anything before."""
+    """Fills the rows, for example by `rows["image"][...] = pixels`.
+
+    Args:
+      example: image and label.
+      random: random generators of the example.
+      rows: uninitialised arrays of one example, by name.
+    """
 
   def preview(self) -> "Transform":
-    """The transform that `views.png` shows: its arrays [size, size, 3] uint8 are the pictures."""
+    """Returns the transform for `views.png`, which shows its uint8 arrays [size, size, 3]."""
     return self
 
 
 @dataclasses.dataclass(frozen=True)
 class Views(Transform):
-  """Augmented views `view1`, `view2`, ... of an image, one per distribution (appendix C).
+  """Transform to augmented views of an image, one per distribution (appendix C).
 
-  Arrays: `viewN` uint8 [size, size, 3]; with placement "device" also `drawsN`, the `Draws` of view N.
+  The arrays are `view1`, `view2`, ..., uint8 [size, size, 3]. With placement "device" there are also
+  `draws1`, `draws2`, ..., the random numbers (`Draws`) of the views.
 
   Args:
-    specs: distributions of the views, at least one; BYOL has two.
-    size: side of a view, pixels.
-    placement: "host" applies the whole augmentation; "device" only crops, and leaves the rest to
-      `on_device.apply_device` inside the train step.
-    antialias: whether a crop that shrinks is antialiased.
+    specs: distributions of the views, at least one; two for BYOL.
+    size: side of a view, pixels, at least 1.
+    placement: "host" for the whole augmentation here; "device" for the crop only, with the rest in
+      the train step (`on_device.apply_device`).
+    antialias: True to antialias when a crop shrinks.
 
   Raises:
-    ValueError: an argument outside its range.
+    ValueError: an argument is out of range.
   """
 
   specs: tuple[ViewSpec, ...]
@@ -112,12 +124,12 @@ class Views(Transform):
 
   @property
   def on_device(self) -> bool:
-    """Whether the train step does the colour work."""
+    """True if everything after the crop is applied in the train step."""
     return self.placement == "device"
 
   @property
   def brightness_rule(self) -> str:
-    """The brightness rule of all views, see `ViewSpec`."""
+    """Brightness rule of all views, see `ViewSpec`."""
     return self.specs[0].brightness_rule
 
   @property
@@ -153,18 +165,18 @@ class Views(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Centre(Transform):
-  """The one view of an image that evaluation uses, see `resizing.evaluation_view`.
+  """Transform to the centre crop that evaluation uses, see `resizing.evaluation_view`.
 
-  Array: `image` uint8 [size, size, 3].
+  The array is `image`, uint8 [size, size, 3].
 
   Args:
-    size: side of the view, pixels; 224 in the paper.
-    resize: shorter side before the crop, pixels, at least `size`; 256 in the paper.
+    size: side of the crop, pixels; 224 in the paper.
+    resize: shorter side of the image before the crop, pixels, at least `size`; 256 in the paper.
     rule: "paper" or "reference", see `resizing.evaluation_view`.
-    antialias: whether an image that shrinks is antialiased.
+    antialias: True to antialias when the image shrinks.
 
   Raises:
-    ValueError: an argument outside its range.
+    ValueError: an argument is out of range.
   """
 
   size: int
@@ -196,25 +208,25 @@ def make_view(
   antialias: bool,
   on_host: bool = True,
 ) -> Draws:
-  """Makes one view of an image, a function of seed, record, epoch and number of the view.
+  """Computes one view of an image, which depends on seed, record, epoch and view only.
 
   Args:
-    image: RGB pixels 0..255, any size.
+    image: RGB image 0..255 of any size.
     spec: distribution of the view.
-    random: random numbers of the example.
-    view: number of the view, from 0.
-    out: array that receives the view.
-    antialias: whether a crop that shrinks is antialiased.
-    on_host: False leaves everything after the crop to the train step.
+    random: random generators of the example.
+    view: index of the view, from 0.
+    out: array for the view.
+    antialias: True to antialias when the crop shrinks.
+    on_host: False to apply only the crop here.
 
   Returns:
-    The view's random numbers, without those of RandAugment.
+    Random numbers of the view, without those of RandAugment.
   """
   drawn = draw(spec, random.generator(view), *image.shape[:2])
   crop_and_resize(image, drawn.crop, len(out), antialias, out)
   if on_host:
     out[:] = apply_host(out, drawn, spec.brightness_rule)
     if spec.randaugment is not None:
-      chosen = randaugment.draw(spec.randaugment, random.generator(view, RANDAUGMENT))
-      out[:] = randaugment.apply(out, chosen, spec.randaugment.interpolation)
+      operations = randaugment.draw(spec.randaugment, random.generator(view, RANDAUGMENT))
+      out[:] = randaugment.apply(out, operations, spec.randaugment.interpolation)
   return drawn

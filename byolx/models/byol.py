@@ -1,4 +1,4 @@
-"""BYOL's networks: online encoder, projector and predictor; target encoder and projector (Figure 8)."""
+"""BYOL's networks: online encoder, projector, predictor; target encoder, projector (Figure 8)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,51 +19,62 @@ from byolx.models.resnet import ResNet, ResNetSpec
 
 @dataclasses.dataclass(frozen=True)
 class BYOLSpec:
-  """Sizes of BYOL's heads, and which of its parts exist.
+  """Specification of BYOL's networks.
 
   Args:
-    encoder: the residual network f; its normalisation and initialisers are those of the heads too.
-    projection_size: size of z and q.
-    projector_hidden, projector_depth: hidden size and number of linear layers of g.
-    predictor_hidden, predictor_depth: hidden size and number of linear layers of q.
-    output_bias: a bias in the last layer of g and q.
-    predictor: without it the projection itself is the prediction (Table 19).
-    target: "ema", a moving average with weights of its own; "stop_gradient" or "online", the online
-      projection with or without a stopped gradient (Table 19's sg(theta) and theta).
-    target_init: "own_key", drawn apart from the online network; "online", a copy of it.
-    classes: number of classes of the online probe; 0 leaves the probe out.
-    network: function that makes another encoder instead of the ResNet, see `task.Setting`.
+    encoder: specification of the residual network f; its normalisation and initialisers are also used
+      in projector, predictor and probe.
+    projection_size: size of the projection z and of the prediction q(z).
+    projector_hidden, projector_depth: hidden size and number of linear layers of the projector g.
+    predictor_hidden, predictor_depth: hidden size and number of linear layers of the predictor q.
+    output_bias: True for a bias in the last layer of g and q.
+    predictor: False to use the projection as prediction (Table 19).
+    target: "ema" for a target network, a moving average of the online network; "stop_gradient" or
+      "online" for the online projection, with or without a stopped gradient (sg(theta) and theta in
+      Table 19).
+    target_init: "own_key" for a target with random weights of its own; "online" for a copy of the
+      online network.
+    classes: number of classes of the online probe; 0 for no probe.
+    network: the user's own encoder, see `task.Setting`; None for the ResNet.
   """
 
   encoder: ResNetSpec
-  projection_size: int = field(256, "size of projection and prediction", at_least(1))
-  projector_hidden: int = field(4096, "hidden size of the projector", at_least(1))
-  projector_depth: int = field(2, "linear layers of the projector", at_least(1))
-  predictor_hidden: int = field(4096, "hidden size of the predictor", at_least(1))
-  predictor_depth: int = field(2, "linear layers of the predictor", at_least(1))
-  output_bias: bool = field(False, "a bias in the last layer of projector and predictor")
-  predictor: bool = field(True, "False: the projection is the prediction (Table 19)")
+  projection_size: int = field(256, "size of the projection and of the prediction", at_least(1))
+  projector_hidden: int = field(4096, "size of the projector's hidden layers", at_least(1))
+  projector_depth: int = field(2, "number of linear layers of the projector", at_least(1))
+  predictor_hidden: int = field(4096, "size of the predictor's hidden layers", at_least(1))
+  predictor_depth: int = field(2, "number of linear layers of the predictor", at_least(1))
+  output_bias: bool = field(False, "True: a bias in the last layer of projector and predictor")
+  predictor: bool = field(True, "False: no predictor; the projection is the prediction (Table 19)")
   target: str = field(
     "ema",
-    "target of the prediction (Table 19)",
+    "target of the prediction (Table 19): ema, a moving-average network; the online projection with "
+    "stop_gradient or without (online)",
     one_of("ema", "stop_gradient", "online"),
   )
   target_init: str = field(
-    "own_key", "target drawn apart from the online network, or a copy", one_of("own_key", "online")
+    "own_key",
+    "initial target network: random weights of its own (own_key), or a copy of the online network",
+    one_of("own_key", "online"),
   )
   classes: int = 0
   network: Callable[[nnx.Rngs], nnx.Module] | None = None
 
 
 class Outputs(NamedTuple):
-  """What a branch says of a batch: representation y, projection z, both float32."""
+  """Outputs of a branch: representation y and projection z, both float32."""
 
   representation: Float[Array, "b d"]
   projection: Float[Array, "b p"]
 
 
 class Branch(nnx.Module):
-  """Encoder f and projector g, which the online and the target network both have."""
+  """Encoder f and projector g, of the online or the target network.
+
+  Args:
+    spec: specification of the networks.
+    rngs: random keys of the kernels.
+  """
 
   def __init__(self, spec: BYOLSpec, *, rngs: nnx.Rngs):
     self.encoder = spec.network(rngs) if spec.network else ResNet(spec.encoder, rngs=rngs)
@@ -85,10 +96,14 @@ class Branch(nnx.Module):
 
 
 class BYOL(nnx.Module):
-  """Everything that BYOL trains or moves.
+  """BYOL's online and target networks, with a linear probe.
 
-  `online`, `predictor` and the linear `probe` are trained by gradient; `target` moves towards
-  `online` after each optimiser step (see `follow`).
+  `online`, `predictor` and `probe` are trained by gradients. `target` moves towards `online` after each
+  optimiser step, see `follow`. Parts that the specification leaves out are None.
+
+  Args:
+    spec: specification of the networks.
+    rngs: random keys of the kernels.
   """
 
   def __init__(self, spec: BYOLSpec, *, rngs: nnx.Rngs):
@@ -121,16 +136,19 @@ class BYOL(nnx.Module):
       nnx.update(self.target, jax.tree.map(jnp.copy, nnx.state(self.online)))
 
   def predict(self, z: Float[Array, "b p"], *, train: bool, views: int = 1) -> Float[Array, "b p"]:
-    """q(z), or z itself where there is no predictor; float32."""
+    """Computes the prediction q(z), float32; without a predictor, returns z."""
     if self.predictor is None:
       return z
     prediction = self.predictor(z, train=train, views=views).astype(jnp.float32)
     return checkpoint_name(prediction, OUTPUTS)
 
   def follow(self, tau: Float[Array, ""], *, statistics: bool = False) -> None:
-    """xi <- xi + (1 - tau) * (theta - xi), for the target's parameters (Algorithm 1, line 11).
+    """Updates the target's parameters: xi <- xi + (1 - tau) * (theta - xi) (Algorithm 1, line 11).
 
-    Its running statistics come from its own forward passes, unless `statistics` averages them too.
+    Args:
+      tau: decay rate, in [0, 1].
+      statistics: True to update BatchNorm's running averages in the same way. If False, they come from
+        the target's own forward passes.
     """
     if self.target is None:
       return

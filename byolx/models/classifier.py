@@ -1,4 +1,4 @@
-"""An encoder with linear classifiers on its representation (appendices D and E)."""
+"""Classifier: an encoder with linear heads on its representation (appendices D and E)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from byolx.models.resnet import ResNet, ResNetSpec
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierSpec:
-  """Shape of a classifier.
+  """Specification of a classifier.
 
   Args:
-    encoder: the residual network f.
-    classes: number of logits of each head.
-    heads: number of classifiers side by side.
+    encoder: specification of the residual network f.
+    classes: number of classes, which is the number of logits of each head.
+    heads: number of linear heads, at least 1.
     head_init: initialiser of the heads' kernels.
-    network: function that makes another encoder instead of the ResNet, see `task.Setting`.
+    network: the user's own encoder, see `task.Setting`; None for the ResNet.
   """
 
   encoder: ResNetSpec
@@ -32,7 +32,12 @@ class ClassifierSpec:
 
 
 class Classifier(nnx.Module):
-  """Images to logits."""
+  """Encoder with linear heads, from images to logits.
+
+  Args:
+    spec: specification of the classifier.
+    rngs: random keys of the kernels.
+  """
 
   def __init__(self, spec: ClassifierSpec, *, rngs: nnx.Rngs):
     self.encoder = spec.network(rngs) if spec.network else ResNet(spec.encoder, rngs=rngs)
@@ -41,12 +46,12 @@ class Classifier(nnx.Module):
   def __call__(
     self, x: Float[Array, "b h w 3"], *, train: bool, frozen: bool = False
   ) -> Float[Array, "b n c"]:
-    """Logits of every head.
+    """Computes the logits of each of the n heads.
 
     Args:
       x: normalised images.
-      train: the encoder normalises by this batch's statistics, and records them.
-      frozen: no gradient reaches the encoder, and it is not in training mode whatever `train` says.
+      train: True to normalise by the statistics of this batch and to update the running averages.
+      frozen: True to stop the gradient before the encoder, and to ignore `train`.
     """
     y = self.encoder(x, train=train and not frozen)
     return self.heads(jax.lax.stop_gradient(y) if frozen else y)

@@ -1,7 +1,7 @@
 """Residual encoders f: ResNet v1, post-activation (appendix A, Architecture; Table 9).
 
-The stride of a bottleneck sits on its 3x3 convolution, every group starts with a projection
-shortcut, and a width multiplier scales every channel count.
+The stride of a bottleneck block is that of its 3x3 convolution. Each stage starts with a block that
+has a projection shortcut. A width multiplier scales all numbers of channels.
 """
 
 import dataclasses
@@ -21,7 +21,13 @@ from byolx.models.remat import BLOCK, STAGE
 
 
 class Stem(NamedTuple):
-  """First convolution: square kernel, stride, and whether a 3x3 stride-2 max pool follows."""
+  """Stem of a network.
+
+  Attributes:
+    kernel: side of the first convolution's kernel, pixels.
+    stride: stride of the first convolution.
+    pool: True for a 3x3 max pool of stride 2 after it.
+  """
 
   kernel: int
   stride: int
@@ -36,7 +42,13 @@ STEMS = {
 
 
 class Stages(NamedTuple):
-  """Residual blocks and output channels of each stage, and whether the blocks are bottlenecks."""
+  """Stages of a network.
+
+  Attributes:
+    blocks: number of residual blocks of each stage.
+    channels: number of output channels of each stage.
+    bottleneck: True for blocks of 1x1, 3x3 and 1x1 convolutions, False for two 3x3 convolutions.
+  """
 
   blocks: tuple[int, ...]
   channels: tuple[int, ...]
@@ -56,111 +68,142 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class ResNetSpec:
-  """One residual network, as the config group `model` describes it.
+  """The config group `model`: specification of one residual network.
 
-  A bottleneck block has 1x1, 3x3, 1x1 convolutions with a quarter of its channels inside. Above a
-  dilation of 1 the last stage's stride becomes 1 (appendix E.4). Parameters, statistics and weight
-  gradients stay float32 whatever `dtype` is.
+  The inner convolutions of a bottleneck block have a quarter of its output channels. With a dilation
+  above 1, the stride of the last stage is 1 (appendix E.4). Parameters, statistics and gradients of
+  weights are float32 for any `dtype`.
 
   Args:
-    kernel_init: also an initialiser itself.
-    dtype: also a type of jax.
-    products: see `layers.Conv`; not a config field.
+    kernel_init: initialiser of kernels, or its name in the config.
+    dtype: compute type, or its name in the config.
+    products: True to compute 1x1 convolutions as matrix products, see `layers.Conv`; not a config
+      field.
 
   Raises:
-    ValueError: stages that do not go together, or that are given besides an architecture's own.
+    ValueError: the fields of the stages do not go together, or are set for a predefined architecture.
   """
 
   arch: str = field(
     "resnet50",
-    "encoder; custom takes model.blocks, channels, bottleneck",
+    "architecture of the encoder; custom: by model.blocks, model.channels, model.strides, "
+    "model.bottleneck",
     one_of(*ARCHITECTURES, "custom"),
     encoder=True,
   )
-  width: float = field(1.0, "multiplies every channel count", above(0), encoder=True)
+  width: float = field(
+    1.0, "factor of all numbers of channels, rounded to multiples of 4", above(0), encoder=True
+  )
   blocks: tuple[int, ...] = field(
-    (), "custom: residual blocks per stage", each(whole(1)), encoder=True
+    (), "arch=custom: number of residual blocks of each stage", each(whole(1)), encoder=True
   )
   channels: tuple[int, ...] = field(
-    (), "custom: output channels per stage", each(whole(1)), encoder=True
+    (), "arch=custom: output channels of each stage, before width", each(whole(1)), encoder=True
   )
   strides: tuple[int, ...] = field(
-    (), "custom: of each stage; empty: 1, 2, 2, ...", each(at_least(1)), encoder=True
+    (), "arch=custom: stride of each stage; empty: 1, 2, 2, ...", each(at_least(1)), encoder=True
   )
-  bottleneck: bool = field(False, "custom: 1x1, 3x3, 1x1 blocks instead of two 3x3", encoder=True)
+  bottleneck: bool = field(
+    False,
+    "arch=custom: True for blocks of 1x1, 3x3, 1x1 convolutions; False: two 3x3 convolutions",
+    encoder=True,
+  )
   stem: str = field(
     "imagenet",
-    "7x7 stride 2 and max pool; small: 3x3 stride 1; medium: 5x5 stride 2",
+    "first layers: imagenet, 7x7 convolution of stride 2 and max pool; small, 3x3 of stride 1; medium, "
+    "5x5 of stride 2",
     one_of(*STEMS),
     encoder=True,
   )
   stem_channels: int = field(
-    64, "output channels of the stem, before width", at_least(1), encoder=True
+    64, "output channels of the first convolution, before width", at_least(1), encoder=True
   )
   padding: str = field(
-    "same", "TensorFlow's rule, or torch's for its weights", one_of("same", "torch"), encoder=True
+    "same",
+    "padding of convolutions: TensorFlow's rule, or torch's, for weights trained with torch",
+    one_of("same", "torch"),
+    encoder=True,
   )
   dilation: int = field(
-    1, "of the last stage, which then keeps its resolution", at_least(1), encoder=True
+    1,
+    "dilation of the last stage's 3x3 convolutions; above 1, the stage has stride 1",
+    at_least(1),
+    encoder=True,
   )
-  bn_decay: float = field(0.9, "of the running averages", between(0, 1), encoder=True)
-  bn_eps: float = field(1e-5, "added to variances", above(0), encoder=True)
+  bn_decay: float = field(
+    0.9, "decay of BatchNorm's running averages, per step", between(0, 1), encoder=True
+  )
+  bn_eps: float = field(1e-5, "epsilon added to BatchNorm's variances", above(0), encoder=True)
   bn_group: int = field(
-    0, "images per statistics group; 0: the whole batch, or micro-batch", at_least(0)
+    0,
+    "images over which BatchNorm computes its statistics; 0: all of the batch or micro-batch",
+    at_least(0),
   )
-  bn_debias: bool = field(True, "zero-debiased running averages, as the reference", encoder=True)
-  bn_last_scale: float = field(1.0, "initial gamma of a block's last normalisation", at_least(0))
+  bn_debias: bool = field(
+    True, "True: zero-debiased running averages, as in the authors' code", encoder=True
+  )
+  bn_last_scale: float = field(
+    1.0, "initial scale gamma of the last normalisation of each block", at_least(0)
+  )
   kernel_init: str | Initializer = field(
-    "uncorrected", "truncated normal as the reference, or corrected", one_of(*INITIALIZERS)
+    "uncorrected",
+    "initial kernels, truncated normal: uncorrected, as in the authors' code; corrected to variance "
+    "1 / inputs",
+    one_of(*INITIALIZERS),
   )
   dtype: DTypeLike = field(
     "float32",
-    "compute type; parameters are float32",
+    "type of computations; parameters and statistics are float32",
     one_of("float32", "bfloat16"),
     encoder=True,
   )
   products: bool | None = None
 
   def __post_init__(self):
-    own = {name: getattr(self, name) for name in ("blocks", "channels", "strides")}
+    stages = {name: getattr(self, name) for name in ("blocks", "channels", "strides")}
     if self.arch != "custom":
-      if any(own.values()):
-        given = ", ".join(f"model.{name}={values}" for name, values in own.items() if values)
-        raise ValueError(f"{given}: only for model.arch=custom; model.arch is {self.arch}")
+      if any(stages.values()):
+        text = ", ".join(f"model.{name}={values}" for name, values in stages.items() if values)
+        raise ValueError(f"{text}: only for model.arch=custom; model.arch is {self.arch}")
       return
-    lengths = {len(values) for name, values in own.items() if values or name != "strides"}
+    lengths = {len(values) for name, values in stages.items() if values or name != "strides"}
     if len(lengths) != 1 or 0 in lengths:
-      given = ", ".join(f"model.{name}={values}" for name, values in own.items())
-      raise ValueError(f"model.arch=custom with {given}: expected one number per stage in each")
+      text = ", ".join(f"model.{name}={values}" for name, values in stages.items())
+      raise ValueError(f"model.arch=custom with {text}: expected one number per stage in each")
 
   @property
   def stages(self) -> Stages:
-    """The network's stages, with the channels of its width."""
-    own = Stages(self.blocks, self.channels, self.bottleneck)
-    stages = ARCHITECTURES.get(self.arch, own)
+    """Stages of the network, with channels multiplied by the width."""
+    custom = Stages(self.blocks, self.channels, self.bottleneck)
+    stages = ARCHITECTURES.get(self.arch, custom)
     return stages._replace(channels=tuple(self._widen(size) for size in stages.channels))
 
   @property
   def stage_strides(self) -> tuple[int, ...]:
-    """The stride of each stage's first block."""
+    """Stride of the first block of each stage."""
     return self.strides or (1, *(2,) * (len(self.stages.blocks) - 1))
 
   @property
   def stem_width(self) -> int:
-    """Output channels of the first convolution."""
+    """Number of output channels of the first convolution."""
     return self._widen(self.stem_channels)
 
   @property
   def initializer(self) -> Initializer:
-    """The initialiser of every kernel."""
+    """Initialiser of all kernels."""
     return INITIALIZERS[self.kernel_init] if isinstance(self.kernel_init, str) else self.kernel_init
 
   def _widen(self, channels: int) -> int:
-    """Channels times the width, to a multiple of 4, at least 4."""
+    """Channels times the width, rounded to a multiple of 4, at least 4."""
     return max(4, 4 * round(channels * self.width / 4))
 
   def norm(self, channels: int, scale_init: float = 1.0) -> BatchNorm:
-    """A normalisation layer as this network has them."""
+    """Builds a normalisation layer with the settings of this network.
+
+    Args:
+      channels: number of channels.
+      scale_init: initial scale gamma.
+    """
     return BatchNorm(
       channels,
       decay=self.bn_decay,
@@ -172,7 +215,15 @@ class ResNetSpec:
     )
 
   def conv(self, inputs: int, outputs: int, kernel: int, *, rngs: nnx.Rngs, **options) -> Conv:
-    """A convolution as this network has them."""
+    """Builds a convolution with the settings of this network.
+
+    Args:
+      inputs: number of input channels.
+      outputs: number of output channels.
+      kernel: side of the kernel, pixels.
+      rngs: random key of the kernel.
+      **options: other arguments of `layers.Conv`, such as `stride`.
+    """
     return Conv(
       inputs,
       outputs,
@@ -187,7 +238,17 @@ class ResNetSpec:
 
 
 class Block(nnx.Module):
-  """One residual block: convolutions, a shortcut, and a ReLU after their sum."""
+  """Residual block: convolutions, a shortcut, and a ReLU after their sum.
+
+  Args:
+    spec: specification of the network.
+    inputs: number of input channels.
+    outputs: number of output channels.
+    stride: stride of the first 3x3 convolution, and of the projection shortcut.
+    dilation: dilation of the 3x3 convolutions.
+    first: True for the first block of a stage, which has a projection shortcut.
+    rngs: random keys of the kernels.
+  """
 
   def __init__(
     self, spec: ResNetSpec, inputs: int, outputs: int, stride: int, dilation: int, first: bool, rngs
@@ -228,7 +289,12 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-  """The encoder: images to the mean-pooled features of the last stage."""
+  """Encoder f: images to the representation y, the mean-pooled features of the last stage.
+
+  Args:
+    spec: specification of the network.
+    rngs: random keys of the kernels.
+  """
 
   def __init__(self, spec: ResNetSpec, *, rngs: nnx.Rngs):
     self.spec = spec
@@ -252,24 +318,24 @@ class ResNet(nnx.Module):
 
   @property
   def features(self) -> int:
-    """Size of the representation y."""
+    """Size d of the representation y."""
     return self.spec.stages.channels[-1]
 
   def __call__(
     self, x: Float[Array, "b h w 3"], *, train: bool, views: int = 1
   ) -> Float[Array, "b d"]:
-    """The representation y: the last stage averaged over space, in the compute type."""
+    """Computes the representation y, in the compute type; arguments as in `stages`."""
     return jnp.mean(self.stages(x, train=train, views=views)[-1], axis=(1, 2))
 
   def stages(
     self, x: Float[Array, "b h w 3"], *, train: bool, views: int = 1
   ) -> tuple[Float[Array, "b _ _ _"], ...]:
-    """Feature maps: the stem's, then each stage's, for dense prediction.
+    """Computes the feature maps of the stem and of each stage, for dense prediction.
 
     Args:
-      x: normalised images; see `BatchNorm` for how several views are interleaved.
-      train: normalise by this batch's statistics and record them.
-      views: interleaved views.
+      x: normalised images; several views are interleaved as `BatchNorm` requires.
+      train: True to normalise by the statistics of this batch and to update the running averages.
+      views: number of interleaved views.
     """
     x = jax.nn.relu(self.stem_norm(self.stem(x.astype(self.spec.dtype)), train=train, views=views))
     if STEMS[self.spec.stem].pool:

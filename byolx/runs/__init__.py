@@ -1,1 +1,1 @@
-"""One workdir, from config to results."""
+"""Runs: config, training, checkpoints, evaluation and results in one workdir."""

@@ -1,8 +1,8 @@
-"""From a file of `configs/` to a whole config.
+"""Loading of configs: defaults, the fields of a config file, and command-line overrides.
 
-A file sets some fields; the others keep their defaults (`byolx.runs.schema`). `load` merges file,
-defaults and `--config.field=value` overrides, and refuses unknown names and impossible values in one
-line that names the field, the value and the choices.
+A config file sets some fields; the others keep their defaults (`byolx.runs.schema`). `load` merges
+the defaults, the file and the `--config.FIELD=VALUE` overrides. It refuses unknown fields and
+impossible values with a one-line message that names the field, the value and the choices.
 """
 
 import difflib
@@ -26,7 +26,7 @@ from byolx.tasks import TASKS
 
 
 def defaults() -> ConfigDict:
-  """A fresh ConfigDict of every field's default."""
+  """Returns a new ConfigDict with the default of every field."""
   config = ConfigDict()
   for name, field in schema.fields().items():
     *groups, leaf = name.split(".")
@@ -40,59 +40,62 @@ def defaults() -> ConfigDict:
 
 
 def load(path: str, overrides: Sequence[str] = (), workdir: Path | None = None) -> ConfigDict:
-  """Reads `FILE.py[:key=value,...]`, merges it into the defaults, applies overrides, checks values.
+  """Loads a config file, applies overrides and checks all values.
+
+  Fields of the groups in init.inherit are copied from another run if neither the file nor an override
+  sets them. With init.workdir, the fields of the encoder (`schema.encoder_fields`) are copied from the
+  run of that encoder; see `refuse_other_function`. If that run does not exist yet, nothing is copied,
+  and an error is raised later, when the encoder is read.
 
   Args:
-    path: a config file, with an optional argument for its `get_config` after a colon.
-    overrides: `--config.field=value` in the order given.
-    workdir: folder of the run: a run that goes on has inherited fields there, also where the run that
-      it took them from was deleted since.
-
-  Fields of the groups in init.inherit that neither file nor overrides set are those of another run.
-  With init.workdir, the fields that go with an encoder (`schema.encoder_fields`) are always those of that
-  encoder; see `refuse_other_function`. A run that is not there yet gives no fields, and is refused
-  when its encoder is read.
+    path: config file, `FILE.py`, or `FILE.py:key=value,...` with arguments of its `get_config`.
+    overrides: `--config.FIELD=VALUE`, applied in order.
+    workdir: folder of the run. If it is resumed after the other run was deleted, the copied fields are
+      read from its own config.json.
 
   Raises:
-    ConfigError: missing file, unknown field or argument, impossible value; file or overrides say of
-      an encoder what its checkpoint does not.
+    ConfigError: the file is missing, a field or argument is unknown, a value is impossible, or the
+      file or an override sets a field of the encoder to another value than its run.
   """
   return complete(_read(path), overrides, path, workdir)
 
 
 def complete(
-  given: ConfigDict,
+  settings: ConfigDict,
   overrides: Sequence[str] = (),
   origin: str = "config",
   workdir: Path | None = None,
 ) -> ConfigDict:
-  """Merges fields into the defaults, applies overrides, takes inherited fields, checks values.
+  """Completes a partial config: merges it into the defaults, applies overrides, inherits, checks.
 
   Args:
-    given: some fields, by group.
+    settings: values of some fields, by group.
     overrides: `--config.FIELD=VALUE`, applied in order.
-    origin: name of the source of the fields, for messages.
-    workdir: see `load`.
+    origin: name of the source of `settings`, for error messages.
+    workdir: folder of the run, as in `load`.
 
   Raises:
     ConfigError: see `load`.
   """
-  config = merge(given, origin)
+  config = merge(settings, origin)
   for flag in overrides:
     _override(config, flag)
-  named = {flag.removeprefix("--config.").partition("=")[0] for flag in overrides}
-  named |= flatten(given).keys()
-  _inherit(config, named, workdir)
-  _take_encoder_fields(config, named, workdir)
+  explicit = {flag.removeprefix("--config.").partition("=")[0] for flag in overrides}
+  explicit |= flatten(settings).keys()
+  _inherit(config, explicit, workdir)
+  _take_encoder_fields(config, explicit, workdir)
   check(config)
   return config
 
 
 def of_run(path: str | Path) -> ConfigDict:
-  """The config of a run, given its workdir, its folder of checkpoints, or one of these.
+  """Reads the config of a run.
+
+  Args:
+    path: workdir, folder of checkpoints, or folder of one checkpoint.
 
   Raises:
-    ConfigError: there is none.
+    ConfigError: the run has no config.json.
   """
   file = file_of(Path(path))
   if file is None:
@@ -101,53 +104,56 @@ def of_run(path: str | Path) -> ConfigDict:
 
 
 def of_encoder(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a flat config that go with its encoder; missing ones have their defaults."""
+  """Returns the encoder's fields of a flat config; a missing field gets its default."""
   fields, flat = schema.encoder_fields(), flatten(flat)
   return {name: _in_type(flat.get(name, field.default), field) for name, field in fields.items()}
 
 
 def refuse_other_function(
-  here: Mapping[str, Any], there: Mapping[str, Any], task: str, path: str | Path
+  run: Mapping[str, Any], pretrained: Mapping[str, Any], task: str, path: str | Path
 ) -> None:
-  """Refuses fields by which an encoder would compute another function of the same weights.
+  """Refuses fields with which a pretrained encoder would compute another function.
 
-  A task with `own_size`, such as pretraining, may go on at another views.size; others take the encoder's.
-  model.bn_decay counts only where the encoder's running averages are debiased.
+  Two fields may differ in some cases: views.size if the task has `own_size`, such as pretraining, and
+  model.bn_decay if the encoder's running averages are not debiased.
 
   Args:
-    here: flat fields of the run, all of them or those that were given.
-    there: flat config of the run that trained the encoder.
-    task: that of the run.
-    path: where the encoder is, for the message.
+    run: flat fields of the run, all of them or only those that were set explicitly.
+    pretrained: flat config of the run that trained the encoder.
+    task: task of the run.
+    path: path of the encoder, for the error message.
 
   Raises:
-    ConfigError: fields of `schema.encoder_fields` differ; all of them are listed.
+    ConfigError: fields of `schema.encoder_fields` differ; the message lists all of them.
   """
-  there = of_encoder(there)
+  pretrained = of_encoder(pretrained)
   free = {"views.size"} if TASKS[task].own_size else set()
-  free |= set() if there["model.bn_debias"] else {"model.bn_decay"}
+  free |= set() if pretrained["model.bn_debias"] else {"model.bn_decay"}
   differing = [
-    f"{name}: {value!r} there, {here[name]!r} here"
-    for name, value in there.items()
-    if name in here and name not in free and plain(here[name]) != plain(value)
+    f"{name}: {run[name]!r}, but the encoder has {value!r}"
+    for name, value in pretrained.items()
+    if name in run and name not in free and plain(run[name]) != plain(value)
   ]
   if differing:
     raise ConfigError(
-      f"init.workdir={path}: its encoder would compute another function here ({'; '.join(differing)});"
-      " expected its own values, which are taken where these fields are not given"
+      f"init.workdir={path}: with these fields its encoder would compute another function "
+      f"({'; '.join(differing)}); expected the encoder's values, which are used if they are not set"
     )
 
 
 def encoder_check(run: ConfigDict) -> Callable[[Mapping[str, Any], Path], None]:
-  """What `pretrained.read` asks of an encoder that a run starts from, see `refuse_other_function`."""
-  return lambda there, path: refuse_other_function(flatten(run), there, run.task, path)
+  """Returns a function (config, path) that checks an encoder's config against the run's.
+
+  The function is an argument of `pretrained.read` and raises as `refuse_other_function` does.
+  """
+  return lambda pretrained, path: refuse_other_function(flatten(run), pretrained, run.task, path)
 
 
 def value(name: str, text: str) -> Any:
-  """What `--config.name=text` sets a field to, in the field's own type.
+  """Converts the text of `--config.NAME=TEXT` to a value of the field's type.
 
   Raises:
-    ConfigError: unknown field, or a value that it cannot have.
+    ConfigError: the field is unknown, or the value is impossible.
   """
   config = defaults()
   _override(config, f"--config.{name}={text}")
@@ -155,11 +161,20 @@ def value(name: str, text: str) -> Any:
   return flatten(config)[name]
 
 
-def merge(given: ConfigDict, origin: str) -> ConfigDict:
-  """The defaults with the given fields set, each of its default's type."""
+def merge(settings: ConfigDict, origin: str) -> ConfigDict:
+  """Merges a partial config into the defaults; each value must have the type of its default.
+
+  Args:
+    settings: values of some fields, by group.
+    origin: name of the source of `settings`, for error messages.
+
+  Raises:
+    ConfigError: a field is unknown, or a value has another type than its default.
+  """
   config, fields = defaults(), schema.fields()
-  flat = flatten(given)
-  if (task := flat.get("task")) is not None:  # fields of an unknown task are unknown too
+  flat = flatten(settings)
+  # The task first: if it is unknown, its fields are unknown too, and their error would mislead.
+  if (task := flat.get("task")) is not None:
     try:
       _check_field("task", task)
     except ConfigError as error:
@@ -175,7 +190,11 @@ def merge(given: ConfigDict, origin: str) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks every field by itself; combinations are checked where they are used."""
+  """Checks the value of each field alone; combinations are checked by the code that uses them.
+
+  Raises:
+    ConfigError: a value is impossible.
+  """
   for name, value in flatten(config).items():
     _check_field(name, value)
 
@@ -191,7 +210,10 @@ def _check_field(name: str, value: Any) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Lines `field: old -> new` of what differs and shapes results; both are flat."""
+  """Lists the differences of two flat configs as `field: old -> new`.
+
+  Free fields, on which no result depends, are left out.
+  """
   fields = schema.fields()
   names = [name for name in {**old, **new} if name not in fields or not fields[name].free]
   return [
@@ -202,40 +224,43 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def changes(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """What of a flat config is not the default; fields of other versions count."""
-  usual = flatten(defaults())
+  """Returns the fields of a flat config that differ from the defaults.
+
+  Fields that this version does not have are included.
+  """
+  default = flatten(defaults())
   return {
     name: plain(value)
     for name, value in flat.items()
-    if name not in usual or plain(usual[name]) != plain(value)
+    if name not in default or plain(default[name]) != plain(value)
   }
 
 
 def fingerprint(config: ConfigDict) -> str:
-  """Twelve hex digits that tell configs apart in what shapes results, the seed aside."""
+  """Returns a hash, 12 hex digits, of the fields on which results depend, without the seed."""
   fields, others = schema.fields(), schema.other_groups(config.task)
-  shaping = {
+  relevant = {
     name: plain(value)
     for name, value in flatten(config).items()
     if not fields[name].free and name != "seed" and name.partition(".")[0] not in others
   }
-  return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:12]
+  return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def to_json(config: ConfigDict) -> str:
-  """The flat config as JSON, one field a line."""
+  """Returns the flat config as JSON, with one field per line."""
   return json.dumps(flatten(config), indent=2) + "\n"
 
 
 def from_json(text: str, origin: str = "config.json") -> ConfigDict:
-  """The config that `to_json` wrote.
+  """Reads a config from the JSON of `to_json`.
 
   Args:
     text: JSON of a flat config.
-    origin: file that the text comes from, for messages.
+    origin: name of the file of the text, for error messages.
 
   Raises:
-    ConfigError: a field that this version does not know, or an impossible value.
+    ConfigError: this version does not have a field, or a value is impossible.
   """
   nested = ConfigDict()
   for name, value in json.loads(text).items():
@@ -255,7 +280,7 @@ def from_json(text: str, origin: str = "config.json") -> ConfigDict:
 
 
 def _override(config: ConfigDict, flag: str) -> None:
-  """Sets one field as `--config.field=value` says, in the field's own type."""
+  """Applies one `--config.FIELD=VALUE`; the value is converted to the field's type."""
   name, equals, value = flag.removeprefix("--config.").partition("=")
   if not flag.startswith("--config.") or not equals:
     raise ConfigError(f"{flag}: expected --config.FIELD=VALUE")
@@ -270,8 +295,8 @@ def _override(config: ConfigDict, flag: str) -> None:
     raise ConfigError(f"{name}={value!r}: expected {_kind(fields[name])}") from None
 
 
-def _inherit(config: ConfigDict, given: Set[str], workdir: Path | None) -> None:
-  """Sets the fields of init.inherit that are not given as the other run has them."""
+def _inherit(config: ConfigDict, explicit: Set[str], workdir: Path | None) -> None:
+  """Copies the groups of init.inherit from the other run, except for fields set explicitly."""
   run = config.init.like or config.init.workdir
   if not (config.init.inherit and run):
     return
@@ -280,24 +305,24 @@ def _inherit(config: ConfigDict, given: Set[str], workdir: Path | None) -> None:
     run = str(workdir)
   for name, value in flatten(_config_of(run)).items():
     group, dot, _ = name.partition(".")
-    if dot and group in config.init.inherit and name not in given:
+    if dot and group in config.init.inherit and name not in explicit:
       _set(config, name, value)
 
 
-def _take_encoder_fields(config: ConfigDict, given: Set[str], workdir: Path | None) -> None:
-  """Sets the fields that go with the encoder of init.workdir; refuses given ones that differ."""
+def _take_encoder_fields(config: ConfigDict, explicit: Set[str], workdir: Path | None) -> None:
+  """Copies the encoder's fields from init.workdir; refuses explicit values that differ."""
   if not config.init.workdir:
     return
   check(config)
-  there = stored(config.init.workdir)
-  if there is None and workdir is not None and (workdir / "config.json").is_file():
-    there = stored(workdir)
-  if there is None:
+  pretrained = stored(config.init.workdir)
+  if pretrained is None and workdir is not None and (workdir / "config.json").is_file():
+    pretrained = stored(workdir)
+  if pretrained is None:
     return
-  here = {name: value for name, value in flatten(config).items() if name in given}
-  refuse_other_function(here, there, config.task, config.init.workdir)
-  for name, value in of_encoder(there).items():
-    if name not in given:
+  run = {name: value for name, value in flatten(config).items() if name in explicit}
+  refuse_other_function(run, pretrained, config.task, config.init.workdir)
+  for name, value in of_encoder(pretrained).items():
+    if name not in explicit:
       _set(config, name, value)
 
 
@@ -310,29 +335,29 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
 
 
 def _config_of(path: str) -> ConfigDict:
-  """The config of a run, or of a checkpoint that lies alone."""
+  """Reads the config of a run, or of a checkpoint outside a workdir."""
   if file_of(Path(path)) is None and (flat := stored(path)):
     return from_json(json.dumps(flat))
   return of_run(path)
 
 
 def _kind(field: Field) -> str:
-  """What a field takes, in words."""
+  """Description of the type of a field's values, for error messages."""
   kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
   return kinds.get(type(field.default), "values in brackets, such as (0.1, 1.0)")
 
 
 def _in_type(value: Any, field: Field) -> Any:
-  """A whole number as a float, where the field is one."""
+  """Converts an integer to a float if the field is a float."""
   return float(value) if isinstance(field.default, float) and isinstance(value, int) else value
 
 
 def _unknown(name: str) -> str:
   fields = schema.fields()
-  if below := [field for field in fields if field.startswith(f"{name}.")]:
-    return f"{name} is a group of fields; expected one of {', '.join(below)}"
-  if near := difflib.get_close_matches(name, fields, n=3, cutoff=0.75):
-    return f"unknown field {name}: did you mean {' or '.join(near)}?"
+  if members := [field for field in fields if field.startswith(f"{name}.")]:
+    return f"{name} is a group of fields; expected one of {', '.join(members)}"
+  if similar := difflib.get_close_matches(name, fields, n=3, cutoff=0.75):
+    return f"unknown field {name}: did you mean {' or '.join(similar)}?"
   group = name.partition(".")[0]
   groups = sorted({field.partition(".")[0] for field in fields})
   choices = [field for field in fields if field.startswith(f"{group}.")] or groups
@@ -340,25 +365,25 @@ def _unknown(name: str) -> str:
 
 
 def run_file(path: str, flag: str = "--config") -> ModuleType:
-  """Runs a Python file: a config, which may register a task of the user's own.
+  """Imports a Python file by path: a config file, or one that registers the user's own task.
 
   Args:
-    path: the file.
-    flag: argument of the command that named it, for messages.
+    path: path of the file.
+    flag: command-line argument that has the path, for error messages.
 
   Raises:
-    ConfigError: there is no such file, or it is not Python.
+    ConfigError: the file does not exist, or is not a Python file.
   """
   file = Path(path)
   if not file.is_file():
-    beside = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) or "none in that folder"
-    raise ConfigError(f"{flag}={path}: no such file; there are: {beside}")
+    files = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) or "none in that folder"
+    raise ConfigError(f"{flag}={path}: no such file; there are: {files}")
   spec = importlib.util.spec_from_file_location(f"byolx_config_{file.stem}", file)
   if spec is None or spec.loader is None:
     raise ConfigError(f"{flag}={path}: expected a Python file with a get_config function")
   module = importlib.util.module_from_spec(spec)
-  # Classes find their module by name while the file runs. It does not stay there, so that worker
-  # processes, which cannot import it, are sent its classes whole.
+  # dataclasses look up the module in sys.modules while the file runs. It is removed afterwards, so
+  # that its classes are pickled by value: worker processes cannot import the module by name.
   sys.modules[spec.name] = module
   try:
     spec.loader.exec_module(module)
@@ -368,7 +393,7 @@ def run_file(path: str, flag: str = "--config") -> ModuleType:
 
 
 def _read(path: str) -> ConfigDict:
-  """Runs the file's `get_config`, whose signature's defaults type its arguments."""
+  """Calls the file's `get_config` with the arguments after the colon."""
   name, _, argument = path.partition(":")
   module = run_file(name)
   if not hasattr(module, "get_config"):
@@ -381,15 +406,15 @@ def _read(path: str) -> ConfigDict:
 
 
 def _arguments(function: Callable[..., ConfigDict], text: str, path: str) -> dict[str, Any]:
-  """`arch=resnet200,width=2` as keyword arguments, typed by the function's defaults."""
-  wanted = inspect.signature(function).parameters
+  """Parses `arch=resnet200,width=2` to keyword arguments, of the types of the function's defaults."""
+  parameters = inspect.signature(function).parameters
   arguments = {}
   for part in filter(None, text.split(",")):
     key, equals, value = part.partition("=")
-    if not equals or key not in wanted:
-      choices = ", ".join(f"{p.name}={p.default}" for p in wanted.values()) or "none"
+    if not equals or key not in parameters:
+      choices = ", ".join(f"{p.name}={p.default}" for p in parameters.values()) or "none"
       raise ConfigError(f"--config={path}:{part}: unknown argument; it takes: {choices}")
-    kind = type(wanted[key].default)
+    kind = type(parameters[key].default)
     try:
       arguments[key] = kind(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Training curves: losses, accuracy, collapse monitors, norms, schedules."""
+"""Training curves: a PNG with one plot per panel of the task."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,14 @@ from byolx.training.task import Panel
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[Panel]) -> None:
-  """Draws training curves; of pretraining: losses, accuracy, collapse monitors, norms (Figure 7), rates.
+  """Draws training curves.
+
+  For pretraining these are losses, accuracy, collapse monitors, norms (Figure 7) and schedules.
 
   Args:
-    rows: of metrics.jsonl. A key that no row has gets no panel; a value that is missing or not
-      finite leaves a gap.
-    path: of the PNG.
-    panels: panels of the run's task.
+    rows: rows of metrics.jsonl. A missing or non-finite value leaves a gap in its curve.
+    path: path of the PNG.
+    panels: panels of the run's task. A panel without any finite value is not drawn.
   """
   panels = [p for p in panels if any(_finite(_column(rows, key)) for key, _ in p.lines)]
   across = min(4, max(1, len(panels)))
@@ -33,7 +34,6 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[Panel
   x = _column(rows, key)
   for ax, panel in zip(axes, panels, strict=False):
     _draw_panel(ax, panel, x, rows)
-  # The lowest panel of each column names the axis.
   for i, ax in enumerate(axes[: len(panels)]):
     if i + across >= len(panels):
       ax.set_xlabel(key, fontsize=8, color=INK)
@@ -48,19 +48,19 @@ def _draw_panel(
   ax: Axes, panel: Panel, x: Float[np.ndarray, "n"], rows: Sequence[Mapping[str, Any]]
 ) -> None:
   style(ax, panel.title)
-  every = []
+  drawn = []
   for (key, name), colour in zip(panel.lines, (BLUE, ORANGE), strict=False):
     y = panel.scale * _column(rows, key)
     if not _finite(y):
       continue
-    every.append(y[np.isfinite(y)])
+    drawn.append(y[np.isfinite(y)])
     window = len(y) // 40
     if panel.noisy and window >= 3:
       ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.7)
       y = _running_mean(y, window)
-    marker = "o" if len(every[-1]) <= 20 else None
+    marker = "o" if len(drawn[-1]) <= 20 else None
     ax.plot(x, y, color=colour, linewidth=1.4, marker=marker, markersize=3, label=name)
-  _scale_y(ax, panel, np.concatenate(every))
+  _scale_y(ax, panel, np.concatenate(drawn))
   for height, meaning in panel.marks:
     ax.axhline(height, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     ax.annotate(
@@ -73,7 +73,7 @@ def _draw_panel(
       fontsize=7,
       color=FAINT,
     )
-  if len(every) > 1:
+  if len(drawn) > 1:
     ax.legend(fontsize=7.5, frameon=False, labelcolor=INK, handlelength=1.4)
 
 
@@ -88,7 +88,7 @@ def _scale_y(ax: Axes, panel: Panel, values: Float[np.ndarray, "n"]) -> None:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> Float[np.ndarray, "n"]:
-  """One key of all rows; NaN where it is missing or not a finite number."""
+  """Values of one key in all rows; NaN if missing or not finite."""
   values = np.array([row[key] if row.get(key) is not None else math.nan for row in rows], float)
   return np.where(np.isfinite(values), values, math.nan)
 
@@ -98,7 +98,7 @@ def _finite(values: Float[np.ndarray, "n"]) -> bool:
 
 
 def _running_mean(y: Float[np.ndarray, "n"], window: int) -> Float[np.ndarray, "n"]:
-  """Mean of the finite values within half a window on both sides; NaN where y is."""
+  """Mean of the finite values in a centred window; NaN where y is not finite."""
   finite = np.isfinite(y)
   kernel = np.ones(2 * (window // 2) + 1)
   totals = np.convolve(np.where(finite, y, 0.0), kernel, "same")

@@ -1,4 +1,4 @@
-"""An experiment: the recipe that a config describes, and its images."""
+"""Experiments: the recipe of a config together with its images."""
 
 import dataclasses
 import functools
@@ -23,12 +23,12 @@ from byolx.training.state import TrainState, initialiser
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Recipe):
-  """What a config describes, built and checked: a recipe, and the images it is for.
+  """Recipe of a config with its images, built and checked.
 
   Args:
-    sources: images by split.
-    named: unreadable files that were logged so far.
-    kept: cached programs.
+    sources: images of the training, validation and test splits.
+    named: reasons of unreadable files already logged, see `FailureLog`.
+    kept: cached programs of the run.
   """
 
   sources: Sources
@@ -36,23 +36,23 @@ class Experiment(Recipe):
   kept: programs.Kept = dataclasses.field(default_factory=programs.none)
 
   def initialise(self) -> TrainState:
-    """The state at step 0, made where it lives, by a program that is kept."""
+    """Computes the state at step 0, on the devices that hold it, by a cached program."""
     return self._initialiser(self.encoder_key)
 
   @functools.cached_property
   def _initialiser(self) -> jax.stages.Compiled:
     arguments, state = (self.abstract_key,), self.abstract_state
-    if found := self.kept.find("initialise", arguments, state, self._counts):
-      return found
-    made = initialiser(self.task, self.tx, self.layout, state).lower(*arguments)
-    return self.kept.compile("initialise", made, arguments, state, self._counts)
+    if program := self.kept.find("initialise", arguments, state, self._counts):
+      return program
+    lowered = initialiser(self.task, self.tx, self.layout, state).lower(*arguments)
+    return self.kept.compile("initialise", lowered, arguments, state, self._counts)
 
   def compile_step(self) -> jax.stages.Compiled:
-    """The train step, from where it is kept, or compiled now."""
+    """Loads the train step from the cache of compiled programs, or compiles it."""
     arguments, state = self.step_arguments(), self.abstract_state
-    if found := self.kept.find("step", arguments, state, self._counts):
+    if program := self.kept.find("step", arguments, state, self._counts):
       print("the step was compiled in an earlier start, and is loaded", flush=True)
-      return found
+      return program
     return compile_cache.compile_aloud(
       self.lower(),
       self.mesh.devices.flat[0].platform,
@@ -61,16 +61,16 @@ class Experiment(Recipe):
 
   @property
   def _counts(self) -> dict[str, int]:
-    """What programs depend on besides the config: how many images and classes there are."""
+    """Numbers of training images and classes, on which programs depend besides the config."""
     return {"images": len(self.train_source), "classes": len(self.train_source.classes)}
 
   @property
   def train_source(self) -> base.Source:
-    """What is trained on."""
+    """Training images."""
     return self.sources.train
 
   def train_batches(self, start_step: int) -> loader.Batches:
-    """Training batches from a step on, see `loader.train_batches`."""
+    """Training batches, from the batch of `start_step` on; see `loader.train_batches`."""
     c = self.config
     transform = self.task.transform("train")
     return loader.train_batches(
@@ -78,13 +78,13 @@ class Experiment(Recipe):
     )
 
   def evaluation_batches(self, source: base.Source) -> loader.Batches:
-    """Every image of a source in order, the last batch masked; this process's rows of each batch."""
+    """Evaluation batches of all images of a source; see `loader.evaluation_batches`."""
     transform, rows = self.task.transform("test"), self.config.eval.batch_size
     return loader.evaluation_batches(source, transform, rows, **self._input)
 
   @property
   def _input(self) -> dict[str, Any]:
-    """Arguments of both kinds of batches."""
+    """Loader arguments that training and evaluation share."""
     data = self.config.data
     return {
       "workers": data.workers,
@@ -103,50 +103,53 @@ def build(
   images: Sources | None = None,
   network: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> Experiment:
-  """Builds and checks everything that a config describes.
+  """Builds and checks an experiment from its config.
 
   Args:
     config: all fields.
-    kept: cached programs, where `compile_cache.begin` looked for them before.
-    images: the user's own images instead of those of the group `data`.
+    kept: cached programs from `compile_cache.begin`; None looks them up here.
+    images: the user's own images, instead of those of the group `data`.
     network: the user's own encoder, see `task.Setting`.
 
   Raises:
-    ConfigError: fields that do not go together, or images that are not there.
+    ConfigError: fields do not go together, or images are missing.
   """
   check(config)
   images = images or build_sources(config)
   devices = sharding.find_devices(config)
-  made = trainer.build(config, devices, len(images.train), len(images.train.classes), network)
+  recipe = trainer.build(config, devices, len(images.train), len(images.train.classes), network)
   _check_evaluation(config)
   if network is not None:
-    kept = programs.none()  # a cached program is known by the config, which does not describe it
-  kept = kept or programs.of(config, made.mesh.devices.ravel().tolist(), schema.task_source(config))
-  return Experiment(**vars(made), sources=images, kept=kept)
+    kept = programs.none()  # the cache is looked up by config, which does not describe this network
+  kept = kept or programs.of(
+    config, recipe.mesh.devices.ravel().tolist(), schema.task_source(config)
+  )
+  return Experiment(**vars(recipe), sources=images, kept=kept)
 
 
 def check(config: ConfigDict) -> None:
   """Refuses fields that do not go together, before any image is read.
 
   Raises:
-    ConfigError: what does not fit, and what would.
+    ConfigError: fields do not go together.
   """
   if config.init.inherit and not (config.init.like or config.init.workdir):
     raise ConfigError(
       f"init.inherit={tuple(config.init.inherit)} without init.like or init.workdir: expected the run "
       "whose fields are taken"
     )
-  TASKS[config.task].check(config)
-
-
-def _check_evaluation(config: ConfigDict) -> None:
-  if config.eval.batch_size % jax.process_count():
-    raise ConfigError(
-      f"eval.batch_size={config.eval.batch_size}: expected a multiple of the {jax.process_count()} "
-      "processes"
-    )
   if config.eval.resize < config.views.size:
     raise ConfigError(
       f"eval.resize={config.eval.resize}: the centre crop of views.size={config.views.size} is "
       "larger than the image; expected eval.resize of at least views.size"
+    )
+  TASKS[config.task].check(config)
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+  """Refuses evaluation batches that the processes cannot divide evenly."""
+  if config.eval.batch_size % jax.process_count():
+    raise ConfigError(
+      f"eval.batch_size={config.eval.batch_size}: expected a multiple of the {jax.process_count()} "
+      "processes"
     )

@@ -1,10 +1,10 @@
-"""Training one workdir, whatever happens: checkpoints, stops, restarts, rollbacks.
+"""Training in a workdir, with checkpoints, stops, restarts and rollbacks.
 
-A run goes on from its newest good checkpoint, and what it does then is what it would have done
-without a stop: the state is restored bit for bit, the input is a function of the step, and rows of
-`metrics.jsonl` after the checkpoint are dropped and written again.
+A run resumes from its newest good checkpoint and continues exactly as it would have without a stop.
+The state is restored bit for bit, and each batch is a function of the step. Rows of `metrics.jsonl`
+after the checkpoint are dropped and written again.
 
-SIGTERM and Ctrl-C let the step under way finish, save it, and end the run with `StoppedError`.
+After SIGTERM or Ctrl-C, the current step is finished and saved, and `StoppedError` is raised.
 """
 
 import contextlib
@@ -30,12 +30,21 @@ from byolx.training.state import TrainState
 
 
 def fit(exp: Experiment, workdir: Path) -> TrainState:
-  """Trains from the newest good checkpoint, or from the start, to the last step.
+  """Trains from the newest good checkpoint, or from step 0, to the last step.
+
+  Args:
+    exp: the experiment.
+    workdir: folder of the run.
+
+  Returns:
+    The state after the last step.
 
   Raises:
-    StoppedError: by a signal; the same call goes on.
-    loop.DivergedError: and train.on_divergence is stop, or it has rolled back often enough.
-    checkpoint.CheckpointError: a save failed, or no checkpoint can be used.
+    StoppedError: a signal stopped the run; the same call resumes it.
+    loop.DivergedError: training diverged, and train.on_divergence is "stop" or train.max_rollbacks
+      is reached.
+    storage.CheckpointError: a save failed, or no checkpoint can be restored.
+    ConfigError: the checkpoint was trained on other images.
   """
   c = exp.config
   checkpoints = manager.Checkpoints(workdir / "checkpoints", policy(c))
@@ -43,8 +52,8 @@ def fit(exp: Experiment, workdir: Path) -> TrainState:
   stopping = distributed.Soon("stop")
   with contextlib.closing(checkpoints), Stop() as stop:
     compiled = None
-    # Its step apart: to read it from the state would wait until a new state is drawn, which the
-    # devices do while the step is compiled.
+    # `start` is returned apart: reading state.step would wait until the devices have computed a new
+    # state, which they do while the step is compiled.
     state, start = first_state(exp, checkpoints, rollbacks, workdir)
     while start < exp.steps:
       try:
@@ -75,24 +84,32 @@ def fit(exp: Experiment, workdir: Path) -> TrainState:
       start = int(state.step)
       if start < exp.steps:
         raise _stopped(stop, start, exp.steps)
-    # A signal that came too late for a step to be stopped after it.
+    # A signal during the last steps, too late to stop training.
     if distributed.any_process(bool(stop.name)):
       raise _stopped(stop, exp.steps, exp.steps)
   return state
 
 
 def _stopped(stop: Stop, step: int, steps: int) -> StoppedError:
-  distributed.barrier("stopped")  # no process ends while another one finishes its save
+  distributed.barrier("stopped")  # no process exits while another one still saves
   return StoppedError(stop.name, f"after step {step:,} of {steps:,}, which is saved")
 
 
 def policy(c: ConfigDict) -> manager.Policy:
-  """Which checkpoints a config keeps."""
+  """Returns the config's policy of which checkpoints to keep."""
   return manager.Policy(**c.checkpoint)
 
 
 def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
-  """Where the input stands after a step: a pure function of step, seed, images and rollbacks."""
+  """Returns the position of the input after a step, which is saved in its checkpoint.
+
+  It is a pure function of step, seed, images and rollbacks.
+
+  Args:
+    exp: the experiment.
+    step: number of optimiser steps taken.
+    skipped: number of batches left out by rollbacks before.
+  """
   return {
     "next_example": (step + skipped) * exp.config.train.batch_size,
     "seed": exp.config.seed,
@@ -105,30 +122,30 @@ def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
 def first_state(
   exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollbacks, workdir: Path
 ) -> tuple[TrainState, int]:
-  """The newest checkpoint's state, or a new one; and its step."""
+  """Returns the state of the newest good checkpoint, or a new state, and its step."""
   if checkpoints.latest() is None:
     return initial_state.new_state(exp, workdir), 0
   state = restore(exp, checkpoints, rollbacks)
   step = int(state.step)
-  checkpoints.discard_after(step)  # the damaged ones, if there were any
+  checkpoints.discard_after(step)  # damaged checkpoints
   print(f"going on from step {step:,} of {exp.steps:,}", flush=True)
   return state, step
 
 
 def restore(exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollbacks) -> TrainState:
-  """The newest checkpoint, if it was made from the images that there are now.
+  """Restores the newest good checkpoint.
 
   Raises:
-    ConfigError: it was made from others.
+    ConfigError: the checkpoint was trained on other images than the present ones.
   """
   abstract = exp.abstract_state
 
-  def accept(step: int, found: dict[str, Any]) -> None:
+  def accept(step: int, position: dict[str, Any]) -> None:
     expected = data_position(exp, step, rollbacks.skipped_before(step))
     changed = [
-      f"{name}: {found[name]} -> {expected[name]}"
-      for name in found
-      if found[name] != expected[name]
+      f"{name}: {position[name]} -> {expected[name]}"
+      for name in position
+      if position[name] != expected[name]
     ]
     if changed:
       raise ConfigError(
@@ -140,7 +157,7 @@ def restore(exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollba
 
 
 def _batches(exp: Experiment, rollbacks: Rollbacks, start: int) -> Iterator[Any]:
-  """The batches of the steps after `start`, without those that were left out."""
+  """Batches of the steps after `start`, without the batches left out by rollbacks."""
   for first, end in rollbacks.segments(start):
     with contextlib.closing(exp.train_batches(first + rollbacks.skipped(first))) as batches:
       yield from itertools.islice(batches, None if end is None else end - first)
@@ -161,13 +178,13 @@ def _open_log(exp: Experiment, workdir: Path, start: int) -> metrics_log.RunLog:
 
 def _compile(exp: Experiment) -> Callable:
   compiled = exp.compile_step()
-  # On CPUs the first exchange between processes fails where one comes 30 s after another.
+  # On CPUs the first exchange fails if one process enters it 30 s after another.
   distributed.barrier("compiled")
   return compiled
 
 
 def _writer(exp: Experiment, log: metrics_log.RunLog) -> Callable[[int, dict[str, float]], None]:
-  """The function that writes a row of scalars, and prints the task's first warning."""
+  """Returns a function that writes a row of scalars and prints the task's first warning."""
   warned = set()
 
   def write(step: int, scalars: dict[str, float]) -> None:
@@ -182,10 +199,11 @@ def _writer(exp: Experiment, log: metrics_log.RunLog) -> Callable[[int, dict[str
 
 
 def _save_when(exp: Experiment) -> Callable[[int], bool]:
-  """True for the steps after which a checkpoint is due: by epochs, steps or minutes."""
+  """Returns a function of the step: True if a checkpoint is due, by epochs, steps or minutes."""
   c = exp.config.checkpoint
   by_epoch = max(1, round(c.every_epochs * exp.steps_per_epoch))
-  last, soon = [time.monotonic()], distributed.Soon("save")  # clocks differ: one wish is for all
+  # Clocks differ between processes: the first process whose time is up requests the save of all.
+  last, soon = [time.monotonic()], distributed.Soon("save")
 
   def due(step: int) -> bool:
     now = time.monotonic()
@@ -226,13 +244,20 @@ def _go_back(
   workdir: Path,
   error: loop.DivergedError,
 ) -> tuple[TrainState, int]:
-  """The state to go on from after a divergence, and its step; the batches since will be left out."""
+  """Rolls back to the newest checkpoint after a divergence; the batches since it are left out.
+
+  Returns:
+    The restored state and its step.
+
+  Raises:
+    loop.DivergedError: train.on_divergence is "stop", or train.max_rollbacks is reached.
+  """
   most = exp.config.train.max_rollbacks
   if exp.config.train.on_divergence == "stop":
     raise error
   if rollbacks.count >= most:
     raise loop.DivergedError(
-      f"{error} It went back {rollbacks.count} times before; train.max_rollbacks={most}.",
+      f"{error} The run was rolled back {rollbacks.count} times before; train.max_rollbacks={most}.",
       error.step,
     ) from None
   checkpoints.wait()

@@ -1,4 +1,4 @@
-"""The images of a run: to train on, to choose by, to test on."""
+"""Images of a run: the training, validation and test split."""
 
 import dataclasses
 import functools
@@ -29,81 +29,99 @@ SOURCES: dict[str, Callable[["DataSpec"], Callable[..., base.Source]]] = {
   ),
   "tfds": lambda data: functools.partial(tfds.tfds, data.folder),
 }
-"""The function that opens a split, by data.source."""
+"""Function that returns the opener of a source's splits, by the value of data.source."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-  """The config group `data`: which images, and which of them for what."""
+  """The config group `data`: images, their split, and how they are loaded."""
 
-  source: str = field("digits", "where images come from", one_of(*SOURCES))
+  source: str = field("digits", "data set, or format of the user's own images", one_of(*SOURCES))
   folder: str = field(
-    "", "folder of the source, as it was unpacked or prepared; digits needs none", free=True
+    "", "folder of the images, unpacked or prepared; not needed for digits", free=True
   )
   validation: str = field(
     "none",
-    "training images kept apart, to choose by: ImageNet's of appendix D.1, or of the code; or a share",
+    "validation images, taken out of the training images: last_10009, ImageNet's in appendix D.1; "
+    "first_10000, ImageNet's in the authors' code; share, a share of every class; or none",
     one_of("none", "last_10009", "first_10000", "share"),
   )
   validation_share: float = field(
-    0.1, "of data.validation=share, the same of every class", between(0.001, 0.9)
+    0.1,
+    "with data.validation=share: share of the training images that is used for validation",
+    between(0.001, 0.9),
   )
   labels: float = field(
     1.0,
-    "share of the training images that is used, as many of every class; a smaller share lies inside a "
-    "larger one (Figure 4)",
+    "share of the labelled training images that is used, balanced over the classes; a smaller share is "
+    "part of a larger one (Figure 4)",
     between(1e-6, 1),
   )
-  labels_seed: int = field(0, "chooses them", between(0, 2**32 - 1))
+  labels_seed: int = field(
+    0, "seed of the random choice of the share data.labels", between(0, 2**32 - 1)
+  )
   label_list: str = field(
-    "", "a file with the names of the training images to use instead, such as SimCLR's 1percent.txt"
+    "",
+    "file with the names of the training images to use, such as SimCLR's 1percent.txt; empty: no list",
   )
   test_share: float = field(
-    0.2, "share held out for testing, where the source has no test set", between(0.01, 0.9)
+    0.2,
+    "share of the images held out for the test if the source has no test set",
+    between(0.01, 0.9),
   )
   max_failed_share: float = field(
-    0.01, "share of files that may fail to decode before the run stops", between(0, 1)
+    0.01, "largest share of unreadable images; above it, the run stops", between(0, 1)
   )
   workers: int = field(
-    0, "processes that make views; 0: this process; -1: one per core", at_least(-1), free=True
+    0,
+    "worker processes that load batches; 0: none, the main process loads them; -1: one per core",
+    at_least(-1),
+    free=True,
   )
-  threads: int = field(1, "threads that make views, in each of them", at_least(1), free=True)
-  prefetch: int = field(2, "batches made ahead", at_least(1), free=True)
+  threads: int = field(1, "threads that load images, per process", at_least(1), free=True)
+  prefetch: int = field(2, "batches loaded in advance", at_least(1), free=True)
 
 
 class Sources(NamedTuple):
-  """Images to train on, to choose by (data.validation), and to test on (None: not to be looked at)."""
+  """Images of a run by split.
+
+  Attributes:
+    train: training images.
+    validation: validation images, see data.validation; None without them.
+    test: test images; None if the run does not measure them.
+    labels: share of the training labels that is used, in (0, 1].
+  """
 
   train: base.Source
   validation: base.Source | None
   test: base.Source | None
   labels: float = 1.0
-  """Share of the training images' labels that is used."""
 
   @property
   def held_out(self) -> tuple[str, base.Source]:
-    """What a run that chooses nothing is measured on, and the name of that split."""
+    """Name and images of the split that measures a run without model selection."""
     if self.validation is not None:
       return "validation", self.validation
     return "test", self.test
 
 
 def build_sources(config: ConfigDict) -> Sources:
-  """The images of a run.
+  """Opens the images of a run and splits them.
 
-  With data.validation, a task that chooses nothing, such as pretraining, is measured on the validation
-  images, and the test images need not be there. data.labels and data.label_list choose among the
-  images that are not held out.
+  With data.validation, a task without model selection, such as pretraining, is measured on the
+  validation images, and the test images need not exist. data.labels selects from the training images
+  that are not held out. The images of data.label_list are all used for training, and none of them for
+  validation.
 
   Raises:
-    ConfigError: they are not there, or not enough of them.
+    ConfigError: images are missing, too few or not labelled.
   """
-  make, kind = SOURCES[config.data.source](DataSpec(**config.data)), TASKS[config.task]
+  open_split, task = SOURCES[config.data.source](DataSpec(**config.data)), TASKS[config.task]
   try:
-    train = make(split="train")
+    train = open_split(split="train")
     whole = config.data.validation == "none"
-    tested = whole or (kind.selects and config.eval.test)
-    test = make(split="test") if tested else None
+    tested = whole or (task.selects and config.eval.test)
+    test = open_split(split="test") if tested else None
   except ValueError as error:
     raise ConfigError(str(error)) from None
   rest, held = np.arange(len(train)), np.empty(0, np.int64)
@@ -111,7 +129,7 @@ def build_sources(config: ConfigDict) -> Sources:
     rest, held = _validation(config, train)
   used, held = _used(config, train, rest, held)
   validation = None if whole else base.subset(train, held)
-  if kind.needs_labels:
+  if task.needs_labels:
     for name, images in (("validation", validation), ("test", test)):
       if images is not None and not (images.labels >= 0).any():
         raise ConfigError(
@@ -126,7 +144,7 @@ def build_sources(config: ConfigDict) -> Sources:
 
 
 def _validation(config: ConfigDict, train: base.Source) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of the rest, and of what data.validation keeps apart."""
+  """Indices of the training images that remain, and of the validation images."""
   data = config.data
   if data.validation == "share":
     return splits.stratified_holdout(
@@ -136,17 +154,17 @@ def _validation(config: ConfigDict, train: base.Source) -> tuple[np.ndarray, np.
     return splits.imagenet_validation(train.names, data.validation)
   except ValueError as error:
     raise ConfigError(
-      f"data.validation={data.validation}: {error}; it is meant for ImageNet (data.source=imagenet,"
-      " or ImageNet as array_record, tfds or image_folder) and works for any source that large"
+      f"data.validation={data.validation}: {error}; the rule is ImageNet's (data.source=imagenet, or"
+      " ImageNet as array_record, tfds or image_folder), and other sources must be as large"
     ) from None
 
 
 def _used(
   config: ConfigDict, train: base.Source, rest: np.ndarray, held: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of what is trained on, and of what is held out then.
+  """Indices of the images used for training, and of the validation images without these.
 
-  A list is trained on whole, as all who use it do: its images are not validation images.
+  All images of data.label_list are used for training, as in other work with such lists.
   """
   data = config.data
   if data.label_list:

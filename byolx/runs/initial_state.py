@@ -1,7 +1,7 @@
-"""Where a run's state comes from: drawn from its seed, with another run's encoder if it asks for one.
+"""Initial state of a run: random from its seed, or with the pretrained encoder of another run.
 
-Which checkpoint the encoder was taken from stays in the workdir, with a digest of every array: so a
-second start takes the same one, and a frozen encoder can be told from one that has moved.
+The workdir records the checkpoint of the encoder, so a restart loads the same one. For a frozen
+encoder it also records the checksum of each array, to check at the end that none has changed.
 """
 
 import json
@@ -18,22 +18,26 @@ from byolx.training.state import TrainState, state_shardings
 
 LINEAGE = "lineage.json"
 FROZEN = "frozen_encoder.json"
-"""Digests of a frozen encoder's arrays, by name."""
+"""File of the checksums of a frozen encoder's arrays, by name."""
 
 
 def new_state(exp: Experiment, workdir: Path) -> TrainState:
-  """The state at step 0: drawn from the seed, with the encoder of `init.workdir` if that is given.
+  """Initialises the state from the seed, and loads the encoder of `init.workdir` if it is set.
 
-  Which checkpoint that was is kept in the workdir, so that starting again takes the same one.
+  The checkpoint of the encoder is recorded in the workdir, so that a restart loads the same one.
+
+  Raises:
+    ConfigError: the encoder does not exist, or does not fit the run.
+    storage.CheckpointError: no checkpoint of the encoder can be read.
   """
   state = exp.initialise()
   init = exp.config.init
   if not init.workdir:
     return state
-  before = lineage(workdir)
-  source = Path(before["path"] if before else init.workdir)
-  place, fits = sharding.replicated(exp.mesh), config.encoder_check(exp.config)
-  encoder = pretrained.read(source, init.encoder, place, fits)
+  recorded = lineage(workdir)
+  source = Path(recorded["path"] if recorded else init.workdir)
+  place, check = sharding.replicated(exp.mesh), config.encoder_check(exp.config)
+  encoder = pretrained.read(source, init.encoder, place, check)
   state, table = pretrained.apply(state, encoder)
   state = jax.device_put(state, state_shardings(exp.abstract_state))
   print(f"starting from the {init.encoder} encoder of {encoder.lineage['path']}\n{table.text()}")
@@ -44,7 +48,7 @@ def new_state(exp: Experiment, workdir: Path) -> TrainState:
 
 
 def _facts(encoder: pretrained.Encoder) -> dict[str, Any]:
-  """What the encoder was trained on, by which config where not the default, and whether to its end."""
+  """Facts about an encoder's pretraining: data set, fields that differ from the defaults, finished."""
   flat = encoder.config
   if not flat or "images" not in encoder.data:
     return {"data": encoder.data.get("source"), "changes": None, "finished": None}
@@ -62,13 +66,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def lineage(workdir: Path) -> dict[str, Any] | None:
-  """The checkpoint that the run's encoder came from, if it came from one."""
+  """Reads the facts about the checkpoint of the run's encoder; None for an encoder from scratch."""
   path = workdir / LINEAGE
   return json.loads(path.read_text()) if path.exists() else None
 
 
 def check_frozen(state: TrainState, workdir: Path) -> None:
-  """Compares the encoder bit by bit with the one that the run started from.
+  """Checks that every bit of the encoder is as it was when the run started.
 
   Raises:
     RuntimeError: parameters or statistics have changed.
@@ -78,6 +82,6 @@ def check_frozen(state: TrainState, workdir: Path) -> None:
   changed = [name for name in before | after if before.get(name) != after.get(name)]
   if changed:
     raise RuntimeError(
-      f"{workdir}: the frozen encoder is not the one that was loaded: "
-      f"{text.first_few(changed)}; expected every bit as it was"
+      f"{workdir}: the frozen encoder has changed: {text.first_few(changed)}; expected every bit "
+      "as it was loaded"
     )

@@ -1,4 +1,4 @@
-"""What a run writes: whole files, and while it trains metrics.jsonl, TensorBoard, progress lines."""
+"""Log of a run's metrics: metrics.jsonl, TensorBoard and progress lines."""
 
 import dataclasses
 import json
@@ -16,24 +16,24 @@ from byolx.core.text import duration
 
 @dataclasses.dataclass(frozen=True)
 class LogSpec:
-  """The config group `log`."""
+  """The config group `log`: intervals of the metrics log."""
 
-  every_steps: int = field(50, "between rows of metrics.jsonl", at_least(1), free=True)
-  every_seconds: float = field(10.0, "between progress lines", at_least(0), free=True)
+  every_steps: int = field(50, "steps between rows of metrics.jsonl", at_least(1), free=True)
+  every_seconds: float = field(10.0, "least seconds between progress lines", at_least(0), free=True)
 
 
 class RunLog:
-  """Writers of one run.
+  """Writes the scalars of a run to metrics.jsonl and TensorBoard, and prints progress lines.
 
   Args:
-    folder: of `metrics.jsonl` and `tensorboard/`.
-    steps: of the whole run.
-    steps_per_epoch: as a float.
-    images_per_step: batch size.
-    start: step that the run continues from; later rows of an earlier attempt are dropped.
-    every_seconds: between progress lines.
-    writer: False in every process but the writer: nothing is written or printed.
-    accuracy: what progress lines call the accuracy `top1` of a row.
+    folder: folder of `metrics.jsonl` and `tensorboard/`.
+    steps: number of steps of the whole run.
+    steps_per_epoch: optimiser steps per epoch, a float.
+    images_per_step: batch size, over all devices.
+    start: step from which the run continues; later rows of an earlier start are dropped.
+    every_seconds: least seconds between progress lines.
+    writer: True in the process that writes and prints; in the others, nothing is written or printed.
+    accuracy: name of the scalar `top1` in progress lines.
   """
 
   def __init__(
@@ -59,11 +59,16 @@ class RunLog:
       self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
   def begin(self) -> None:
-    """Starts the clock; call it when the first step is about to run."""
+    """Starts the clock of the speed; call it right before the first step."""
     self._last_time = self._printed = time.monotonic()
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Appends a row; prints a progress line when it is time."""
+    """Appends a row, and prints a progress line if `every_seconds` have passed.
+
+    Args:
+      step: number of optimiser steps taken.
+      scalars: values by name, with `loss` and optionally `top1` in [0, 1].
+    """
     if not self._writer:
       return
     now = time.monotonic()
@@ -81,7 +86,10 @@ class RunLog:
       print(self._line(step, epoch, row, rate), file=sys.stderr, flush=True)
 
   def event(self, step: int, name: str, value: float) -> None:
-    """One number for TensorBoard alone: what differs from run to run does not belong into rows."""
+    """Writes a scalar to TensorBoard only.
+
+    Rows of metrics.jsonl leave out values, such as waiting times, that differ in a repeated run.
+    """
     if self._writer:
       self._events.add_scalar(name, value, step)
 
@@ -104,7 +112,7 @@ class RunLog:
 
 
 def _open_after(path: Path, start: int):
-  """Opens for appending, without rows after `start` and without a line that was cut off."""
+  """Opens a log for appending, after removing rows later than `start` and incomplete lines."""
   kept = []
   if path.exists():
     for line in path.read_text().splitlines():
@@ -119,12 +127,12 @@ def _open_after(path: Path, start: int):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-  """Rows of a metrics.jsonl; without a last line that a killed run left half written.
+  """Reads the rows of a metrics.jsonl; an empty list if the file does not exist.
 
-  An empty list if there is no such file.
+  A last line that is not JSON is ignored: a killed run may leave an incomplete one.
 
   Raises:
-    ValueError: another line is not a JSON object.
+    ValueError: a line before the last is not JSON.
   """
   if not path.exists():
     return []

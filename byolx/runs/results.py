@@ -1,4 +1,4 @@
-"""The records of `results.json`: read, and averaged over seeds."""
+"""Records of `results.json`: reading, and means over seeds."""
 
 import json
 from collections.abc import Sequence
@@ -11,20 +11,26 @@ Record = dict[str, Any]
 """One measurement: task, protocol, encoder, labels, split, metric, value, interval, n, seed, ..."""
 
 KEYS = ("task", "protocol", "encoder", "labels", "split", "metric", "step", "commit")
-"""What records of different seeds have in common where they measure the same."""
+"""Keys that are equal in the records of one measurement with different seeds."""
 
 
 def read(workdir: Path) -> list[Record]:
-  """The records of a workdir; none where it has no `results.json`."""
+  """Reads the records of a workdir; an empty list if it has no `results.json`."""
   path = workdir / "results.json"
   return json.loads(path.read_text()) if path.exists() else []
 
 
 def mean_over_seeds(records: Sequence[Record], keys: Sequence[str] = KEYS) -> list[Record]:
-  """Records that agree in `keys`, averaged, in the order of the first of each.
+  """Averages the records that have equal values of `keys`.
 
-  `interval` is half the range over seeds, as the paper states it, that of the record for one seed; `n`
-  is the sum of theirs; `seed` lists the seeds, and so does anything else in which they differ.
+  Args:
+    records: measurements of several seeds.
+    keys: keys of a record that identify its measurement.
+
+  Returns:
+    One record per group, in the order of first occurrence. `value` is the mean. `interval` is half the
+    range over seeds, as in the paper; for one record, its own interval. `n` is the sum of the records'
+    `n`. `seed`, and any other key with different values, is a list over the records.
   """
   groups: dict[tuple, list[Record]] = {}
   for record in records:
@@ -33,12 +39,12 @@ def mean_over_seeds(records: Sequence[Record], keys: Sequence[str] = KEYS) -> li
 
 
 def _mean(group: Sequence[Record]) -> Record:
-  every = {name: [record.get(name) for record in group] for name in group[0]}
-  values = every["value"]
+  columns = {name: [record.get(name) for record in group] for name in group[0]}
+  values = columns["value"]
   return {
-    **{name: each if each != each[:1] * len(each) else each[0] for name, each in every.items()},
+    **{name: each if each != each[:1] * len(each) else each[0] for name, each in columns.items()},
     "value": float(np.mean(values)),
     "interval": float(np.ptp(values) / 2) if len(values) > 1 else group[0].get("interval"),
-    "n": sum(every["n"]),
-    "seed": every["seed"],
+    "n": sum(columns["n"]),
+    "seed": columns["seed"],
   }

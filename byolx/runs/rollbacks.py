@@ -1,4 +1,4 @@
-"""Rollbacks after a divergence, each recorded on disk."""
+"""Rollbacks after a divergence, recorded in the workdir."""
 
 import dataclasses
 import json
@@ -11,7 +11,15 @@ ROLLBACKS = "rollbacks.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Rollback:
-  """Training diverged at step `at` and went back to step `to`, leaving out `left_out` batches."""
+  """One rollback from a divergence to an earlier checkpoint.
+
+  Attributes:
+    number: number of the rollback in the run, from 1.
+    at: step at which training diverged.
+    to: step of the checkpoint from which training continues.
+    left_out: number of batches that are skipped after step `to`.
+    reason: message of the divergence.
+  """
 
   number: int
   at: int
@@ -21,7 +29,11 @@ class Rollback:
 
 
 class Rollbacks:
-  """The rollbacks of a workdir, each on disk before anything is done about it."""
+  """Rollbacks of a workdir; each is written to disk before training continues.
+
+  Args:
+    workdir: folder of the run.
+  """
 
   def __init__(self, workdir: Path):
     self._path = workdir / ROLLBACKS
@@ -30,24 +42,33 @@ class Rollbacks:
 
   @property
   def count(self) -> int:
-    """How many there were."""
+    """Number of rollbacks so far."""
     return max((rollback.number for rollback in self._all), default=0)
 
   def skipped(self, step: int) -> int:
-    """How many batches are left out before the batch of the step after `step`."""
+    """Number of batches left out before the batch of step `step` + 1."""
     return sum(rollback.left_out for rollback in self._all if rollback.to <= step)
 
   def skipped_before(self, step: int) -> int:
-    """How many had been left out when `step` was reached for the first time."""
+    """Number of batches left out before the batch of step `step`."""
     return sum(rollback.left_out for rollback in self._all if rollback.to < step)
 
   def segments(self, start: int) -> list[tuple[int, int | None]]:
-    """The steps from `start` on, as (first, end) between the places where batches are left out."""
+    """Ranges of steps, (first, end), in which no batch is left out; together all from `start` on.
+
+    The end of the last range is None.
+    """
     cuts = [start, *sorted({rollback.to for rollback in self._all if rollback.to > start})]
     return list(zip(cuts, [*cuts[1:], None], strict=True))
 
   def add(self, at: int, to: int, reason: str) -> None:
-    """One more: every batch between the checkpoint and the divergence is left out from now on."""
+    """Adds a rollback: the batches between the checkpoint and the divergence are left out.
+
+    Args:
+      at: step of the divergence.
+      to: step of the checkpoint.
+      reason: message of the divergence.
+    """
     left_out = at + self.skipped(at) - to - self.skipped(to)
     earlier = [rollback for rollback in self._all if rollback.to <= to]
     self._all = [*earlier, Rollback(self.count + 1, at, to, left_out, reason)]

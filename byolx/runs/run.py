@@ -1,4 +1,4 @@
-"""One workdir, from config to results: train, measure what the encoder knows, draw, and write it down."""
+"""A whole run in a workdir: training, evaluation, results and pictures."""
 
 import contextlib
 import json
@@ -52,24 +52,25 @@ def train_run(
   images: Sources | None = None,
   network: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> list[Record]:
-  """Trains (or goes on where the workdir stopped), evaluates, writes results and pictures.
+  """Trains or resumes the run of a workdir, evaluates it, and writes results and pictures.
 
   Args:
     cfg: all fields.
     workdir: folder of the run.
-    kept: cached programs, where `compile_cache.begin` has begun to load them.
-    images: the user's own images instead of those of the group `data`.
+    kept: cached programs from `compile_cache.begin`; None looks them up here.
+    images: the user's own images, instead of those of the group `data`.
     network: the user's own encoder, see `task.Setting`.
 
   Returns:
     The records of `results.json`.
 
   Raises:
-    ConfigError: the workdir holds a run of another config, or fields do not go together.
-    loop.DivergedError: a loss that is not finite; the last good checkpoint stays.
+    ConfigError: the workdir belongs to another config, or fields do not go together.
+    loop.DivergedError: training diverged; the last good checkpoint remains.
+    StoppedError: a signal stopped the run; the same call resumes it.
   """
   kept = kept or compile_cache.begin(cfg, workdir, schema.task_source(cfg))
-  if not (workdir / "checkpoints").exists():  # a run that goes on draws no state
+  if not (workdir / "checkpoints").exists():  # a resumed run restores its state
     kept.begin("initialise")
   exp = experiment.build(cfg, kept, images, network)
   claim(workdir, cfg)
@@ -94,24 +95,24 @@ def train(
   images: Sources | None = None,
   network: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> list[Record]:
-  """One run from Python: trains, or goes on where the workdir stopped, and evaluates.
+  """Trains or resumes one run from Python, evaluates it, and writes results and pictures.
 
     byolx.train("configs/quickstart.py", "runs/quickstart", ["--config.train.epochs=10"])
 
   Args:
-    fields: config file `FILE[:ARGS]`, or fields by group; other fields have their defaults.
+    fields: config file `FILE[:ARGS]`, or values of some fields by group; others have their defaults.
     workdir: folder of the run.
     overrides: `--config.FIELD=VALUE`, applied in order.
-    images: the user's own images instead of those of the group `data`: objects with the attributes
-      of `sources.base.Source`, for the training, for choosing and for the test.
+    images: the user's own images, instead of those of the group `data`: training, validation and
+      test split, each with the attributes of `sources.base.Source`.
     network: the user's own encoder: a function from `nnx.Rngs` to a module with `features` (int),
-      called as `module(x, train=..., views=...)` on normalised images.
+      which is called as `module(x, train=..., views=...)` on normalised images.
 
   Returns:
     The records of `results.json`.
 
   Raises:
-    ConfigError: a field, or a combination of fields, that cannot run.
+    ConfigError: a field has an impossible value, or fields do not go together.
   """
   workdir = Path(workdir)
   if isinstance(fields, str):
@@ -122,21 +123,21 @@ def train(
 
 
 def conclude(exp: Experiment, state: TrainState, workdir: Path) -> list[Record]:
-  """Measures the model of a finished run, writes `results.json` and pictures, prints the table.
+  """Evaluates the model of a finished run, writes `results.json` and pictures, prints the table.
 
   Raises:
-    RuntimeError: a frozen encoder is not bit by bit the one that was loaded.
+    RuntimeError: an encoder that must stay frozen has changed.
   """
   began, writer = time.monotonic(), distributed.is_writer()
   if writer:
-    from byolx.runs import curves  # matplotlib takes seconds that a first step need not wait for
+    from byolx.runs import curves  # importing matplotlib takes seconds, and would delay step 1
 
     rows = metrics_log.read_metrics(workdir / "metrics.jsonl")
     curves.curves(rows, workdir / "curves.png", exp.task.curves)
   distributed.barrier("trained")
   if exp.task.frozen:
     initial_state.check_frozen(state, workdir)
-    print("the encoder is bit by bit the one that was loaded")
+    print("the frozen encoder is unchanged, bit for bit")
   records = exp.task.conclude(finished(exp, state, workdir))
   if writer:
     files.write_atomically(workdir / "results.json", json.dumps(records, indent=1) + "\n")
@@ -150,7 +151,7 @@ def conclude(exp: Experiment, state: TrainState, workdir: Path) -> list[Record]:
 
 
 def finished(exp: Experiment, state: TrainState, workdir: Path) -> Finished:
-  """A finished run, as its task sees it."""
+  """Collects the inputs of the task's evaluation of a finished run."""
   c = exp.config
   facts = {
     "task": c.task,
@@ -178,11 +179,14 @@ def finished(exp: Experiment, state: TrainState, workdir: Path) -> Finished:
 
 
 def evaluate_run(workdir: Path, test: bool = False) -> list[Record]:
-  """Evaluates the newest checkpoint of a workdir again, by the workdir's own config.
+  """Evaluates the newest checkpoint of a workdir again, with the config of that workdir.
 
   Args:
-    workdir: of a run.
-    test: measure the test images of a classifier's run that has not looked at them.
+    workdir: folder of the run.
+    test: True to measure the test images even if the run has eval.test=False.
+
+  Raises:
+    ConfigError: the workdir has no config.json or no checkpoint.
   """
   try:
     cfg = config.of_run(workdir)
@@ -200,21 +204,32 @@ def evaluate_run(workdir: Path, test: bool = False) -> list[Record]:
 
 
 def train_seeds(cfg: ConfigDict, workdir: Path, seeds: list[int]) -> list[Record]:
-  """One run per seed in `workdir/seed_N`; their records and the means over seeds in `workdir`."""
-  every = []
+  """Trains one run per seed, and averages their records.
+
+  Args:
+    cfg: all fields; its seed is not used.
+    workdir: folder of all runs. Seed N is trained in `workdir/seed_N`; `workdir/results.json` gets
+      the records of all seeds and their means.
+    seeds: seeds of the runs.
+
+  Returns:
+    The records of all seeds, then the means.
+  """
+  records = []
   for seed in seeds:
-    of_seed = cfg.copy_and_resolve_references()
-    of_seed.seed = seed
-    every += train_run(of_seed, workdir / f"seed_{seed}")
-  chosen = [record for record in every if record["split"] != "validation"]
-  tried = [record for record in every if record["split"] == "validation"]
-  means = results.mean_over_seeds(tried, (*results.KEYS, "rate"))
-  means += results.mean_over_seeds(chosen)
+    seed_config = cfg.copy_and_resolve_references()
+    seed_config.seed = seed
+    records += train_run(seed_config, workdir / f"seed_{seed}")
+  # Validation has a record per learning rate; on the test split, each seed has its selected rate.
+  validation = [record for record in records if record["split"] == "validation"]
+  others = [record for record in records if record["split"] != "validation"]
+  means = results.mean_over_seeds(validation, (*results.KEYS, "rate"))
+  means += results.mean_over_seeds(others)
   if distributed.is_writer():
-    files.write_atomically(workdir / "results.json", json.dumps(every + means, indent=1) + "\n")
+    files.write_atomically(workdir / "results.json", json.dumps(records + means, indent=1) + "\n")
   table = TASKS[cfg.task].table(means)
   print(f"\nMean over seeds {', '.join(map(str, seeds))}\n{table}")
-  return every + means
+  return records + means
 
 
 def write_views(
@@ -225,22 +240,23 @@ def write_views(
   images: int = SHEET_IMAGES,
   repeats: int = SHEET_REPEATS,
 ) -> None:
-  """Draws training images, spread over the set, with their views in the first epochs.
+  """Draws training images, evenly spaced in the data set, with their views in the first epochs.
 
   Args:
     config: all fields.
-    transform: training transform; its arrays [size, size, 3] uint8 are drawn.
+    transform: training transform; its uint8 arrays of shape [size, size, 3] are drawn.
     source: training images.
-    path: file of the PNG.
-    images: number of rows.
-    repeats: number of epochs.
+    path: path of the PNG.
+    images: number of rows, one image each.
+    repeats: number of epochs whose views are drawn.
 
   Raises:
-    ConfigError: no image can be read.
+    ConfigError: none of the images tried can be read.
   """
   preview, stream = transform.preview(), sampler.Stream(config.seed)
   originals, rows, unreadable = [], [], []
-  # Four times as many as needed; every fourth of them comes first, so that those are spread too.
+  # Three spare images for each row, in case images are unreadable. Every fourth image is tried first,
+  # so that these too are evenly spaced.
   spread = np.linspace(0, len(source) - 1, 4 * images, dtype=int).reshape(images, 4)
   for record in dict.fromkeys(spread.T.ravel().tolist()):
     try:
@@ -255,7 +271,7 @@ def write_views(
       break
   if not originals:
     raise ConfigError(
-      f"data.folder={config.data.folder}: none of {len(unreadable)} images spread over it can be read, "
+      f"data.folder={config.data.folder}: none of {len(unreadable)} images tried can be read, "
       f"such as {unreadable[0]}; expected images"
     )
   sheet = contact_sheet.draw_sheet(originals, rows)
@@ -264,7 +280,7 @@ def write_views(
 
 
 def _pictures(transform: Transform, example: base.Example, random: Random) -> tuple:
-  """The pictures that a transform makes of an example."""
+  """The uint8 RGB images among the arrays of a transform."""
   rows = {name: np.empty(array.shape, array.dtype) for name, array in transform.arrays.items()}
   transform(example, random, rows)
   return tuple(x for x in rows.values() if x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3)

@@ -1,7 +1,7 @@
-"""Every field of a run, assembled from the dataclasses of its groups.
+"""Schema of the config: all fields, assembled from the dataclasses of the config groups.
 
-A field's default, meaning and check stand in the module that uses it; here stands only which group has
-which name.
+The default, meaning and check of a field are declared in the module that uses it. This module only
+names the groups.
 """
 
 import dataclasses
@@ -31,31 +31,32 @@ def _task_name(value: str) -> str | None:
   if value in TASKS:
     return None
   names = ", ".join(TASKS)
-  return f"one of {names}; a protocol of your own is registered by the file in --config or --tasks"
+  return f"one of {names}, or a task that the file of --config or --tasks registers"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-  """Fields that are in no group."""
+  """Fields outside of all groups."""
 
   task: str = field(
     "pretrain",
-    "training protocol: pretrain, without labels; linear, classifiers on a frozen encoder; finetune, a "
-    "classifier and the encoder it starts from; supervised, both from scratch",
+    "training protocol: pretrain, without labels; linear, classifiers on a frozen encoder; finetune, "
+    "a classifier and a pretrained encoder; supervised, a classifier and an encoder from scratch",
     _task_name,
   )
   seed: int = field(
-    0, "seed of all random numbers: parameters, order, views", between(0, 2**32 - 1)
+    0, "seed of all random numbers: parameters, order of images, views", between(0, 2**32 - 1)
   )
 
 
-_BEFORE_TASKS: dict[str, type] = {
+BEFORE_TASKS: dict[str, type] = {
   "": RunSpec,
   "data": DataSpec,
   "views": ViewsSpec,
   "model": ResNetSpec,
 }
-_AFTER_TASKS: dict[str, type] = {
+"""The dataclass of each group, as `byolx fields` lists them; the first has no name of its own."""
+AFTER_TASKS: dict[str, type] = {
   "optim": OptimizerSpec,
   "train": TrainSpec,
   "init": InitSpec,
@@ -65,32 +66,33 @@ _AFTER_TASKS: dict[str, type] = {
   "log": LogSpec,
   "eval": EvalSpec,
 }
+"""The other groups, listed after those of the tasks."""
 
 
 def fields() -> dict[str, Field]:
-  """Every field by its dotted name, those of all tasks included, in the order of `byolx fields`."""
+  """Returns all fields, including those of all tasks, by dotted name, in the order of `byolx fields`."""
   return dict(_assembled(tuple(TASKS.values())))
 
 
 def encoder_fields() -> dict[str, Field]:
-  """The fields that go with an encoder: the function that was trained is its arrays and these.
+  """Returns the fields that determine an encoder's function, together with its arrays.
 
-  Initialisers (model.kernel_init, model.bn_last_scale) and model.bn_group, which is used in training mode
-  only, are not among them. model.bn_decay is: with model.bn_debias the running averages are divided by
-  1 - decay^updates whenever they are used.
+  The initialisers (model.kernel_init, model.bn_last_scale) do not belong to them, nor does
+  model.bn_group, which has an effect in training mode only. model.bn_decay does: with model.bn_debias
+  the running averages are divided by 1 - decay^updates whenever they are used.
   """
-  of_encoder = {name: field for name, field in fields().items() if field.encoder}
-  return dict(sorted(of_encoder.items(), key=lambda item: item[0].partition(".")[0]))
+  selected = {name: field for name, field in fields().items() if field.encoder}
+  return dict(sorted(selected.items(), key=lambda item: item[0].partition(".")[0]))
 
 
 def other_groups(task: str) -> frozenset[str]:
-  """Groups of the user's own tasks but this one: no result of the task depends on them."""
+  """Returns the groups of the user's other tasks, on which no result of this task depends."""
   added = {kind.group for name, kind in TASKS.items() if name not in BUILT_IN and name != task}
   return frozenset(added - {TASKS[task].group} - {TASKS[name].group for name in BUILT_IN})
 
 
 def task_source(config: ConfigDict) -> str:
-  """The digest of the file that defines the user's own task; empty for the tasks of this package."""
+  """Returns the SHA-256 of the file that defines the user's task; empty for a built-in task."""
   path = Path(TASKS[config.task].loss.__code__.co_filename)
   if Path(__file__).parents[1] in path.parents or not path.is_file():
     return ""
@@ -99,9 +101,9 @@ def task_source(config: ConfigDict) -> str:
 
 @functools.lru_cache
 def _assembled(tasks: tuple[type, ...]) -> Mapping[str, Field]:
-  groups = {name: fields_of(kind) for name, kind in _BEFORE_TASKS.items()}
+  groups = {name: fields_of(kind) for name, kind in BEFORE_TASKS.items()}
   groups |= {kind.group: kind.fields() for kind in tasks}
-  groups |= {name: fields_of(kind) for name, kind in _AFTER_TASKS.items()}
+  groups |= {name: fields_of(kind) for name, kind in AFTER_TASKS.items()}
   return {
     f"{group}.{name}".lstrip("."): field
     for group, fields in groups.items()

@@ -1,4 +1,4 @@
-"""What will run, said before the first step: devices, images, parameters, where they live, rates."""
+"""Summary of a run, printed before step 1: parameters, memory, devices, images, steps and rates."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from byolx.training import optimizers
 
 
 def describe(exp: Experiment, workdir: Path) -> str:
-  """What will run, before the first step: devices, parameters, exclusions, steps, rates."""
+  """Returns the summary of a run: parameters, memory, devices, images, steps and learning rates."""
   c = exp.config
   device = jax.devices()[0]
   source = exp.train_source
@@ -26,7 +26,7 @@ def describe(exp: Experiment, workdir: Path) -> str:
     "",
     f"devices   {exp.mesh.size} x {device.device_kind}, mesh {dict(exp.mesh.shape)}, "
     f"state {c.mesh.state}, remat {c.train.remat}",
-    f"images    {len(source):,} to train on, {_held_out(exp.sources)} "
+    f"images    {len(source):,} for training, {_held_out(exp.sources)} "
     f"({source.name}, {len(source.classes)} classes)",
     f"encoder   {_encoder(exp)}",
     f"steps     {exp.steps:,} of {c.train.batch_size} images"
@@ -41,7 +41,7 @@ def describe(exp: Experiment, workdir: Path) -> str:
 
 
 def _encoder(exp: Experiment) -> str:
-  """The encoder: architecture, width, features and compute type; or the user's own network."""
+  """Architecture, width, features and compute type of the encoder, or the user's own network."""
   model = exp.config.model
   if exp.network is not None:
     return f"{exp.network}, the user's own"
@@ -52,10 +52,10 @@ def _encoder(exp: Experiment) -> str:
 
 
 def _held_out(images: Sources) -> str:
-  """`5,000 to choose by, 10,000 to test on`; a run that does not choose has one set `held out`."""
+  """`5,000 for validation, 10,000 for the test`, or `5,000 held out` if there is only one split."""
   if images.validation is None or images.test is None:
     return f"{len(images.held_out[1]):,} held out"
-  return f"{len(images.validation):,} to choose by, {len(images.test):,} to test on"
+  return f"{len(images.validation):,} for validation, {len(images.test):,} for the test"
 
 
 def _rates(exp: Experiment) -> str:
@@ -68,7 +68,10 @@ def _rates(exp: Experiment) -> str:
 
 
 def parameter_table(exp: Experiment) -> str:
-  """What is trained, part by part, and what of it takes neither decay nor trust ratio."""
+  """Returns a table of the trained parameters by part, and of those without weight decay.
+
+  With LARS, these also have no trust ratio.
+  """
   o = exp.config.optim
   head = "no decay, no trust ratio" if o.name == "lars" else "no decay"
   parts: dict[str, list[tuple[int, bool]]] = {}
@@ -77,16 +80,16 @@ def parameter_table(exp: Experiment) -> str:
     parts.setdefault(_part(path), []).append((math.prod(variable.shape), adapted))
   rows = [("trained part", "arrays", "parameters", head)]
   ordered = sorted(parts.items(), key=lambda item: item[0] != "encoder stem")
-  whole = [one for found in parts.values() for one in found]
-  for part, found in [*ordered, ("all", whole)]:
-    excluded = [size for size, adapted in found if not adapted]
+  everything = [array for arrays in parts.values() for array in arrays]
+  for part, arrays in [*ordered, ("all", everything)]:
+    excluded = [size for size, adapted in arrays if not adapted]
     numbers = f"{sum(excluded):,} in {len(excluded)} (biases, BatchNorm)" if excluded else "none"
-    rows.append((part, f"{len(found):,}", f"{sum(size for size, _ in found):,}", numbers))
+    rows.append((part, f"{len(arrays):,}", f"{sum(size for size, _ in arrays):,}", numbers))
   return text.aligned(rows, right=(1, 2))
 
 
 def placement_table(recipe: Recipe) -> str:
-  """Where the state lives: part by part, its bytes and what each device holds of them."""
+  """Returns a table of the state by part: bytes in total, bytes per device, and sharded arrays."""
   state = recipe.abstract_state
   untrained = nnx.filter_state(state.rest, nnx.Param)
   parts = {
@@ -96,19 +99,19 @@ def placement_table(recipe: Recipe) -> str:
     "statistics": nnx.filter_state(state.rest, nnx.Not(nnx.Param)),
   }
   parts["all"] = list(parts.values())
-  rows = [("state", "bytes", "per device", "in pieces")]
+  rows = [("state", "bytes", "per device", "sharded")]
   for name, tree in parts.items():
     leaves = jax.tree.leaves(tree)
     whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
     held = sharding.held_bytes(tree)
-    cut = sum(not x.sharding.is_fully_replicated for x in leaves)
-    pieces = f"{cut:,} of {len(leaves):,} arrays" if cut else "none"
-    rows.append((name, f"{whole:,}", f"{held:,}", pieces))
+    count = sum(not x.sharding.is_fully_replicated for x in leaves)
+    sharded = f"{count:,} of {len(leaves):,} arrays" if count else "none"
+    rows.append((name, f"{whole:,}", f"{held:,}", sharded))
   return text.aligned(rows, right=(1, 2))
 
 
 def _part(path: tuple) -> str:
-  """`online encoder stage 2`, `predictor`: the row of the table that a parameter belongs to."""
+  """Row of the table of a parameter, such as `encoder stage 2` or `predictor`."""
   names = [str(name) for name in path]
   if names[0] == "online":
     names = names[1:]

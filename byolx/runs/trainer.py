@@ -1,6 +1,6 @@
-"""Everything of a run but its images: networks, loss, optimiser, mesh, and the step they make.
+"""Recipes: networks, task, optimiser, mesh and train step of a run, without its images.
 
-A recipe needs no images and no attached devices: what `byolx plan` compiles ahead of time is the very
+A recipe needs neither images nor attached devices. So `byolx plan` compiles, ahead of time, the same
 program that `byolx train` runs.
 """
 
@@ -32,20 +32,21 @@ from byolx.training.task import Batch, Setting, Task
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a config says of training, built and checked; nothing is compiled yet.
+  """Training parts of a config, built and checked, but not compiled.
 
   Args:
     config: all fields.
-    layout: the mesh, and where the state lives on it.
-    encoder: the ResNet of the config's group `model`.
-    task: the training protocol.
+    layout: mesh, and placement of the state on it.
+    encoder: ResNet of the config group `model`.
+    task: training protocol.
     rate: learning rate by step.
-    tx: the optimiser.
-    abstract_untrained: shapes of a state without the optimiser's.
-    steps, warmup_steps: optimiser steps.
-    steps_per_epoch: not rounded.
-    passes: forward passes per step.
-    network: the user's own encoder, see `task.Setting`; None without one.
+    tx: optimiser.
+    abstract_untrained: shapes of a state without the optimiser's state.
+    steps: number of optimiser steps.
+    warmup_steps: number of optimiser steps of the warm-up.
+    steps_per_epoch: optimiser steps per epoch, not rounded.
+    passes: forward passes per optimiser step.
+    network: the user's own encoder, see `task.Setting`; None for the ResNet.
   """
 
   config: ConfigDict
@@ -63,50 +64,53 @@ class Recipe:
 
   @property
   def mesh(self) -> Mesh:
-    """The devices."""
+    """The devices of the run, with the axes `data` and `fsdp`."""
     return self.layout.mesh
 
   @property
   def fingerprint(self) -> str:
-    """Tells configs apart in what shapes results."""
+    """Hash of the fields on which results depend, see `config.fingerprint`."""
     return fingerprint(self.config)
 
   @property
   def encoder_key(self) -> Array:
-    """The key that parameters are made from."""
+    """Random key of the initial parameters."""
     return jax.random.fold_in(jax.random.key(self.config.seed), 0)
 
   @property
   def step_key(self) -> Array:
-    """The key that losses draw from."""
+    """Random key of the losses."""
     return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
   @functools.cached_property
   def rate_at(self) -> Callable[[int], float]:
-    """The learning rate at a step, counted from 0: one small program, where `rate` would be many."""
+    """Function from a step, from 0, to its learning rate.
+
+    It is jitted: evaluating `rate` directly would compile one program per operation.
+    """
     compiled = jax.jit(self.rate)
     return lambda step: float(compiled(step))
 
   def normalise(self, image: Array) -> Array:
-    """uint8 images as the encoder takes them."""
+    """Normalises uint8 images [..., 3] to the encoder's float32 input."""
     return on_device.network_input(image, self.config.views.mean, self.config.views.std)
 
   def initialise(self) -> state.TrainState:
-    """The state at step 0, made where it lives."""
+    """Computes the state at step 0, on the devices that hold it."""
     return state.initialise(self.task, self.tx, self.encoder_key, self.layout, self.abstract_state)
 
   @functools.cached_property
   def abstract_state(self) -> state.TrainState:
-    """Shapes, types and shardings of the state."""
+    """Shapes, dtypes and shardings of the state."""
     return state.abstract_state(self.task, self.tx, self.layout, self.abstract_untrained)
 
   @property
   def abstract_params(self) -> nnx.State:
-    """Shapes of what is trained."""
+    """Shapes of the trained parameters."""
     return self.abstract_untrained.params
 
   def abstract_batch(self) -> Batch:
-    """Shapes, types and shardings of the training batches that `loader.train_batches` makes."""
+    """Shapes, dtypes and shardings of a batch of `loader.train_batches`."""
     rows, spread = self.config.train.batch_size, sharding.by_example(self.mesh)
     arrays = {name: transforms.Array((), np.int32) for name in ("label", "index")}
 
@@ -120,7 +124,7 @@ class Recipe:
     return jax.tree.map(abstract, arrays, is_leaf=is_array)
 
   def lower(self) -> jax.stages.Lowered:
-    """The train step as one program for the mesh's devices, attached or not; `compile` is next."""
+    """Lowers the train step for the mesh's devices, which need not be attached."""
     step = compile_step(
       self.task,
       self.tx,
@@ -134,12 +138,12 @@ class Recipe:
     return traced.lower(lowering_platforms=(platform,))
 
   def step_arguments(self) -> tuple[state.TrainState, Batch, jax.ShapeDtypeStruct]:
-    """What a train step takes: shapes, types and shardings of state, batch and key."""
+    """Shapes, dtypes and shardings of the train step's arguments: state, batch and key."""
     return self.abstract_state, self.abstract_batch(), self.abstract_key
 
   @property
   def abstract_key(self) -> jax.ShapeDtypeStruct:
-    """What every key is."""
+    """Shape, dtype and sharding of a random key."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(self.mesh))
 
@@ -151,17 +155,17 @@ def build(
   classes: int,
   network: Callable[[nnx.Rngs], nnx.Module] | None = None,
 ) -> Recipe:
-  """Builds and checks all that a config says of training.
+  """Builds and checks the recipe of a config.
 
   Args:
     config: all fields.
     devices: devices of the run, attached or not.
     images: number of training images.
-    classes: number of their classes.
-    network: the user's own encoder, see `task.Setting`.
+    classes: number of classes of the images, 0 without labels.
+    network: the user's own encoder, see `task.Setting`; None for the ResNet.
 
   Raises:
-    ConfigError: fields that do not go together.
+    ConfigError: fields do not go together.
   """
   layout = build_layout(config, devices)
   passes = _check_batch(config, layout.mesh, images)
@@ -189,10 +193,10 @@ def build(
 
 
 def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
-  """The mesh, and where the state lives on it.
+  """Builds the mesh of a config, with the placement of the state on it.
 
   Raises:
-    ConfigError: the devices cannot be cut as the config says.
+    ConfigError: the devices cannot be divided as the config group `mesh` requires.
   """
   try:
     return sharding.lay_out(sharding.MeshSpec(**config.mesh), devices)
@@ -201,10 +205,14 @@ def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
 
 
 def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
-  """Optimiser steps for so many training images, and how many of them warm up (appendix J.1).
+  """Returns the numbers of optimiser steps and of warm-up steps among them (appendix J.1).
+
+  Args:
+    config: all fields.
+    images: number of training images.
 
   Raises:
-    ConfigError: there are no more steps than warm-up.
+    ConfigError: there are no steps after the warm-up.
   """
   epochs, warmup_epochs = config.train.epochs, config.optim.warmup_epochs
   steps = math.floor(epochs * images / config.train.batch_size)
@@ -218,10 +226,14 @@ def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
 
 
 def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpec:
-  """The encoder; for `products` see `layers.Conv`.
+  """Builds the ResNet of a config.
+
+  Args:
+    config: all fields.
+    products: True to compute 1x1 convolutions as matrix products, see `layers.Conv`.
 
   Raises:
-    ConfigError: its stages do not go together.
+    ConfigError: the fields of its stages do not go together.
   """
   try:
     return ResNetSpec(**config.model, products=products)
@@ -230,35 +242,37 @@ def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpe
 
 
 def build_task(config: ConfigDict, setting: Setting) -> Task:
-  """The task of a run.
+  """Builds the task of a run.
 
   Raises:
-    ConfigError: fields that do not go together.
+    ConfigError: fields do not go together.
   """
   kind = TASKS[config.task]
   if config.optim.rates and not kind.parallel_rates:
     raise ConfigError(
-      f"optim.rates={tuple(config.optim.rates)} with task={config.task}: rates go side by side on a "
-      "frozen encoder only (task=linear); expected optim.base_rate, or a sweep"
+      f"optim.rates={tuple(config.optim.rates)} with task={config.task}: several rates are trained in "
+      "one run on a frozen encoder only (task=linear); expected optim.base_rate, or a sweep"
     )
   return kind.build(setting)
 
 
 def build_input(config: ConfigDict, classes: int) -> transforms.Transform:
-  """The training transform of a config, for commands that look at the input alone.
+  """Builds the training transform of a config, for commands that need only the input.
 
   Args:
     config: all fields.
     classes: number of classes of the images, 0 without labels.
 
   Raises:
-    ConfigError: fields that do not go together.
+    ConfigError: fields do not go together.
   """
+  config = config.copy_and_resolve_references()
+  config.eval.resize = max(config.eval.resize, config.views.size)  # no evaluation image is made
   return build_task(config, Setting(config, build_encoder(config), classes, 1)).transform("train")
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:
-  """Forward passes per step; refuses sizes that cannot be cut evenly."""
+  """Returns the forward passes per step; refuses batch sizes that cannot be divided evenly."""
   batch, micro = config.train.batch_size, config.train.micro_batch or config.train.batch_size
   if batch > images:
     raise ConfigError(
@@ -268,13 +282,13 @@ def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:
   if batch % micro:
     raise ConfigError(f"train.micro_batch={micro}: expected a divisor of train.batch_size={batch}")
   if micro % mesh.size:
-    near = [
+    nearest = [
       size for size in (micro // mesh.size * mesh.size, -(-micro // mesh.size) * mesh.size) if size
     ]
     name = "train.micro_batch" if config.train.micro_batch else "train.batch_size"
     raise ConfigError(
       f"{name}={micro}: expected a multiple of the mesh's {mesh.size} devices, such as "
-      f"{' or '.join(map(str, near))}; or set mesh.data"
+      f"{' or '.join(map(str, nearest))}; or set mesh.data"
     )
   group = config.model.bn_group
   if group and micro % group:

@@ -1,4 +1,4 @@
-"""A workdir belongs to one config; and the commit that its results come from."""
+"""Workdirs: each belongs to one config, and its results record the commit of the code."""
 
 import functools
 import subprocess
@@ -15,7 +15,7 @@ from byolx.runs import config
 
 @functools.cache
 def commit() -> str:
-  """The git commit of this code, with `+` where files are changed; the version where git is not."""
+  """Returns the git commit of this code, with `+` if files are changed; without git, the version."""
   here = Path(__file__).parents[1]
 
   def git(*arguments: str) -> str:
@@ -32,13 +32,15 @@ def commit() -> str:
 
 
 SHARED_SECONDS = 60
-"""Until a file that one process wrote is seen by the others: network storage remembers for a while."""
+"""Longest wait for a file of another process: network storage caches the contents of folders."""
 
 
 def claim(workdir: Path, cfg: ConfigDict) -> None:
-  """Makes the workdir this config's, or refuses one that holds another config's run.
+  """Writes the config into the workdir, unless the workdir belongs to another config.
 
-  With several processes, also refuses to go on where they differ in config or workdir.
+  Raises:
+    ConfigError: the workdir holds a run of another config, or the processes of the run differ in
+      config or workdir.
   """
   path = workdir / "config.json"
   changed = _changed(distributed.agree(config.to_json(cfg)), cfg)
@@ -56,9 +58,9 @@ def claim(workdir: Path, cfg: ConfigDict) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_atomically(path, config.to_json(cfg))
   distributed.barrier("claim")
-  until = time.monotonic() + SHARED_SECONDS
+  deadline = time.monotonic() + SHARED_SECONDS
   while not path.exists():
-    if time.monotonic() > until:
+    if time.monotonic() > deadline:
       raise ConfigError(
         f"--workdir={workdir}: config.json, which process 0 wrote, is not there; expected a folder "
         "that all processes share"

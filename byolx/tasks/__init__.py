@@ -1,6 +1,6 @@
-"""Tasks: the training protocols, one file each, and the only list of their names.
+"""Tasks: the training protocols, and the registry of their names.
 
-A protocol of one's own enters by the same door: `byolx.TASKS["name"] = MyTask`.
+A user's own task is registered in the same dict: `byolx.TASKS["name"] = MyTask`.
 """
 
 from byolx.tasks.classify import FineTune, Linear, Supervised
@@ -13,7 +13,7 @@ TASKS: dict[str, type[Task]] = {
   "finetune": FineTune,
   "supervised": Supervised,
 }
-"""The protocols by the value of the config field `task`."""
+"""Task classes by the value of the config field `task`."""
 
 BUILT_IN = frozenset(TASKS)
-"""The names of this package's own protocols."""
+"""Names of the tasks of this package."""

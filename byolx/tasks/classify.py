@@ -1,4 +1,4 @@
-"""Classification: linear evaluation, its variation, fine-tuning, supervised baselines (appendix D)."""
+"""Classification: linear evaluation, fine-tuning and supervised baselines (appendix D)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _RANDAUGMENT = RandAugment()
 
 @struct.dataclass
 class HeadMean(clu_metrics.Metric):
-  """Mean over the images that count, for each head."""
+  """Mean over the unmasked images, for each head."""
 
   total: Float[Array, "n"]
   count: Int[Array, ""]
@@ -49,7 +49,7 @@ class HeadMean(clu_metrics.Metric):
 
 @struct.dataclass
 class ClassifierMetrics(clu_metrics.Collection):
-  """What the heads know of held-out images."""
+  """Top-1, top-5 and cross-entropy of each head, with accuracies in [0, 1]."""
 
   top1: HeadMean.from_output("top1")
   top5: HeadMean.from_output("top5")
@@ -58,24 +58,24 @@ class ClassifierMetrics(clu_metrics.Collection):
 
 @dataclasses.dataclass(frozen=True)
 class Classify(Task):
-  """Classifiers on an encoder; `Linear`, `FineTune` and `Supervised` are its protocols.
+  """Classifiers on an encoder: the base of `Linear`, `FineTune` and `Supervised`.
 
-  Several heads have one loss each, and no gradient of one reaches another: they are trained as in
-  runs of their own, but the encoder runs once.
+  Each head has its own loss, and no gradient of one head reaches another. On a frozen encoder the
+  heads are therefore trained as in separate runs, but the encoder is evaluated only once.
 
   Args:
-    spec: the network.
-    mean, std: colour normalisation of each channel, applied after augmentation.
-    train_views: the training view.
-    centre: the evaluation view.
-    base_rates: base learning rate of each head, in the order of the heads; for the summary.
-    origin: workdir of the encoder; empty from scratch.
-    views: name of the training views.
-    tclip: alpha of `losses.tclip`; 0: none.
+    spec: specification of the network.
+    mean, std: mean and standard deviation of each channel, applied after augmentation.
+    train_views: transform of training images to their view; None without an input.
+    centre: transform of evaluation images to their centre crop; None without an input.
+    base_rates: base learning rate of each head, for the summary.
+    origin: workdir of the encoder; empty for an encoder from scratch.
+    views: training view: "spatial", "pretrain" or "randaugment", see the field's meaning.
+    tclip: alpha of `losses.tclip`; 0 for no clipping.
     logit_penalty: beta, weight of `losses.logit_penalty`.
-    label_smoothing: share of a label that is spread over all classes.
-    head_init: name of the initialiser of the heads' kernels.
-    randaugment: settings of RandAugment, for `views` "randaugment".
+    label_smoothing: share of a label that is spread over all classes, 0 to 0.999.
+    head_init: initialiser of the heads' kernels, "normal" or "zeros".
+    randaugment: settings of RandAugment, used if `views` is "randaugment".
   """
 
   group = "classify"
@@ -98,29 +98,37 @@ class Classify(Task):
   origin: str = ""
   views: str = field(
     "spatial",
-    "training views: crop and flip of views.view1; all of view1 (pretrain, Table 7); or spatial and "
-    "RandAugment (appendix D.2)",
+    "training view: spatial, crop and flip of views.view1; pretrain, all of views.view1 (Table 7); "
+    "randaugment, crop, flip and RandAugment (appendix D.2)",
     one_of("spatial", "pretrain", "randaugment"),
   )
   tclip: float = field(
-    0.0, "alpha of alpha * tanh(logits / alpha) (Table 7: 20); 0: none", at_least(0)
+    0.0,
+    "bound alpha of clipped logits, alpha * tanh(logits / alpha) (Table 7: 20); 0: no clipping",
+    at_least(0),
   )
   logit_penalty: float = field(
     0.0,
-    "beta, weight of the mean squared (clipped) logit in the loss (Table 7: 0.01)",
+    "weight beta of the mean squared (clipped) logit in the loss (Table 7: 0.01)",
     at_least(0),
   )
   label_smoothing: float = field(
     0.0, "share of a label that is spread over all classes", between(0, 0.999)
   )
   head_init: str = field(
-    "normal", "kernel of the classifier: as the encoder's, or zeros", one_of("normal", "zeros")
+    "normal",
+    "initial kernel of the classifier: normal, by the encoder's initialiser; or zeros",
+    one_of("normal", "zeros"),
   )
   randaugment: RandAugment = _RANDAUGMENT
 
   @classmethod
   def check(cls, config: ConfigDict) -> None:
-    """Refuses an origin that does not fit the protocol, and a run that would measure nothing."""
+    """Checks init.workdir against the task, and that the run has images to measure.
+
+    Raises:
+      ConfigError: the encoder is missing or not used, or nothing would be measured.
+    """
     task, workdir = config.task, config.init.workdir
     if not (cls.from_scratch or workdir):
       raise ConfigError(
@@ -134,7 +142,8 @@ class Classify(Task):
       )
     if config.data.validation == "none" and not config.eval.test:
       raise ConfigError(
-        "eval.test=False with data.validation=none: nothing would be measured; expected one of them"
+        "eval.test=False with data.validation=none: nothing would be measured; expected "
+        "eval.test=True, or validation images"
       )
 
   @classmethod
@@ -148,13 +157,13 @@ class Classify(Task):
       )
     if len(rates) > 1 and c.optim.name != "sgd":
       raise ConfigError(
-        f"optim.rates={rates} with optim.name={c.optim.name}: its steps are not "
-        "proportional to the rate of one classifier alone; expected optim.name=sgd"
+        f"optim.rates={rates} with optim.name={c.optim.name}: the update of a classifier is not "
+        "proportional to its rate; expected optim.name=sgd"
       )
     if len(rates) > 1 and c.data.validation == "none":
       raise ConfigError(
         f"optim.rates={rates} with data.validation=none: expected validation images "
-        "to choose by, or one rate"
+        "to select the rate, or one rate"
       )
     try:
       group["randaugment"] = RandAugment(**group["randaugment"])
@@ -162,7 +171,7 @@ class Classify(Task):
       raise ConfigError(f"classify.randaugment: {error}") from None
     if group["views"] == "randaugment" and c.views.placement == "device":
       raise ConfigError(
-        "classify.views=randaugment with views.placement=device: RandAugment is work of the host; "
+        "classify.views=randaugment with views.placement=device: RandAugment runs on the host only; "
         "expected views.placement=host"
       )
     zeros = group["head_init"] == "zeros"
@@ -184,69 +193,83 @@ class Classify(Task):
   def loss(
     self, model: Classifier, batch: Batch, key: Array
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The sum of the heads' losses.
+    """Computes the sum of the heads' losses, each over the labelled images (appendix D.1):
 
-    Of each: mean of cross_entropy(tclip(x), y) + beta * average(tclip(x)^2) over labelled images.
+    mean over b of  cross_entropy(tclip(x_b), y_b) + beta * mean over k of tclip(x_b)_k^2
+
+    Args:
+      model: the classifier.
+      batch: training batch, with `view1`, `label`, and `draws1` if the views are augmented on device.
+      key: not used.
+
+    Returns:
+      The loss, and scalars: `loss`, the mean of the heads' losses; `top1`, the best head's accuracy
+      in [0, 1]; with several heads `loss_N` of each head N, from 0.
     """
-    del key  # every random number of a view is data, see byolx.data.augment.distribution
-    colour_work = ()
+    del (
+      key
+    )  # the random numbers of views are part of the batch, see byolx.data.augment.distribution
+    augmentation = ()
     if self.train_views is not None and self.train_views.on_device:
-      colour_work = batch["draws1"], self.train_views.brightness_rule
+      augmentation = batch["draws1"], self.train_views.brightness_rule
     dtype = self.spec.encoder.dtype
-    x = on_device.network_input(batch["view1"], self.mean, self.std, dtype, *colour_work)
+    x = on_device.network_input(batch["view1"], self.mean, self.std, dtype, *augmentation)
     logits = losses.tclip(model(x, train=True, frozen=self.frozen), self.tclip)
     labels = jnp.broadcast_to(batch["label"][:, None], logits.shape[:2])
-    each = losses.cross_entropy(logits, labels, self.label_smoothing)
+    loss = losses.cross_entropy(logits, labels, self.label_smoothing)
     if self.logit_penalty:
-      each = each + self.logit_penalty * jnp.where(labels >= 0, losses.logit_penalty(logits), 0.0)
+      loss = loss + self.logit_penalty * jnp.where(labels >= 0, losses.logit_penalty(logits), 0.0)
     counted = jnp.maximum(jnp.sum(batch["label"] >= 0), 1)
-    of_head = jnp.sum(each, axis=0) / counted
+    head_losses = jnp.sum(loss, axis=0) / counted
     correct = (jnp.argmax(logits, axis=-1) == labels) & (labels >= 0)
     top1 = jnp.sum(correct, axis=0) / counted
-    scalars = {"loss": jnp.mean(of_head), "top1": jnp.max(top1)}
+    scalars = {"loss": jnp.mean(head_losses), "top1": jnp.max(top1)}
     if self.spec.heads > 1:
-      scalars |= {f"loss_{number}": of_head[number] for number in range(self.spec.heads)}
-    return jnp.sum(of_head), scalars
+      scalars |= {f"loss_{number}": head_losses[number] for number in range(self.spec.heads)}
+    return jnp.sum(head_losses), scalars
 
   def evaluate(self, model: Classifier, batch: Batch) -> ClassifierMetrics:
-    """Top-1, top-5 and cross-entropy of every head; labelled, unmasked images only."""
-    found = self.predict(model, batch)
+    """Computes the metrics of each head on the labelled, unmasked images."""
+    outputs = self.predict(model, batch)
     counted = batch["mask"] & (batch["label"] >= 0)
     return ClassifierMetrics.single_from_model_output(
-      **{f"top{k}": (found["rank"] < k).astype(jnp.float32) for k in (1, 5)},
-      loss=found["loss"],
+      **{f"top{k}": (outputs["rank"] < k).astype(jnp.float32) for k in (1, 5)},
+      loss=outputs["loss"],
       mask=counted,
     )
 
   def predict(self, model: Classifier, batch: Batch) -> dict[str, Array]:
-    """What every head says of every image.
+    """Predicts the classes of the images in a batch, by each of the n heads.
 
     Returns:
-      rank: int32 [b, n], how many classes come before the label's.
+      rank: int32 [b, n], rank of the label by decreasing logit, 0 for the largest.
       loss: float32 [b, n], cross-entropy.
-      classes: int32 [b, n, k], the most probable ones, at most five, best first.
-      probabilities: float32 [b, n, k].
+      classes: int32 [b, n, k], the k = min(5, classes) most probable classes, best first.
+      probabilities: float32 [b, n, k], their softmax probabilities.
     """
     x = on_device.network_input(batch["image"], self.mean, self.std, self.spec.encoder.dtype)
     logits = losses.tclip(model(x, train=False), self.tclip)
     labels = jnp.broadcast_to(batch["label"][:, None], logits.shape[:2])
-    most, classes = jax.lax.top_k(jax.nn.softmax(logits), min(5, self.spec.classes))
+    probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits), min(5, self.spec.classes))
     return {
       "rank": metrics.rank_of_label(logits, labels),
       "loss": losses.cross_entropy(logits, labels),
       "classes": classes,
-      "probabilities": most,
+      "probabilities": probabilities,
     }
 
   def transform(self, split: str) -> Transform:
     return self.train_views if split == "train" else self.centre
 
   def summary(self) -> list[tuple[str, str]]:
-    origin = f"that of {self.origin}" if self.origin else "from scratch"
+    origin = f"of {self.origin}" if self.origin else "from scratch"
     rates = ", ".join(f"{rate:g}" for rate in self.base_rates)
-    heads = [("heads", f"{self.spec.heads} side by side, base rates {rates}")]
+    heads = [("heads", f"{self.spec.heads} in parallel, base rates {rates}")]
     return [
-      ("training", f"{'the classifier alone' if self.frozen else 'everything'}; encoder {origin}"),
+      (
+        "training",
+        f"{'classifier only' if self.frozen else 'classifier and encoder'}; encoder {origin}",
+      ),
       *(heads if self.spec.heads > 1 else []),
       (
         "loss",
@@ -256,7 +279,7 @@ class Classify(Task):
     ]
 
   def conclude(self, finished: Finished) -> list[Record]:
-    """Accuracy of the head that the validation images choose, on the test images."""
+    """Selects the best head on the validation images, and measures it on the test images."""
     from byolx.evaluation import classifiers
 
     return classifiers.choose_and_test(self, finished)
@@ -275,17 +298,17 @@ class Linear(Classify):
 
   @property
   def trainable(self) -> nnx.filterlib.Filter:
-    """The heads."""
+    """Filter of the parameters of the heads."""
     return nnx.All(nnx.Param, nnx.PathContains("heads"))
 
   @property
   def frozen(self) -> bool:
-    """The encoder's parameters and statistics keep every bit."""
+    """True: the encoder's parameters and statistics must not change."""
     return True
 
 
 class FineTune(Classify):
-  """Fine-tuning: a classifier and the encoder that it starts from (appendix D.1)."""
+  """Fine-tuning: a classifier and a pretrained encoder (appendix D.1)."""
 
 
 class Supervised(Classify):
@@ -294,8 +317,8 @@ class Supervised(Classify):
   from_scratch = True
 
 
-def _distribution(setting: Setting, views: str, chosen: RandAugment) -> ViewSpec:
-  """The distribution of the training view, by the field `classify.views`."""
+def _distribution(setting: Setting, views: str, augment: RandAugment) -> ViewSpec:
+  """Distribution of the training view, by the value of the field `classify.views`."""
   first, _ = setting.distributions
   if views == "pretrain":
     return first
@@ -306,4 +329,4 @@ def _distribution(setting: Setting, views: str, chosen: RandAugment) -> ViewSpec
     blur_probability=0.0,
     solarise_probability=0.0,
   )
-  return dataclasses.replace(spatial, randaugment=chosen) if views == "randaugment" else spatial
+  return dataclasses.replace(spatial, randaugment=augment) if views == "randaugment" else spatial

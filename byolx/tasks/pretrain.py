@@ -1,4 +1,4 @@
-"""Pretraining: BYOL (Algorithm 1), and the variants of Table 19 that need no negatives."""
+"""Pretraining: BYOL (Algorithm 1), and the variants of Table 19 without negative examples."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from byolx.training.task import Batch, Panel, Record, Setting, Task
 
 @struct.dataclass
 class ProbeMetrics(clu_metrics.Collection):
-  """What the online probe knows of held-out images."""
+  """Top-1 accuracy, in [0, 1], and cross-entropy of the online probe."""
 
   top1: clu_metrics.Average.from_output("top1")
   loss: clu_metrics.Average.from_output("loss")
@@ -32,17 +32,17 @@ class ProbeMetrics(clu_metrics.Collection):
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain(Task):
-  """One pretraining run.
+  """BYOL pretraining (sections 3 and 3.2, Algorithm 1).
 
   Args:
-    spec: the networks.
-    steps: K, all optimiser steps.
-    mean, std: colour normalisation of each channel, applied after augmentation.
-    views: the two training views; None where no input is made.
-    centre: the evaluation view; None where no input is made.
-    tau_base, tau_rule: schedule of the target's moving average, see `schedules.tau`.
-    average_statistics: whether the moving average takes BatchNorm's running averages too.
-    directions: "sum" of the two directions' losses (the paper), or their "mean".
+    spec: specification of the networks.
+    steps: K, number of optimiser steps of the run.
+    mean, std: mean and standard deviation of each channel, applied after augmentation.
+    views: transform of training images to two views; None without an input.
+    centre: transform of evaluation images to their centre crop; None without an input.
+    tau_base, tau_rule: schedule of the target's decay rate, see `schedules.tau`.
+    average_statistics: True to apply the moving average to BatchNorm's running averages too.
+    directions: "sum" of the losses of the two directions, as in the paper, or their "mean".
     norm_guard: smallest squared norm, see `losses.regression_loss`.
     probe_weight: weight of the online probe's cross-entropy, whose gradient stops at the
       representation.
@@ -78,23 +78,31 @@ class Pretrain(Task):
   std: tuple[float, float, float]
   views: Views | None = None
   centre: Centre | None = None
-  tau_base: float = field(0.996, "tau at step 0", between(0, 1))
-  tau_rule: str = field("cosine", "tau rises to 1, or is constant", one_of("cosine", "constant"))
-  average_statistics: bool = field(False, "the moving average takes BatchNorm's averages too")
-  directions: str = field("sum", "the two directions' losses together", one_of("sum", "mean"))
-  norm_guard: float = field(1e-12, "smallest squared norm in the loss; 0: none", at_least(0))
+  tau_base: float = field(0.996, "decay rate tau of the target network at step 0", between(0, 1))
+  tau_rule: str = field(
+    "cosine", "schedule of tau: a cosine up to 1, or constant", one_of("cosine", "constant")
+  )
+  average_statistics: bool = field(
+    False, "True: the target's BatchNorm statistics are moving averages of the online network's too"
+  )
+  directions: str = field(
+    "sum", "reduction of the losses of the two directions", one_of("sum", "mean")
+  )
+  norm_guard: float = field(
+    1e-12, "smallest squared norm in the loss's l2 normalisation; 0: no bound", at_least(0)
+  )
   probe_weight: float = field(
-    1.0, "weight of the online probe's loss; 0 leaves the probe out", at_least(0)
+    1.0, "weight of the loss of the online linear probe; 0: no probe", at_least(0)
   )
 
   @classmethod
   def fields(cls) -> dict[str, Field]:
-    """The sizes of the networks, and what the loss and the moving average take."""
+    """The fields of `BYOLSpec`, followed by those of this class."""
     return fields_of(BYOLSpec) | fields_of(cls)
 
   @classmethod
   def build(cls, setting: Setting) -> "Pretrain":
-    """The task of a run; without labels there is no online probe."""
+    """Builds the task of a run; without labels it has no online probe."""
     group = dict(setting.config[cls.group])
     networks = {name: group.pop(name) for name in fields_of(BYOLSpec)}
     classes = setting.classes if group["probe_weight"] else 0
@@ -108,8 +116,23 @@ class Pretrain(Task):
   def loss(
     self, model: BYOL, batch: Batch, key: Array
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Loss of both directions, plus the probe's; and the collapse monitors of Figure 7."""
-    del key  # every random number of a view is data, see byolx.data.augment.distribution
+    """Computes the loss of both directions (Eq. 2) plus the online probe's.
+
+    L = || q(z_1)/||q(z_1)|| - z'_2/||z'_2|| ||^2 + || q(z_2)/||q(z_2)|| - z'_1/||z'_1|| ||^2
+
+    Args:
+      model: the networks.
+      batch: training batch, with `view1`, `view2`, `label`, and `draws1`, `draws2` if the views are
+        augmented on device.
+      key: not used.
+
+    Returns:
+      The loss, and scalars: `loss`, `loss_byol`, the collapse monitors of `_monitors`, and with a
+      probe `loss_probe` and `top1`, its accuracy in [0, 1].
+    """
+    del (
+      key
+    )  # the random numbers of views are part of the batch, see byolx.data.augment.distribution
     x = self._both_views(batch)
     online = model.online(x, train=True, views=2)
     prediction = _by_view(model.predict(online.projection, train=True, views=2))
@@ -123,23 +146,23 @@ class Pretrain(Task):
     if model.probe is not None:
       y = jax.lax.stop_gradient(_by_view(online.representation)[:, 0])
       logits = model.probe(y)
-      # Unlabelled images add nothing to the sum and are not counted.
+      # The mean over labelled images: the cross-entropy of the others is 0.
       labelled = jnp.maximum(jnp.sum(batch["label"] >= 0), 1)
       probe = jnp.sum(losses.cross_entropy(logits, batch["label"])) / labelled
       total = total + self.probe_weight * probe
-      # A batch without labels has no accuracy; NaN would pass for divergence.
+      # The accuracy of a batch without labels is NaN, which would count as a divergence.
       top1 = jnp.nan_to_num(metrics.topk_accuracy(logits, batch["label"], 1))
       scalars |= {"loss_probe": probe, "top1": top1}
     return total, {"loss": total, **scalars}
 
   def after_update(self, model: BYOL, step: Int[Array, ""]) -> dict[str, Array]:
-    """The target follows the online network by tau_k, k counted before the update."""
+    """Moves the target network towards the online network, with tau of the step before the update."""
     tau = schedules.tau(step, self.steps, self.tau_base, self.tau_rule)
     model.follow(tau, statistics=self.average_statistics)
     return {"tau": tau}
 
   def warning(self, scalars: Mapping[str, float]) -> str | None:
-    """A warning where the projections of a batch have collapsed."""
+    """Returns a warning if the projections of a batch have collapsed, else None."""
     return metrics.collapse_warning(scalars["std"], scalars["rank"], self.spec.projection_size)
 
   def transform(self, split: str) -> Transform:
@@ -149,7 +172,7 @@ class Pretrain(Task):
     return [("target", f"{self.spec.target}, tau from {self.tau_base:g} ({self.tau_rule})")]
 
   def conclude(self, finished: Finished) -> list[Record]:
-    """k-NN and linear probes of the encoders, beside untrained and raw pixels."""
+    """Measures the encoders, an untrained one and raw pixels by k-NN and linear probes."""
     from byolx.evaluation import encoders  # scikit-learn and matplotlib take seconds to import
 
     return encoders.compare(self, finished)
@@ -161,7 +184,7 @@ class Pretrain(Task):
     return probes.format_table(records)
 
   def evaluate(self, model: BYOL, batch: Batch) -> ProbeMetrics:
-    """Top-1 and cross-entropy of the online probe; labelled, unmasked images only."""
+    """Computes the online probe's metrics on the labelled, unmasked images."""
     x = on_device.network_input(batch["image"], self.mean, self.std)
     logits = model.probe(model.online.encoder(x, train=False).astype(jnp.float32))
     counted = batch["mask"] & (batch["label"] >= 0)
@@ -170,34 +193,34 @@ class Pretrain(Task):
     return ProbeMetrics.single_from_model_output(top1=correct, loss=loss, mask=counted)
 
   def _both_views(self, batch: Batch) -> Float[Array, "b2 s s 3"]:
-    """Both views, normalised and interleaved: row 2 * b + v is view v of image b."""
-    # Each view in the compute type before they are interleaved: half the bytes to move.
+    """Normalises both views and interleaves them: row 2 * b + v is view v of image b."""
+    # Views are cast to the compute type before they are interleaved: bfloat16 has half the bytes.
     views = [
       on_device.network_input(
         batch[f"view{number}"],
         self.mean,
         self.std,
         self.spec.encoder.dtype,
-        *self._colour_work(batch, number),
+        *self._augmentation(batch, number),
       )
       for number in (1, 2)
     ]
     x = jnp.stack(views, axis=1)
     return checkpoint_name(x.reshape(-1, *x.shape[2:]), VIEWS)
 
-  def _colour_work(self, batch: Batch, number: int) -> tuple:
-    """Draws and brightness rule of a view whose colour work is part of the step."""
+  def _augmentation(self, batch: Batch, number: int) -> tuple:
+    """Random numbers and brightness rule of a view augmented on device; empty on the host."""
     if self.views is None or not self.views.on_device:
       return ()
     return batch[f"draws{number}"], self.views.brightness_rule
 
   def _targets(self, model: BYOL, x: Array, online: Outputs) -> Float[Array, "b2 p"]:
-    """z': what the prediction is compared with, for every row."""
+    """Target projections z', one per row of x."""
     if self.spec.target == "online":
       return online.projection
     if self.spec.target == "stop_gradient":
       return jax.lax.stop_gradient(online.projection)
-    # The target runs in training mode: its statistics are those of its own batch.
+    # In training mode: the target normalises by the statistics of its own batch.
     return jax.lax.stop_gradient(model.target(x, train=True, views=2).projection)
 
 
@@ -206,7 +229,7 @@ def _by_view(x: Float[Array, "b2 d"]) -> Float[Array, "b 2 d"]:
 
 
 def _monitors(online: Outputs) -> dict[str, Array]:
-  """Collapse monitors of view 1: spread and rank of the projection, norms of Figure 7."""
+  """Collapse monitors of view 1: spread and rank of z, mean norms of y and z (Figure 7)."""
   y, z = (jax.lax.stop_gradient(_by_view(x)[:, 0]) for x in online)
   return {
     "std": metrics.normalised_std(z),

@@ -36,12 +36,13 @@ class CompileSpec:
 def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
   """Sets up the compile cache of a run and starts loading its train step in the background.
 
-  It is fast, and so is called before slow imports and checks. A config with an invalid mesh raises no
-  error here, but when the experiment is built.
+  It is fast, and so is called before images are opened and networks are traced. A config with an
+  invalid mesh raises no error here, but when the experiment is built.
 
   Args:
     config: config of the run, with all fields.
     workdir: folder of the run.
+    source: digest of the file that defines the user's own task; empty without one.
 
   Returns:
     The run's stored programs; an empty store if the mesh is invalid.

@@ -1,9 +1,9 @@
-"""The task contract: everything in which one training protocol differs from another.
+"""Interface of tasks: the parts in which training protocols differ.
 
-A protocol is a frozen dataclass that inherits from `Task`. Its attributes made by `fields.field` are its
-group of the config. The loop takes from it a model, a loss and what follows an update; the input takes
-its transforms; the end of a run takes measurements, curves and records. Nothing else depends on its
-name. docs/adding_a_protocol.md is an example in full.
+A task is a frozen dataclass that inherits from `Task`. Its attributes declared by `fields.field` are
+its group of config fields. It defines the model, the loss and an action after each update for the
+training loop, the transforms for the input, and the measurements, curves and records for the end of
+a run. No other module depends on the name of a task. docs/adding_a_protocol.md is a complete example.
 """
 
 import dataclasses
@@ -23,25 +23,25 @@ from byolx.data.transforms import Centre, Transform, Views
 from byolx.models.resnet import ResNetSpec
 
 Batch = dict[str, Any]
-"""Arrays of one batch: those of the task's transform, `label` int32 [b] (-1: unlabelled), `index` int32
-[b], and in evaluation `mask` bool [b]."""
+"""Arrays of one batch: those of the task's transform, `label` int32 [b] (-1 if unlabelled), `index`
+int32 [b] (record of the image), and in evaluation `mask` bool [b] (False for padding)."""
 
 Record = dict[str, Any]
 """One measurement of `results.json`: task, protocol, encoder, labels, split, metric, value, ..."""
 
 
 class Panel(NamedTuple):
-  """One pair of axes of `curves.png`.
+  """One plot of `curves.png`.
 
   Attributes:
-    title: heading.
-    lines: pairs of a scalar's name in metrics.jsonl and its name in the legend, at most two.
+    title: title of the plot.
+    lines: at most two pairs of a scalar's name in metrics.jsonl and its name in the legend.
     scale: factor of all values, such as 100 for percentages.
-    marks: horizontal lines, each a height and its meaning.
-    from_zero: whether the axis begins at 0.
-    top: smallest upper end of the axis.
-    noisy: whether a running mean is drawn over the values.
-    logarithmic: whether the axis is logarithmic where values spread over a factor of 100.
+    marks: horizontal lines, each a height and its label.
+    from_zero: True for an axis from 0.
+    top: least upper end of the axis.
+    noisy: True to draw a running mean over the values.
+    logarithmic: True for a logarithmic axis if the largest value exceeds 100 times the smallest.
   """
 
   title: str
@@ -56,16 +56,16 @@ class Panel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """The facts of a run from which its task is built.
+  """Facts about a run from which its task is built.
 
   Args:
     config: all fields.
-    encoder: the ResNet of the config's group `model`; its normalisation and initialisers are those of
-      the heads too.
+    encoder: ResNet of the config group `model`; its normalisation and initialisers are also used in
+      projector, predictor and probe.
     classes: number of classes of the images, 0 without labels.
-    steps: K, all optimiser steps.
-    network: the user's own encoder instead of the ResNet: a function from `nnx.Rngs` to a module with
-      `features` (int), called as `module(x, train=..., views=...)`; None without one.
+    steps: K, number of optimiser steps of the run.
+    network: the user's own encoder, used instead of the ResNet: a function from `nnx.Rngs` to a module
+      with `features` (int), called as `module(x, train=..., views=...)`; None for the ResNet.
   """
 
   config: ConfigDict
@@ -76,24 +76,24 @@ class Setting:
 
   @property
   def colours(self) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of the colour normalisation, as arguments of a task."""
+    """Mean and standard deviation of each channel, as keyword arguments of a task."""
     return {"mean": tuple(self.config.views.mean), "std": tuple(self.config.views.std)}
 
   @property
   def distributions(self) -> tuple[ViewSpec, ViewSpec]:
-    """T and T' of the config: views.view1 and views.view2 (Table 6)."""
+    """The distributions T and T' of the config, views.view1 and views.view2 (Table 6)."""
     views = self.config.views
     rules = {"crop_rule": views.crop_rule, "brightness_rule": views.brightness_rule}
     return ViewSpec(**views.view1, **rules), ViewSpec(**views.view2, **rules)
 
   def views(self, *specs: ViewSpec) -> Views:
-    """The training views of these distributions, at the config's size and placement."""
+    """Builds the transform to training views of these distributions, with the config's size."""
     views = self.config.views
     return Views(specs, views.size, views.placement, views.antialias)
 
   @property
   def centre(self) -> Centre:
-    """The evaluation view of the config."""
+    """The transform of evaluation images to their centre crop."""
     c = self.config
     return Centre(c.views.size, c.eval.resize, c.eval.crop_rule, c.eval.antialias)
 
@@ -103,15 +103,15 @@ class Task(Protocol):
   """One training protocol: a frozen dataclass.
 
   Class attributes:
-    group: name of the group of config fields; the dataclass fields with metadata are its fields.
-    needs_labels: whether validation and test images must be labelled.
-    selects: whether validation images choose, and test images are measured afterwards; otherwise a run
-      is measured on the validation images, or on the test images where there are none.
-    own_size: whether `views.size` may differ from that of the encoder in `init.workdir`.
-    parallel_rates: whether several `optim.rates` are trained side by side.
-    record_keys: keys by which the records of one metric and split differ; empty where there is one.
+    group: name of the task's group of config fields.
+    needs_labels: True if validation and test images must be labelled.
+    selects: True if the task selects a model on the validation images and then measures it on the test
+      images. If False, a run is measured on the validation images, or without them on the test images.
+    own_size: True if `views.size` may differ from that of the encoder in `init.workdir`.
+    parallel_rates: True if the task can train a classifier for each of several `optim.rates` at once.
+    record_keys: keys in which the records of one metric and split differ; empty if there is only one.
     accuracy: name of the scalar `top1` in progress lines.
-    untrained: name of the parameters that the optimiser leaves alone, for the table of the state.
+    untrained: name of the parameters without optimiser updates, in the summary.
     curves: panels of `curves.png`.
   """
 
@@ -128,53 +128,59 @@ class Task(Protocol):
     Panel("Learning rate", (("rate", ""),), noisy=False),
   )
 
-  # From the config.
+  # Config.
 
   @classmethod
   def fields(cls) -> dict[str, Field]:
-    """The fields of the task's group, by name."""
+    """Returns the fields of the task's config group by name."""
     return fields_of(cls)
 
   @classmethod
   def check(cls, config: ConfigDict) -> None:
-    """Refuses combinations of fields that cannot run, before any image is read.
+    """Checks combinations of fields, before any image is read.
 
     Raises:
-      ConfigError: fields that do not go together.
+      ConfigError: fields do not go together.
     """
     del config
 
   @classmethod
   def build(cls, setting: Setting) -> "Task":
-    """The task of a run.
+    """Builds the task of a run.
 
     Raises:
-      ConfigError: fields that do not go together.
+      ConfigError: fields do not go together.
     """
 
-  # For the loop.
+  # Training loop.
 
   @property
   def trainable(self) -> nnx.filterlib.Filter:
-    """Filter of the variables that the optimiser trains."""
+    """Filter of the variables that the optimiser updates."""
     return nnx.Param
 
   @property
   def frozen(self) -> bool:
-    """Whether the encoder must keep every bit; this is checked at the end of the run."""
+    """True if the encoder must not change, which is checked at the end of the run."""
     return False
 
   def init(self, rngs: nnx.Rngs) -> nnx.Module:
-    """A new model. An encoder in it is an attribute called `encoder`."""
+    """Builds a new model, whose encoder is an attribute named `encoder`."""
 
   def loss(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-    """The loss of one (micro-)batch, and scalars to log, `loss` among them.
+    """Computes the loss of one batch or micro-batch; may update the model's statistics.
 
-    It may update the model's statistics.
+    Args:
+      model: the model, in training mode.
+      batch: training batch.
+      key: random key of this step.
+
+    Returns:
+      The loss, and the scalars to log, which include `loss`.
     """
 
   def after_update(self, model: nnx.Module, step: Int[Array, ""]) -> dict[str, Array]:
-    """Changes the updated model once per optimiser step, such as a moving average.
+    """Changes the model after an optimiser step, for example its moving average.
 
     Args:
       model: the model, after the optimiser's update.
@@ -187,37 +193,37 @@ class Task(Protocol):
     return {}
 
   def warning(self, scalars: Mapping[str, float]) -> str | None:
-    """A warning about one row of scalars after the warm-up, such as a collapse; None without one."""
+    """Returns a warning about the scalars of a step after the warm-up, or None."""
     del scalars
     return None
 
-  # For the input.
+  # Input.
 
   def transform(self, split: str) -> Transform:
-    """The transform of the "train" or the "test" split; validation images take that of "test"."""
+    """Returns the transform of the split "train" or "test"; validation images use that of "test"."""
 
-  # For the end.
+  # Evaluation.
 
   def evaluate(self, model: nnx.Module, batch: Batch) -> metrics.Collection:
-    """Metrics of one evaluation batch; examples whose `mask` is False must not count."""
+    """Computes the metrics of one evaluation batch, without the examples whose `mask` is False."""
 
   def summary(self) -> Sequence[tuple[str, str]]:
-    """Rows for the summary before step 1, pairs of a name and its text."""
+    """Returns rows of the summary before step 1, as pairs of a name and a text."""
     return ()
 
   def conclude(self, finished: Any) -> list[Record]:
     """Measures the trained model.
 
     Args:
-      finished: an `evaluation.context.Finished`: config, model, mesh, images by split, batches, ...
+      finished: the finished run, an `evaluation.context.Finished`.
 
     Returns:
-      Records of `results.json`.
+      The records of `results.json`.
     """
 
   @classmethod
   def table(cls, records: Sequence[Record]) -> str:
-    """Records as a table for a terminal."""
+    """Formats records as a table for a terminal."""
     names = ("protocol", "split", "metric")
     rows = [(*names, "value")]
     rows += [

@@ -211,7 +211,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from byolx.checkpoints.manager import Checkpoints, CheckpointError
-from test_checkpoint_damage import FACTS, LIKE, state_of
+from test_damage import FACTS, LIKE, state_of
 
 checkpoints = Checkpoints(Path({folder!r}))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -232,7 +232,7 @@ print("then", checkpoints.steps())
 @pytest.mark.parametrize("call", ["wait()", "save(40, state_of(40), {}, {})"])
 def test_a_full_disk_is_an_error_and_the_older_checkpoint_stays(folder, call):
   """Files cannot grow beyond 2 kB, as on a full disk; then there is room again."""
-  script = FULL.format(tests=str(ROOT / "tests"), folder=str(folder), call=call)
+  script = FULL.format(tests=str(ROOT / "tests" / "checkpoints"), folder=str(folder), call=call)
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   done = subprocess.run(
     [sys.executable, "-c", script], env=environment, capture_output=True, text=True

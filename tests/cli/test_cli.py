@@ -295,9 +295,7 @@ def test_a_folder_of_which_no_image_can_be_read(refused, tiny, tmp_path):
     (folder / f"{i}.jpg").write_text("no image")
   arguments = [f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=8", *folder_of(folder)]
   said = refused("train", f"--config={tiny}", *arguments)
-  assert said.startswith(
-    f"data.folder={folder}: none of 16 images spread over it can be read, such "
-  )
+  assert said.startswith(f"data.folder={folder}: none of 16 images tried can be read, such ")
   assert "not a JPEG, PNG, WebP or BMP file" in said
 
 

@@ -120,19 +120,19 @@ def test_every_arrangement_changes_nothing(source, plain, workers, hosts, thread
   check(source, plain, workers, hosts, threads, placement, (workers + hosts + threads) % 4)
 
 
-def test_workers_where_lending_is_impossible(source, plain, tmp_path, monkeypatch):
+def test_workers_without_shared_memory(source, plain, tmp_path, monkeypatch):
   """Pixels then come through grain's own shared memory; PYTHONPATH says so to the workers."""
   switch = "from byolx.data import shared_memory; shared_memory.POSSIBLE = False\n"
   (tmp_path / "sitecustomize.py").write_text(switch)
   monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-  monkeypatch.setattr(shared_memory.Borrower, "open", _only_arrays)
+  monkeypatch.setattr(shared_memory.BufferReader, "open", _only_arrays)
   monkeypatch.setattr(loader, "_SHARED_BYTES", 1000)
   assert_equal(first(4, source, workers=1), plain["host"][:4])
 
 
-def _only_arrays(self, loan):
-  assert isinstance(loan, np.ndarray)
-  return loan
+def _only_arrays(self, handle):
+  assert isinstance(handle, np.ndarray)
+  return handle
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -344,7 +344,7 @@ def test_memory_is_flat_over_two_thousand_batches(source, workers):
 
 
 def test_memory_of_workers_does_not_grow_with_the_batch(source):
-  """Their own; what they lend is as much as was made ahead."""
+  """Their own; their shared memory holds the batches loaded in advance."""
   own = []
   for batch_size in (12, 480):
     before = set(descendants(os.getpid()))
@@ -353,7 +353,7 @@ def test_memory_of_workers_does_not_grow_with_the_batch(source):
         assert batch["view1"].shape == (batch_size, 64, 64, 3)
       (pid,) = (p for p in descendants(os.getpid()) if p not in before and is_worker(p))
       own.append(memory(pid, "RssAnon"))
-      lent = memory(pid, "RssShmem")
+      shared = memory(pid, "RssShmem")
   large = 2 * 480 * 64 * 64 * 3
   assert own[1] - own[0] < large / 3
-  assert lent < 6 * large
+  assert shared < 6 * large

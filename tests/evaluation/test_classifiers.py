@@ -116,9 +116,9 @@ def test_everything_is_in_the_workdir(linear):
     "config.json", "metrics.jsonl", "checkpoints", "results.json", "curves.png", "views.png",
     "lineage.json", "frozen_encoder.json", "predictions.npz",
   }  # fmt: skip
-  assert "1,293 to train on, 144 to choose by, 360 to test on (digits, 10 classes)" in out
-  assert "the encoder is bit by bit the one that was loaded" in out
-  assert "heads     2 side by side, base rates 8, 0.4" in out
+  assert "1,293 for training, 144 for validation, 360 for the test (digits, 10 classes)" in out
+  assert "the frozen encoder is unchanged, bit for bit" in out
+  assert "heads     2 in parallel, base rates 8, 0.4" in out
   assert "top-1" in err
   assert "online top-1" not in err
 
@@ -174,7 +174,7 @@ def test_test_images_wait_until_they_are_asked_for(folder, linear):
   command = [f"--config={folder}/linear.py", f"--config.init.workdir={folder}/pretrained"]
   code, out, _ = byolx("train", *command, "--config.eval.test=False", f"--workdir={workdir}")
   assert code == 0
-  assert "1,293 to train on, 144 held out" in out
+  assert "1,293 for training, 144 held out" in out
   before = results(workdir)
   assert {r["split"] for r in before} == {"validation"}
   assert byolx("eval", f"--from={workdir}", "--test")[0] == 0
@@ -202,8 +202,8 @@ def test_fine_tuning_on_a_share_of_the_labels(folder):
     f"--workdir={workdir}",
   )
   assert code == 0, err
-  assert "144 to train on, 144 to choose by, 360 to test on" in out
-  assert "training  everything; encoder that of" in out
+  assert "144 for training, 144 for validation, 360 for the test" in out
+  assert "training  classifier and encoder; encoder of" in out
   assert {r["labels"] for r in results(workdir)} == {0.1}
   assert {r["task"] for r in results(workdir)} == {"finetune"}
   assert not (workdir / "frozen_encoder.json").exists()
@@ -263,7 +263,7 @@ def test_from_scratch_with_randaugment_over_two_seeds(folder):
     (["--config.init.workdir={folder}"], "expected a workdir of `byolx train`, with a config.json"),
     (
       ["--config.init.workdir={folder}/pretrained", "--config.model.channels=(16,)"],
-      "another function here (model.channels: (8,) there, (16,) here); expected",
+      "another function (model.channels: (16,), but the encoder has (8,)); expected",
     ),
     (
       ["--config.init.workdir={folder}/pretrained", "--config.data.label_list={folder}/none.txt"],

@@ -13,8 +13,9 @@ from flax import nnx
 from byolx.core.config import ConfigError
 from byolx.data.augment import distribution
 from byolx.data.augment.randaugment import RandAugment
-from byolx.runs import config, experiment, schema, trainer
+from byolx.runs import config, schema, trainer
 from byolx.training import optimizers, state
+from byolx.training.task import Setting
 
 FIELDS = schema.fields()
 ROOT = Path(__file__).parents[2]
@@ -222,7 +223,8 @@ def test_every_argument_can_be_given(file):
 
 def test_a_file_describes_something_that_can_be_built(file):
   cfg = load(file.name)
-  task = trainer.build_task(cfg, 10, steps=1000)
+  setting = Setting(cfg, trainer.build_encoder(cfg), classes=10, steps=1000)
+  task = trainer.build_task(cfg, setting)
   params = state.abstract_untrained(task).params
   optimizer = optimizers.OptimizerSpec(**cfg.optim)
   rate, tx = optimizer.build(params, cfg.train.batch_size, steps=1000, warmup_steps=100)
@@ -233,7 +235,7 @@ def test_a_file_describes_something_that_can_be_built(file):
   assert float(rate(100)) == pytest.approx(peak, rel=1e-6)
   assert float(rate(0)) == 0.0
   assert float(rate(1000)) == pytest.approx(0.0, abs=1e-6 * peak)
-  experiment.build_views(cfg)
+  trainer.build_input(cfg, classes=10)
 
 
 # The paper's
@@ -271,7 +273,9 @@ def test_protocols_of_imagenet_take_the_network_from_the_encoder(name, tmp_path)
     cfg = config.load(f"{ROOT}/configs/{name}{arguments}", given)
     assert config.flatten(cfg.model) == config.flatten(encoder.model)
     assert (cfg.views.size, cfg.eval.resize) == (192, 256)
-  with pytest.raises(ConfigError, match=r"\(model\.arch: 'resnet200' there, 'resnet50' here\)"):
+  with pytest.raises(
+    ConfigError, match=r"\(model\.arch: 'resnet50', but the encoder has 'resnet200'\)"
+  ):
     config.load(f"{ROOT}/configs/{name}:arch=resnet50", given)
   # Without an encoder, as for `byolx plan`, the arguments say it.
   cfg = load(f"{name}:arch=resnet101,width=3")
@@ -284,9 +288,9 @@ def test_all_files_named_after_the_paper_are_checked():
 
 
 def test_views_of_classifiers():
-  (spatial,) = experiment.build_views(load("linear_imagenet.py"))
-  (pretrain,) = experiment.build_views(load("linear_imagenet.py:views=pretrain"))
-  (randaugment,) = experiment.build_views(load("supervised_imagenet.py"))
+  (spatial,) = trainer.build_input(load("linear_imagenet.py"), 10).specs
+  (pretrain,) = trainer.build_input(load("linear_imagenet.py:views=pretrain"), 10).specs
+  (randaugment,) = trainer.build_input(load("supervised_imagenet.py"), 10).specs
   assert pretrain == distribution.ViewSpec()
   off = ("jitter", "grayscale", "blur", "solarise")
   assert all(getattr(spatial, f"{name}_probability") == 0 for name in off)

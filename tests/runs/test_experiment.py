@@ -78,7 +78,7 @@ def test_too_few_images_for_a_validation_set():
   with pytest.raises(
     ConfigError,
     match=r"^data\.validation=last_10009: last_10009 holds out 10009 of 1437 training images;"
-    r" expected more than 10009; it is meant for ImageNet \(data\.source=imagenet, ",
+    r" expected more than 10009; the rule is ImageNet's \(data\.source=imagenet, ",
   ):
     build_sources(settings(source="digits", validation="last_10009"))
 

@@ -216,7 +216,7 @@ def test_records_of_results(workdir, tiny):
 def test_a_run_says_what_it_does_and_found(seeds):
   out, err = seeds[1].out, seeds[1].err
   assert "steps     89 of 96 images, 6 epochs" in out
-  assert "1,437 to train on, 360 held out (digits, 10 classes)" in out
+  assert "1,437 for training, 360 held out (digits, 10 classes)" in out
   assert out.index("workdir") < out.index("the step")
   assert "step 89/89  epoch 5.9" in err
   table = out[out.rindex("Mean over seeds 0, 1") :]
@@ -409,7 +409,7 @@ def test_images_without_labels(tmp_path):
   photographs(tmp_path / "photos", 25)
   done = image_folder(tmp_path / "photos", tmp_path / "run")
   assert done.code == 0
-  assert "20 to train on, 5 held out (image_folder, 0 classes)" in done.out
+  assert "20 for training, 5 held out (image_folder, 0 classes)" in done.out
   assert "no labels: nothing to measure" in done.out
   assert results(tmp_path / "run") == []
   assert "top1" not in rows(tmp_path / "run")[-1]

@@ -7,9 +7,12 @@ import pytest
 
 from byolx import cli
 from byolx.core.fields import field, fields_of
-from byolx.data.augment.distribution import Views, ViewSpec
+from byolx.data.augment.distribution import ViewSpec, ViewsSpec
+from byolx.models.byol import BYOLSpec
 from byolx.models.resnet import ResNetSpec
 from byolx.runs import config, schema
+from byolx.tasks import TASKS
+from byolx.tasks.pretrain import Pretrain
 
 VIEW = """
   crop_probability crop_area crop_aspect flip_probability jitter_probability brightness contrast
@@ -54,10 +57,12 @@ NAMES = {
 """Names of fields by group, as the first published results had them; a config.json keeps them."""
 OLD = [f"{group}.{name}".lstrip(".") for group, names in NAMES.items() for name in names.split()]
 FIELDS = schema.fields()
+GROUPS = schema.BEFORE_TASKS | schema.AFTER_TASKS
+"""Those of no task, each of which can be made from a config alone."""
 
 
 def group_of(cfg, name):
-  return dict(cfg[name]) if name else {each: cfg[each] for each in fields_of(schema.GROUPS[""])}
+  return dict(cfg[name]) if name else {each: cfg[each] for each in fields_of(GROUPS[""])}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -68,14 +73,22 @@ def test_a_default_is_what_its_field_takes(name):
 
 
 def test_no_field_is_declared_twice():
-  assert len(set(schema.GROUPS.values())) == len(schema.GROUPS)
-  names = [
-    f"{group}.{name}".lstrip(".")
-    for group, kind in schema.GROUPS.items()
-    for name in fields_of(kind)
-  ]
-  assert names == list(FIELDS)
-  assert len(set(names)) == len(names)
+  of_tasks = {kind.group: kind for kind in TASKS.values()}
+  assert len(set(GROUPS.values())) == len(GROUPS)
+  assert not GROUPS.keys() & of_tasks.keys()
+  assert not fields_of(BYOLSpec).keys() & fields_of(Pretrain).keys()
+  names = [(group, name) for group, kind in GROUPS.items() for name in fields_of(kind)]
+  names += [(group, name) for group, kind in of_tasks.items() for name in kind.fields()]
+  assert len(names) == len(FIELDS)
+  assert {f"{group}.{name}".lstrip(".") for group, name in names} == set(FIELDS)
+
+
+@pytest.mark.parametrize("kind", TASKS.values())
+def test_tasks_that_share_a_group_share_its_fields(kind):
+  of_group = {name for name in FIELDS if name.startswith(f"{kind.group}.")}
+  assert {f"{kind.group}.{name}" for name in kind.fields()} == of_group
+  for name, declared in kind.fields().items():
+    assert declared.default == FIELDS[f"{kind.group}.{name}"].default
 
 
 def test_fields_that_runs_were_made_with_are_still_there():
@@ -90,9 +103,9 @@ def test_the_command_prints_them(capsys):
   assert set(OLD) <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
 
 
-@pytest.mark.parametrize("group", schema.GROUPS)
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_group_is_made_from_a_config(group):
-  kind, given = schema.GROUPS[group], group_of(config.defaults(), group)
+  kind, given = GROUPS[group], group_of(config.defaults(), group)
   parts = {
     nested.name: type(nested.default)(**given[nested.name])
     for nested in dataclasses.fields(kind)
@@ -102,22 +115,23 @@ def test_a_group_is_made_from_a_config(group):
   assert set(given) == {name.partition(".")[0] for name in fields_of(kind)}
 
 
-@pytest.mark.parametrize("group", schema.GROUPS)
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_groups_own_defaults_are_those_of_the_schema(group):
-  for name, declared in fields_of(schema.GROUPS[group]).items():
-    value = schema.GROUPS[group]()
+  for name, declared in fields_of(GROUPS[group]).items():
+    value = GROUPS[group]()
     for part in name.split("."):
       value = getattr(value, part)
     assert value == declared.default == FIELDS[f"{group}.{name}".lstrip(".")].default
 
 
-def test_a_group_that_is_added_later_is_there(monkeypatch):
+def test_the_fields_of_a_task_that_is_added_later_are_there(monkeypatch):
   @dataclasses.dataclass(frozen=True)
-  class Mine:
+  class Mine(Pretrain):
+    group = "mine"
     size: int = field(3, "of mine")
 
   assert "mine.size" not in schema.fields()
-  monkeypatch.setitem(schema.GROUPS, "mine", Mine)
+  monkeypatch.setitem(TASKS, "mine", Mine)
   assert schema.fields()["mine.size"].default == config.defaults().mine.size == 3
 
 
@@ -133,7 +147,10 @@ def test_the_second_view_differs_in_two_defaults():
     if FIELDS[f"views.view1.{name}"].default != FIELDS[f"views.view2.{name}"].default
   }
   assert different == {"blur_probability": (1.0, 0.1), "solarise_probability": (0.0, 0.2)}
-  assert (Views().view1.crop_rule, Views().view1.brightness_rule) == ("one_draw", "additive")
+  assert (ViewsSpec().view1.crop_rule, ViewsSpec().view1.brightness_rule) == (
+    "one_draw",
+    "additive",
+  )
 
 
 def test_attributes_that_are_no_fields_are_left_out():

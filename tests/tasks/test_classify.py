@@ -244,10 +244,13 @@ def test_numbers_do_not_depend_on_batch_or_devices(finished, size, devices):
   [
     (
       {"optim.rates": RATES, "task": "finetune"},
-      "with task=finetune: rates go side by side on a frozen encoder",
+      "with task=finetune: several rates are trained in one run on a frozen encoder",
     ),
     ({"optim.rates": RATES, "optim.name": "lars"}, "expected optim.name=sgd"),
-    ({"optim.rates": RATES, "data.validation": "none"}, "expected validation images to choose by"),
+    (
+      {"optim.rates": RATES, "data.validation": "none"},
+      "expected validation images to select the rate",
+    ),
     (
       {"classify.views": "randaugment", "views.placement": "device"},
       "expected views.placement=host",

@@ -34,7 +34,9 @@ def example(tmp_path):
 
 def rows(workdir):
   found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{name: value for name, value in row.items() if name != "images_per_second"} for row in found]
+  return [
+    {name: value for name, value in row.items() if name != "images_per_second"} for row in found
+  ]
 
 
 def test_it_is_one_short_file_that_the_package_does_not_name():
@@ -56,7 +58,11 @@ def test_its_fields_are_fields_of_every_config(example):
 
 def test_trained_killed_resumed_evaluated_reported(example, compiled, tmp_path, capsys):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
-  often = ["--config.checkpoint.every_steps=5", "--config.log.every_steps=1", "--config.data.workers=1"]
+  often = [
+    "--config.checkpoint.every_steps=5",
+    "--config.log.every_steps=1",
+    "--config.data.workers=1",
+  ]
   command = ["train", f"--config={example}:epochs=3", *often]
   assert cli.main([*command, f"--workdir={whole}"]) == 0
   environment = os.environ | compiled | {"PYTHONPATH": str(ROOT)}

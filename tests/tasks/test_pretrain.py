@@ -12,6 +12,7 @@ from flax import nnx
 from byolx.data import loader
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.sources import small
+from byolx.data.transforms import Views
 from byolx.models.byol import BYOL, BYOLSpec
 from byolx.models.resnet import ResNetSpec
 from byolx.tasks.pretrain import Pretrain
@@ -39,15 +40,14 @@ ENCODER = ResNetSpec(
 )
 SPEC = BYOLSpec(ENCODER, 6, projector_hidden=10, predictor_hidden=10, classes=10)
 TASK = Pretrain(SPEC, steps=100, mean=MEAN, std=STD, tau_base=0.9)
-VIEWS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
+SPECS = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
 
 
 def digits_batch(placement="host", size=8):
   """A real batch; two of its twelve labels are taken away."""
   source = small.digits("train", test_share=0.2)
-  with loader.train_batches(
-    source, VIEWS, size, IMAGES, seed=1, placement=placement, prefetch=0
-  ) as stream:
+  views = Views(SPECS, size, placement)
+  with loader.train_batches(source, views, IMAGES, seed=1, prefetch=0) as stream:
     batch = next(stream)
   batch["label"] = batch["label"].copy()
   batch["label"][[2, 7]] = -1
@@ -349,7 +349,7 @@ def test_colour_work_on_the_device_gives_the_hosts_loss(model):
   assert (host["index"] == device["index"]).all()
   assert (device["draws1"].sigma > 0).all()
   assert np.abs(host["view1"].astype(int) - device["view1"]).mean() > 10  # there is work to do
-  on_device = dataclasses.replace(TASK, augment_on_device=True)
+  on_device = dataclasses.replace(TASK, views=Views(SPECS, size, "device"))
   run = loss_function({"it": TASK}, model)
   ours = run(host)["it"][1]
   theirs = loss_function({"it": on_device}, model)(device)["it"][1]

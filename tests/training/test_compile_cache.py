@@ -11,7 +11,7 @@ from byolx.training import compile_cache
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
   """jax's settings before, none of them made by the user."""
-  monkeypatch.setattr(compile_cache, "_ours", set())
+  monkeypatch.setattr(compile_cache, "_folders_set_here", set())
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: getattr(jax.config, name) for name in names}
   jax.config.update("jax_compilation_cache_dir", None)

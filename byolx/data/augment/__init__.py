@@ -1,1 +1,1 @@
-"""Augmentation: random numbers as data, and two bodies that apply them."""
+"""Augmentation: random numbers of views, and their application on the host or on the device."""

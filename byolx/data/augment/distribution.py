@@ -1,10 +1,10 @@
-"""Views: which random numbers a view takes, how its crop is cut, and the view used for evaluation.
+"""Distributions of views, and the random numbers of a view (appendix C, Table 6).
 
-Appendix C and Table 6 of the paper. Randomness is data: `draw` turns a `ViewSpec` (one of the
-paper's distributions T and T') into a `Draws`, every random number of one view, and everything
-after it is a pure function. `crop_and_resize` cuts the view out of the image; the colour work then
-has two bodies that agree to one grey level, `on_host.apply_host` (numpy and OpenCV) and
-`on_device.apply_device` (jnp, inside the jitted step).
+All random numbers of a view are drawn first: `draw` samples a `Draws` from a `ViewSpec`, one of the
+paper's distributions T and T'. The rest of the augmentation is a pure function of the image and these
+numbers. `resizing.crop_and_resize` cuts the crop. The colour operations exist twice:
+`on_host.apply_host` (numpy and OpenCV) and `on_device.apply_device` (jnp, inside the jitted step); their
+results differ by at most one grey level.
 """
 
 import math
@@ -27,7 +27,11 @@ _TRIES = {"one_draw": 1, "retry": 10}
 
 
 def check_brightness_rule(rule: str) -> None:
-  """Raises ValueError unless `rule` is one of `BRIGHTNESS_RULES`."""
+  """Checks the name of a brightness rule.
+
+  Raises:
+    ValueError: `rule` is not one of `BRIGHTNESS_RULES`.
+  """
   _check_choice("brightness_rule", rule, BRIGHTNESS_RULES)
 
 
@@ -38,52 +42,63 @@ def _check_choice(name, value, choices):
 
 @dataclass(frozen=True)
 class ViewSpec:
-  """One distribution of views; the defaults are T of Table 6.
-
-  T' differs in two fields: `ViewsSpec.view2`.
+  """Distribution of views; the defaults are T of Table 6, and `ViewsSpec.view2` is T'.
 
   Attributes:
-    crop_probability: otherwise the whole image is the crop.
-    crop_area: range of the crop's share of the image's area, drawn uniformly.
-    crop_aspect: range of the crop's width / height, drawn uniformly in its logarithm.
-    crop_rule: 'one_draw' clamps the drawn sides to the image; 'retry' draws up to ten times until
-      the crop fits, then takes the largest central crop with an allowed aspect.
-    flip_probability: of mirroring left and right.
-    jitter_probability: of the four operations below, in random order.
-    brightness, contrast, saturation: in [0, 1]. Saturation and contrast are multiplied by
-      U(1 - m, 1 + m), as is brightness if its rule is 'multiplicative'; 'additive' adds U(-m, m).
-    hue: in [0, 0.5], the largest shift as a share of the colour circle.
-    grayscale_probability: of dropping the colours.
-    blur_probability: of a Gaussian blur whose sigma, in pixels, is uniform in `blur_sigma`.
-    solarise_probability: of x -> x if x < 0.5 else 1 - x.
-    brightness_rule: 'additive' as the reference, or 'multiplicative'.
-    randaugment: what follows all of these, on the host (appendix D.2); None: nothing.
+    crop_probability: probability of a random crop; otherwise the whole image is used.
+    crop_area: range of the crop's area as a share of the image's area, sampled uniformly.
+    crop_aspect: range of the crop's width / height, sampled uniformly on a logarithmic scale.
+    crop_rule: rule for a sampled crop larger than the image. 'one_draw' clamps its sides to the image.
+      'retry' samples up to ten times until the crop fits, and then uses the largest centre crop with an
+      allowed aspect ratio.
+    flip_probability: probability of a left-right flip.
+    jitter_probability: probability of the colour jitter: brightness, contrast, saturation and hue, in
+      random order.
+    brightness, contrast, saturation: largest relative change m of each, in [0, 1]: a factor sampled
+      uniformly in [1 - m, 1 + m]. Brightness is changed by an addend in [-m, m] if its rule is
+      'additive'.
+    hue: largest hue shift as a share of the colour circle, in [0, 0.5].
+    grayscale_probability: probability of the conversion to grey.
+    blur_probability: probability of a Gaussian blur.
+    blur_sigma: range of the blur's standard deviation, pixels, sampled uniformly.
+    solarise_probability: probability of solarisation, x -> x if x < 0.5 else 1 - x.
+    brightness_rule: 'additive', as in the authors' code, or 'multiplicative'.
+    randaugment: settings of RandAugment, applied last and on the host only (appendix D.2); None for no
+      RandAugment.
 
   Raises:
-    ValueError: if a field is outside its range.
+    ValueError: a field is out of range.
   """
 
-  crop_probability: float = field(1.0, "share of images that are cropped", between(0, 1))
+  crop_probability: float = field(
+    1.0, "probability of a random crop; otherwise the whole image", between(0, 1)
+  )
   crop_area: tuple[float, float] = field(
-    (0.08, 1.0), "area of the crop as a share of the image's", interval(1e-4, 1, "the whole image")
+    (0.08, 1.0),
+    "range of the crop's area, as a share of the image's area",
+    interval(1e-4, 1, "the whole image"),
   )
   crop_aspect: tuple[float, float] = field(
-    (3 / 4, 4 / 3), "width over height, drawn on a log scale", interval(0.01, 100)
+    (3 / 4, 4 / 3),
+    "range of the crop's width / height, on a logarithmic scale",
+    interval(0.01, 100),
   )
-  flip_probability: float = field(0.5, "left-right flip", between(0, 1))
+  flip_probability: float = field(0.5, "probability of a left-right flip", between(0, 1))
   jitter_probability: float = field(
-    0.8, "colour jitter, its four operations in random order", between(0, 1)
+    0.8,
+    "probability of colour jitter: brightness, contrast, saturation, hue, in random order",
+    between(0, 1),
   )
-  brightness: float = field(0.4, "largest brightness change", between(0, 1))
-  contrast: float = field(0.4, "largest contrast change", between(0, 1))
-  saturation: float = field(0.2, "largest saturation change", between(0, 1))
-  hue: float = field(0.1, "largest hue shift, in turns", between(0, 0.5))
-  grayscale_probability: float = field(0.2, "colour dropping", between(0, 1))
-  blur_probability: float = field(1.0, "Gaussian blur", between(0, 1))
+  brightness: float = field(0.4, "largest change of brightness", between(0, 1))
+  contrast: float = field(0.4, "largest relative change of contrast", between(0, 1))
+  saturation: float = field(0.2, "largest relative change of saturation", between(0, 1))
+  hue: float = field(0.1, "largest shift of hue, as a share of the colour circle", between(0, 0.5))
+  grayscale_probability: float = field(0.2, "probability of the conversion to grey", between(0, 1))
+  blur_probability: float = field(1.0, "probability of a Gaussian blur", between(0, 1))
   blur_sigma: tuple[float, float] = field(
-    (0.1, 2.0), "its standard deviation, in pixels", interval(1e-3, 100)
+    (0.1, 2.0), "range of the blur's standard deviation, pixels", interval(1e-3, 100)
   )
-  solarise_probability: float = field(0.0, "solarisation", between(0, 1))
+  solarise_probability: float = field(0.0, "probability of solarisation", between(0, 1))
   crop_rule: str = "one_draw"
   brightness_rule: str = "additive"
   randaugment: RandAugment | None = None
@@ -91,53 +106,65 @@ class ViewSpec:
   def __post_init__(self):
     for name, declared in fields_of(ViewSpec).items():
       value = getattr(self, name)
-      if wanted := declared.check(value):
-        raise ValueError(f"{name} is {value}; expected {wanted}")
+      if expected := declared.check(value):
+        raise ValueError(f"{name} is {value}; expected {expected}")
     _check_choice("crop_rule", self.crop_rule, CROP_RULES)
     check_brightness_rule(self.brightness_rule)
 
 
 @dataclass(frozen=True)
 class ViewsSpec:
-  """The config group `views`: both distributions, and what they have in common (Table 6)."""
+  """The config group `views`: both distributions, and their common settings (Table 6)."""
 
-  size: int = field(224, "side of a view, pixels", at_least(4), encoder=True)
+  size: int = field(224, "side of a view, in pixels", at_least(4), encoder=True)
   crop_rule: str = field(
     ViewSpec.crop_rule,
-    "one draw clamped to the image, or ten tries as torchvision",
+    "rule for crops larger than the image: one_draw clamps the sides to the image; retry samples up to "
+    "ten times, as torchvision",
     one_of(*CROP_RULES),
   )
-  antialias: bool = field(False, "antialias when a crop is made smaller")
+  antialias: bool = field(False, "True: antialiasing when a crop shrinks")
   brightness_rule: str = field(
-    ViewSpec.brightness_rule, "x + d, or x * (1 + d) as torch ports", one_of(*BRIGHTNESS_RULES)
+    ViewSpec.brightness_rule,
+    "change of brightness by d: additive, x + d; multiplicative, x * (1 + d), as in PyTorch ports",
+    one_of(*BRIGHTNESS_RULES),
   )
   placement: str = field(
-    "host", "where colours are worked: input threads or the step", one_of("host", "device")
+    "host",
+    "place of the augmentation after the crop: the loader (host), or the train step (device)",
+    one_of("host", "device"),
   )
   mean: tuple[float, float, float] = field(
-    (0.485, 0.456, 0.406), "subtracted after augmentation", each(between(0, 1), 3), encoder=True
+    (0.485, 0.456, 0.406),
+    "mean of each channel, subtracted after augmentation",
+    each(between(0, 1), 3),
+    encoder=True,
   )
   std: tuple[float, float, float] = field(
-    (0.229, 0.224, 0.225), "divided by after augmentation", each(above(0), 3), encoder=True
+    (0.229, 0.224, 0.225),
+    "standard deviation of each channel, the divisor after augmentation",
+    each(above(0), 3),
+    encoder=True,
   )
   view1: ViewSpec = ViewSpec()
   view2: ViewSpec = ViewSpec(blur_probability=0.1, solarise_probability=0.2)
 
 
 class Draws(NamedTuple):
-  """Every random number of one view, as numpy arrays; a batch of views has a leading axis.
+  """Random numbers of one view; for a batch of views, each array has a leading axis.
 
   Attributes:
-    crop: top, left, height, width, in pixels of the source image.
-    flip: whether the view is mirrored.
-    jitter: whether the four colour operations below apply.
-    order: their order, a permutation of `BRIGHTNESS`, `CONTRAST`, `SATURATION`, `HUE`.
-    brightness: what is added, or the factor, as `ViewSpec.brightness_rule` says.
-    contrast, saturation: factors.
-    hue: shift, as a share of the colour circle.
-    grayscale: whether colours are dropped.
-    sigma: of the blur, in pixels; 0 means no blur.
-    solarise: whether values of at least 0.5 are inverted.
+    crop: top, left, height and width of the crop, pixels of the source image.
+    flip: True for a left-right flip.
+    jitter: True for the colour jitter.
+    order: order of the colour jitter's operations, a permutation of `BRIGHTNESS`, `CONTRAST`,
+      `SATURATION` and `HUE`.
+    brightness: addend or factor of the brightness, by `ViewSpec.brightness_rule`.
+    contrast, saturation: factors of contrast and saturation.
+    hue: shift of the hue, as a share of the colour circle.
+    grayscale: True for the conversion to grey.
+    sigma: standard deviation of the blur, pixels; 0 for no blur.
+    solarise: True for solarisation, which inverts values of at least 0.5.
   """
 
   crop: Int32[np.ndarray | Array, "*b 4"]
@@ -154,13 +181,19 @@ class Draws(NamedTuple):
 
 
 def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int) -> Draws:
-  """Draws one view of a height x width image from `spec`.
+  """Samples the random numbers of one view.
 
-  The generator is called once and for the same number of values whatever comes out, so changing
-  one probability or intensity of a spec leaves every other draw of the same seed as it was.
+  The number of random values does not depend on their use. So a change of one probability or strength
+  in the specification does not change the other random numbers of the same seed.
+
+  Args:
+    spec: distribution of the view.
+    rng: generator, called once.
+    height: height of the image, pixels.
+    width: width of the image, pixels.
 
   Raises:
-    ValueError: if the image is empty.
+    ValueError: the image is empty.
   """
   if height < 1 or width < 1:
     raise ValueError(f"the image is {height}x{width}; expected at least 1x1 pixels")
@@ -189,7 +222,7 @@ def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int) -> D
 
 
 def _draw_crop(spec, height, width, u_top, u_left, u_shapes):
-  """A crop's (top, left, height, width) from uniforms; one pair of `u_shapes` per try."""
+  """Computes (top, left, height, width) of a crop from uniform numbers, two of `u_shapes` per try."""
   low, high = spec.crop_area
   narrow, wide = spec.crop_aspect
   retry = spec.crop_rule == "retry"
@@ -210,8 +243,12 @@ def _draw_crop(spec, height, width, u_top, u_left, u_shapes):
 
 
 def blur_radius(size: int) -> int:
-  """Half the width of the blur's kernel, which has 2 * radius + 1 taps: 11 for a 224-pixel view.
+  """Radius of the blur's kernel, pixels; the kernel has 2 * radius + 1 taps on each axis.
 
-  The reference's rule, and the paper's 23 x 23. Views under 20 pixels have one tap: no blur.
+  The rule is that of the authors' code. It gives the paper's 23 x 23 kernel for views of 224 pixels, and
+  no blur for views below 20 pixels.
+
+  Args:
+    size: side of the view, pixels.
   """
   return int(size / 10 / 2)

@@ -132,6 +132,7 @@ def check(config: ConfigDict) -> None:
   Raises:
     ConfigError: fields do not go together.
   """
+  TASKS[config.task].check(config)
   if config.init.inherit and not (config.init.like or config.init.workdir):
     raise ConfigError(
       f"init.inherit={tuple(config.init.inherit)} without init.like or init.workdir: expected the run "
@@ -142,7 +143,6 @@ def check(config: ConfigDict) -> None:
       f"eval.resize={config.eval.resize}: the centre crop of views.size={config.views.size} is "
       "larger than the image; expected eval.resize of at least views.size"
     )
-  TASKS[config.task].check(config)
 
 
 def _check_evaluation(config: ConfigDict) -> None:

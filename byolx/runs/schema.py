@@ -7,6 +7,8 @@ names the groups.
 import dataclasses
 import functools
 import hashlib
+import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,11 +94,21 @@ def other_groups(task: str) -> frozenset[str]:
 
 
 def task_source(config: ConfigDict) -> str:
-  """Returns the SHA-256 of the file that defines the user's task; empty for a built-in task."""
-  path = Path(TASKS[config.task].loss.__code__.co_filename)
-  if Path(__file__).parents[1] in path.parents or not path.is_file():
-    return ""
-  return hashlib.sha256(path.read_bytes()).hexdigest()
+  """Returns the SHA-256 of the files that define the user's task; empty for a built-in task.
+
+  The files of all its classes count: a task may inherit the loss of a built-in one.
+  """
+  files = set()
+  for kind in TASKS[config.task].__mro__:
+    if kind.__module__.partition(".")[0] in {"byolx", *sys.stdlib_module_names}:
+      continue
+    for value in vars(kind).values():
+      function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+      if inspect.isfunction(function):
+        files.add(Path(function.__code__.co_filename))
+  return " ".join(
+    hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files) if file.is_file()
+  )
 
 
 @functools.lru_cache

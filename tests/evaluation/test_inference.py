@@ -16,9 +16,11 @@ from byolx.core import sharding
 from byolx.data import loader
 from byolx.data.sources import base
 from byolx.data.sources.small import digits
+from byolx.data.transforms import Centre
 from byolx.evaluation import inference
 from byolx.models.batch_norm import BatchNorm
 from byolx.training import losses
+from byolx.training.task import Task
 
 IMAGES = 93
 MESHES, BATCHES = (1, 2, 8), (7, 16, 1000)
@@ -46,9 +48,10 @@ class Encoder(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Classify:
+class Classify(Task):
   """Five of the features as logits of five classes."""
 
+  group: ClassVar = "toy"
   trainable: ClassVar = nnx.Param
 
   def init(self, rngs):
@@ -92,7 +95,7 @@ def batches(source):
   opened = []
 
   def make(batch_size):
-    opened.append(loader.evaluation_batches(source, 8, 8, "paper", batch_size, prefetch=0))
+    opened.append(loader.evaluation_batches(source, Centre(8, 8, "paper"), batch_size, prefetch=0))
     return opened[-1]
 
   yield make

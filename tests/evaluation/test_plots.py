@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from byolx.evaluation import plots
 from byolx.runs import curves, metrics_log
+from byolx.tasks.pretrain import Pretrain
 
 KEYS = (
   "loss", "loss_byol", "loss_probe", "top1", "tau", "rate", "std", "rank", "norm_representation",
@@ -31,6 +32,11 @@ def run(n):
     "norm_projection": 3 * 10 ** (6 * t), "images_per_second": 100 + t,
   }  # fmt: skip
   return [{key: column[i].item() for key, column in columns.items()} for i in range(n)]
+
+
+def draw(rows, path):
+  """The curves of pretraining."""
+  curves.curves(rows, path, Pretrain.curves)
 
 
 def picture(path):
@@ -52,7 +58,7 @@ def has(image, colour):
 
 
 def test_curves_of_a_run(tmp_path):
-  curves.curves(run(300), tmp_path / "curves.png")
+  draw(run(300), tmp_path / "curves.png")
   image = picture(tmp_path / "curves.png")
   assert image.shape == (800, 2112, 3)
   # A line in each of eight panels.
@@ -64,7 +70,7 @@ def test_curves_of_a_run(tmp_path):
 
 def test_curves_without_labels_or_rank_have_fewer_panels(tmp_path):
   some = ("step", "loss_byol", "std", "tau")
-  curves.curves([{key: row[key] for key in some} for row in run(12)], tmp_path / "c.png")
+  draw([{key: row[key] for key in some} for row in run(12)], tmp_path / "c.png")
   image = picture(tmp_path / "c.png")
   assert image.shape == (400, 3 * 528, 3)
   assert has(image, "#D55E00") == 0
@@ -82,7 +88,7 @@ def test_curves_without_labels_or_rank_have_fewer_panels(tmp_path):
   ],
 )
 def test_curves_of_next_to_nothing(tmp_path, rows):
-  curves.curves(rows, tmp_path / "c.png")
+  draw(rows, tmp_path / "c.png")
   assert ink(picture(tmp_path / "c.png")) > 1e-3
 
 
@@ -96,7 +102,7 @@ def test_curves_of_rows_with_holes(tmp_path):
         del row[key]
       else:
         row[key] = value
-  curves.curves(rows, tmp_path / "c.png")
+  draw(rows, tmp_path / "c.png")
   image = picture(tmp_path / "c.png")
   for part in np.split(image, 2):
     for panel in np.split(part, 4, axis=1):
@@ -190,7 +196,7 @@ def test_embedding_of_unlabelled_images_and_of_many_oddly_named_classes(digits, 
 
 def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
   path = tmp_path / "curves.png"
-  curves.curves([{"step": 1, "std": 0.5}], path)
+  draw([{"step": 1, "std": 0.5}], path)
   before = path.read_bytes()
 
   def fail(place, content):
@@ -201,16 +207,14 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
-      curves.curves([{"step": 1, "std": 0.6}], path)
+      draw([{"step": 1, "std": 0.6}], path)
   assert path.read_bytes() == before
   assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_pictures_may_be_drawn_from_any_thread(tmp_path):
   before = dict(matplotlib.rcParams)
-  thread = threading.Thread(
-    target=curves.curves, args=([{"step": 1, "std": 0.5}], tmp_path / "c.png")
-  )
+  thread = threading.Thread(target=draw, args=([{"step": 1, "std": 0.5}], tmp_path / "c.png"))
   thread.start()
   thread.join()
   assert ink(picture(tmp_path / "c.png")) > 1e-3

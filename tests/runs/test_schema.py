@@ -1,6 +1,7 @@
 """Fields of a run: one dataclass declares each of them, and the schema has it as it stands there."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -138,6 +139,39 @@ def test_the_fields_of_a_task_that_is_added_later_are_there(monkeypatch):
 def test_fields_may_be_changed_by_nobody_else():
   schema.fields().clear()
   assert schema.fields() == FIELDS
+
+
+OWN_TASK = """
+from byolx.tasks import TASKS
+from byolx.tasks.pretrain import Pretrain
+
+class Mine(Pretrain):
+  {change}
+
+TASKS["mine"] = Mine
+"""
+CHANGES = (
+  "after_update = lambda self, model, step: {}",
+  "after_update = lambda self, model, step: {'tau': 0 * step}",
+  "trainable = property(lambda self: True)",
+  "fields = classmethod(lambda cls: Pretrain.fields())",
+)
+
+
+def test_the_source_of_a_users_task_is_that_of_all_its_classes(monkeypatch, tmp_path):
+  """One that inherits its loss is known by what it changes; built-in ones by the package alone."""
+  cfg, path = config.defaults(), tmp_path / "mine.py"
+  for cfg.task in TASKS:
+    assert schema.task_source(cfg) == ""
+  monkeypatch.setitem(TASKS, "mine", Pretrain)  # and away afterwards
+  found = []
+  for change in CHANGES:
+    path.write_text(OWN_TASK.replace("{change}", change))
+    config.run_file(str(path))
+    cfg.task = "mine"
+    found.append(schema.task_source(cfg))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in found[-1]
+  assert len(set(found)) == len(CHANGES)
 
 
 def test_the_second_view_differs_in_two_defaults():

@@ -168,6 +168,13 @@ def test_data_and_devices_are_part_of_the_facts():
   assert len({programs.of(*arguments).path("step") for arguments in every}) == 3
 
 
+def test_the_file_of_the_users_own_task_is_part_of_the_facts():
+  cfg, devices = config.defaults(), jax.devices()
+  every = [(cfg, devices), (cfg, devices, "abc"), (cfg, devices, "abd")]
+  assert len({programs.of(*arguments).path("step") for arguments in every}) == 3
+  assert programs.facts(*every[1])["source"] == [programs.SOURCE, "abc"]
+
+
 def test_the_source_checksum_sees_every_change(tmp_path):
   (tmp_path / "below").mkdir()
   for name, text in (("one.py", "x = 1"), ("below/two.py", "y = 2"), ("data.txt", "3")):

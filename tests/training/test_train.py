@@ -17,6 +17,7 @@ from byolx.models.layers import Linear
 from byolx.training.loop import DivergedError, train
 from byolx.training.state import abstract_state, initialise, new_state
 from byolx.training.step import compile_step
+from byolx.training.task import Task
 
 KEY = jax.random.key(5)
 RATE = 0.25
@@ -34,19 +35,20 @@ class Net(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy:
+class Toy(Task):
   """A regression that has everything a protocol may have, but compiles in a moment."""
 
-  group: int = 0
+  bn_group: int = 0
   normalise: bool = True
   traces: list = dataclasses.field(default_factory=list, compare=False)
 
+  group: ClassVar = "toy"
   trainable: ClassVar = nnx.Any(
     nnx.PathContains("layer"), nnx.All(nnx.PathContains("norm"), nnx.Param)
   )
 
   def init(self, rngs):
-    return Net(self.group, rngs)
+    return Net(self.bn_group, rngs)
 
   def loss(self, model, batch, key):
     self.traces.append(1)
@@ -171,7 +173,7 @@ def test_without_normalisation_any_number_of_passes_is_the_same_step():
 
 def test_a_bn_group_normalises_the_halves_of_a_pass_apart():
   batch = toy_batch(0)
-  before, after, scalars, _ = one_step(Toy(group=8), 1, 1, batch)
+  before, after, scalars, _ = one_step(Toy(bn_group=8), 1, 1, batch)
   halves = [np.arange(8), np.arange(8, 16)]
   grads, losses, means, variances = by_hand(before, batch["x"], batch["y"], halves)
   for name, gradient in grads.items():

@@ -10,6 +10,7 @@ from byolx.core import sharding
 from byolx.data import loader
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.sources import small
+from byolx.data.transforms import Views
 from byolx.models.byol import BYOLSpec
 from byolx.models.resnet import ResNetSpec
 from byolx.tasks.pretrain import Pretrain
@@ -48,9 +49,9 @@ def byol_runs():
   # At tens of times this rate rounding errors of 1e-7 grow to 1e-2, on one device as on eight.
   rate = schedules.warmup_cosine(0.05, 4, STEPS)
   tx = optimizers.lars(rate, 1e-4, 0.9, 1e-2, optimizers.adapted(params))
-  views = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
+  specs = (ViewSpec(), ViewSpec(blur_probability=0.1, solarise_probability=0.2))
   source = small.digits("train", test_share=0.2)
-  with loader.train_batches(source, views, 8, BATCH, seed=0) as stream:
+  with loader.train_batches(source, Views(specs, 8), BATCH, seed=0) as stream:
     batches = [next(stream) for _ in range(STEPS)]
   first, runs = jax.device_get(new_state(task, tx, jax.random.key(0))), {}
   for devices in (1, 8):

@@ -10,6 +10,7 @@ from byolx.core import sharding
 from byolx.data import loader
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.sources import small
+from byolx.data.transforms import Views
 from byolx.models.byol import BYOLSpec
 from byolx.models.resnet import ResNetSpec
 from byolx.tasks.pretrain import Pretrain
@@ -61,7 +62,8 @@ def parts(small_pieces):
   rate = schedules.warmup_cosine(0.02, 2, STEPS)
   tx = optimizers.lars(rate, 1e-4, 0.9, 1e-2, optimizers.adapted(params))
   source = small.digits("train", test_share=0.2)
-  with loader.train_batches(source, (ViewSpec(),) * 2, 8, BATCH, seed=0) as stream:
+  views = Views((ViewSpec(),) * 2, 8)
+  with loader.train_batches(source, views, BATCH, seed=0) as stream:
     batches = [next(stream) for _ in range(STEPS)]
   return task, tx, jax.device_get(new_state(task, tx, jax.random.key(0))), batches
 

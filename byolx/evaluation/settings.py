@@ -10,11 +10,11 @@ class EvalSpec:
   """The config group `eval`: evaluation of an encoder or classifier; training does not depend on it."""
 
   test: bool = field(
-    True, "classification: True to measure the selected classifier on the test images", free=True
+    True, "classification: measurement of the selected classifier on the test images", free=True
   )
   predictions: bool = field(
     False,
-    "classification: True to write predictions.npz, the predictions for the test images",
+    "classification: file predictions.npz with the predictions for the test images",
     free=True,
   )
   bootstrap: int = field(
@@ -37,7 +37,7 @@ class EvalSpec:
   )
   antialias: bool = field(
     False,
-    "True: antialiasing when an image shrinks, as in Pillow but not in the authors' code",
+    "antialiasing when an image shrinks, as in Pillow but not in the authors' code",
     free=True,
   )
   fractions: tuple[float, ...] = field(

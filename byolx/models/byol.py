@@ -45,12 +45,14 @@ class BYOLSpec:
   projector_depth: int = field(2, "number of linear layers of the projector", at_least(1))
   predictor_hidden: int = field(4096, "size of the predictor's hidden layers", at_least(1))
   predictor_depth: int = field(2, "number of linear layers of the predictor", at_least(1))
-  output_bias: bool = field(False, "True: a bias in the last layer of projector and predictor")
-  predictor: bool = field(True, "False: no predictor; the projection is the prediction (Table 19)")
+  output_bias: bool = field(False, "bias in the last layer of projector and predictor")
+  predictor: bool = field(
+    True, "predictor; without it, the projection is the prediction (Table 19)"
+  )
   target: str = field(
     "ema",
-    "target of the prediction (Table 19): ema, a moving-average network; the online projection with "
-    "stop_gradient or without (online)",
+    "target of the prediction (Table 19): ema, projection of a moving-average network; "
+    "stop_gradient or online, projection of the online network with or without a stopped gradient",
     one_of("ema", "stop_gradient", "online"),
   )
   target_init: str = field(

@@ -44,14 +44,14 @@ class OptimizerSpec:
     "validation images; if one diverges, the run stops; empty: optim.base_rate",
     each(above(0)),
   )
-  batch_scaling: bool = field(True, "True: base rates are multiplied by train.batch_size / 256")
+  batch_scaling: bool = field(True, "scaling of base rates by train.batch_size / 256")
   schedule: str = field(
     "cosine",
     "learning rate after warm-up: a cosine to 0, or constant",
     one_of("cosine", "constant"),
   )
   exclude: bool = field(
-    True, "True: no weight decay and no trust ratio for biases and normalisations"
+    True, "exclusion of biases and normalisations from weight decay and trust ratio"
   )
 
   def build(

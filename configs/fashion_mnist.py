@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.data = {"source": "fashion_mnist"}
 
-  # Clothes are mirrored, not recoloured: the images are grey.
+  # The images are grey, so colours are not changed.
   view = {
     "crop_area": (0.2, 1.0),
     "flip_probability": 0.5,

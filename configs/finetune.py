@@ -1,15 +1,16 @@
-"""Fine-tuning an encoder on a share of the labels of the images that it was pretrained on.
+"""Fine-tuning of an encoder on a share of the labels of its pretraining images.
 
   byolx train --config=configs/finetune.py:labels=0.1 --config.init.workdir=runs/photos \\
     --workdir=runs/photos_10percent
   byolx sweep --config=configs/finetune.py --grid=figure4 --seeds=0,1,2 \\
     --config.init.workdir=runs/photos --workdir=runs/photos_figure4
 
-Appendix D.1's semi-supervised protocol for small sets: images, views and network are those of the run in
-`init.workdir`. Fields may differ from it, but for those that go with the encoder. Choose `rate` and
-`epochs` on the validation images, a tenth of the training images that is kept apart: `byolx sweep` does.
+The semi-supervised protocol of appendix D.1 for small data sets. Images, views and network are those of
+the run in `init.workdir`; other values may be set, except for the fields of the encoder. A tenth of the
+training images is held out for validation, on which `byolx sweep` selects `rate` and `epochs`.
 
-Arguments: `labels`, a balanced share; `rate`, per 256 images; `epochs`; `batch`.
+Arguments: `labels`, class-balanced share of the labels; `rate`, base learning rate per 256 images;
+`epochs`; `batch`, images per step.
 
 Cost: minutes for Fashion-MNIST on two CPU cores (docs/imagenet_protocols.md).
 """
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 def get_config(
   labels: float = 1.0, rate: float = 0.1, epochs: int = 30, batch: int = 64
 ) -> ConfigDict:
-  """Fields that are not named here are those of `init.workdir`, or keep their defaults."""
+  """Other fields are those of `init.workdir`, or have their defaults."""
   config = ConfigDict()
   config.task = "finetune"
   config.init = {"inherit": ("data", "views", "model", "eval")}

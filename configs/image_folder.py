@@ -1,25 +1,27 @@
-"""BYOL on a folder of your own images, on one GPU or a patient CPU.
+"""BYOL on a folder of your own images, on one GPU or a CPU.
 
   byolx train --config=configs/image_folder.py --config.data.folder=photos --workdir=runs/photos
   byolx train --config=configs/image_folder.py:size=224,arch=resnet50,batch=256 --config.data.folder=...
   byolx show-views --config=configs/image_folder.py --config.data.folder=photos
 
-Data: one subfolder of images per class, or images without labels, or `train/` and `test/` of these.
-Labels are only measured with, never trained on; without them the run ends with pictures. Unreadable
-files are named and left out. Look at the views first: what they hide, the encoder will ignore.
+Data: one subfolder of images per class, or images without labels, or folders `train/` and `test/` of
+either. Labels are used for evaluation only; without them, the evaluation draws pictures and measures
+nothing. Unreadable files are logged and left out. Look at the views first (`byolx show-views`): the
+encoder learns to ignore what they change.
 
-Arguments: `size` of a view in pixels; `arch`, the encoder; `epochs`, of which more are better, most
-of all for small folders; `batch`, at most the number of training images. Thousands of images: 256.
+Arguments: `size`, side of a view in pixels; `arch`, architecture of the encoder; `epochs`, where more are
+better, especially for small folders; `batch`, images per step, at most the number of training images; 256
+is good for thousands of images.
 
-Cost: an image takes 8 forward passes' worth of work, each 0.6 billion multiply-adds for ResNet-18 at
-128 pixels. One core of a 2-core CPU does about four images a second, so an epoch of a thousand images
-takes minutes there; `size=64` costs a quarter. The run prints its own estimate.
+Cost: a training image costs as much as 8 forward passes, each 0.6 billion multiply-adds for ResNet-18 at
+128 pixels. An epoch of a thousand images takes minutes on a 2-core CPU; `size=64` costs a quarter. The
+run prints an estimate of its time.
 
-Result: depends on the images; not a setting of the paper. Rate, decay and tau are its authors' preset
-of 100 epochs, the encoder is that of their small example.
+Result: depends on the images, and is not in the paper. Rate, weight decay and tau are those of the
+authors' preset of 100 epochs; the encoder is that of their small example.
 
-Deviations from the paper: small batches, ResNet-18, small views, a warm-up that shrinks with the
-number of epochs. Below 64 pixels the first convolution is 3x3 and nothing is pooled.
+Deviations from the paper: small batches, ResNet-18, small views, and a shorter warm-up for fewer epochs.
+Below 64 pixels, the first convolution is 3x3 and there is no max pool.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +30,7 @@ from ml_collections import ConfigDict
 def get_config(
   size: int = 128, arch: str = "resnet18", epochs: int = 100, batch: int = 64
 ) -> ConfigDict:
-  """Fields that are not named here keep their defaults: views.view1 and view2 are Table 6."""
+  """Other fields have their defaults; views.view1 and views.view2 are T and T' of Table 6."""
   config = ConfigDict()
   config.data = {"source": "image_folder", "folder": "", "test_share": 0.2}
   config.views = {"size": size}

@@ -1,15 +1,17 @@
-"""Linear evaluation of an encoder on the images that it was pretrained on, whatever they are.
+"""Linear evaluation of an encoder on its pretraining images, of any data set.
 
   byolx train --config=configs/linear.py --config.init.workdir=runs/photos --workdir=runs/photos_linear
   byolx train --config=configs/linear.py:views=pretrain,tclip=20,penalty=0.01 ...
   byolx sweep --config=configs/linear.py --grid=table7 --seeds=0,1,2 ...
 
-Appendix D.1 for small sets: images, views and network are those of the run in `init.workdir`. Fields may
-differ from it, but for those that go with the encoder (network, compute type, view size, colours).
-Classifiers for the paper's five rates are trained side by side on the frozen encoder; the best
-on a tenth of the training images, kept apart, is measured on the test images.
+The protocol of appendix D.1 for small data sets. Images, views and network are those of the run in
+`init.workdir`; other values may be set, except for the fields of the encoder (network, compute type,
+view size, colour normalisation). Five classifiers, one for each of the paper's rates, are trained at once
+on the frozen encoder. The best one on a tenth of the training images, held out for validation, is
+measured on the test images.
 
-Arguments: `views`, `tclip`, `penalty` as in configs/linear_imagenet.py; `epochs`; `batch`.
+Arguments: `views`, `tclip`, `penalty` as in configs/linear_imagenet.py; `epochs`; `batch`, images per
+step.
 
 Cost: forward passes only; minutes for Fashion-MNIST on two CPU cores (docs/imagenet_protocols.md).
 """
@@ -24,7 +26,7 @@ def get_config(
   epochs: int = 20,
   batch: int = 256,
 ) -> ConfigDict:
-  """Fields that are not named here are those of `init.workdir`, or keep their defaults."""
+  """Other fields are those of `init.workdir`, or have their defaults."""
   config = ConfigDict()
   config.task = "linear"
   config.init = {"inherit": ("data", "views", "model", "eval")}

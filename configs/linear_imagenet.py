@@ -5,23 +5,23 @@
   byolx train --config=configs/linear_imagenet.py:views=pretrain,tclip=20,penalty=0.01 ...
   byolx sweep --config=configs/linear_imagenet.py --grid=table7 ...
 
-A linear classifier on the frozen encoder of `init.workdir`: neither its parameters nor its statistics
-move, which the end of the run checks bit by bit. Five classifiers, one for each of the paper's rates,
-are trained side by side on one forward pass per batch; the best on the local validation set (the last
-10009 training images in TensorFlow's order) is measured on `val`.
+A linear classifier is trained on the frozen encoder of `init.workdir`. The encoder's parameters and
+statistics do not change, which is checked bit for bit at the end. Five classifiers, one for each of the
+paper's rates, are trained at once, with one forward pass of the encoder per batch. The best one on the
+local validation set (the last 10009 training images in TensorFlow's order) is measured on `val`.
 
 Network, padding, compute type, view size and colour normalisation are those of the encoder, and need not
-be given. `arch` and `width` are for `byolx plan`, which has no encoder to read; in a run they have to be
-the encoder's. `views=pretrain` trains on T of Table 6; `tclip` is alpha of alpha * tanh(logits / alpha),
-`penalty` the weight beta of the squared logits. For an encoder of other views than 224 pixels, set
-`--config.eval.resize` to 8/7 of their side.
+be set. `arch` and `width` are for `byolx plan`, which reads no encoder; in a run they must equal the
+encoder's. `views=pretrain` trains on views from T of Table 6; `tclip` is alpha of
+alpha * tanh(logits / alpha); `penalty` is the weight beta of the squared logits. If the encoder's views
+do not have 224 pixels, set `--config.eval.resize` to 8/7 of their side.
 
 Cost: 80 epochs of forward passes; not run here.
 
 Result (paper; this config was not run here), top-1 / top-5 after 1000 epochs of pretraining:
 
                          ResNet-50     ResNet-50 4x  ResNet-200 2x
-  as it is               74.3 / 91.6   78.6 / 94.2   79.6 / 94.8 (Table 9: 94.9)
+  without variation      74.3 / 91.6   78.6 / 94.2   79.6 / 94.8 (Table 9: 94.9)
   views                  74.4 / 91.8   78.6 / 94.3   79.6 / 94.8
   tclip, penalty         74.7 / 91.8   78.9 / 94.3   79.8 / 95.0
   all                    74.8 / 91.8   79.0 / 94.5   80.0 / 95.0
@@ -44,15 +44,15 @@ def get_config(
   tclip: float = 0.0,
   penalty: float = 0.0,
 ) -> ConfigDict:
-  """Fields that are not named here go with the encoder, or keep their defaults: views.view1 is T.
+  """Other fields are those of the encoder, or have their defaults; views.view1 is T of Table 6.
 
-  arch="" and width=0 are those of the encoder; without init.workdir, ResNet-50.
+  The defaults arch="" and width=0 are those of the encoder, or without init.workdir ResNet-50.
   """
   config = ConfigDict()
   config.task = "linear"
   config.data = {"source": "imagenet", "folder": "", "validation": "last_10009", "workers": -1}
-  given = {"arch": arch, "width": width}
-  config.model = {name: value for name, value in given.items() if value}
+  network = {"arch": arch, "width": width}
+  config.model = {name: value for name, value in network.items() if value}
   config.classify = {"views": views, "tclip": tclip, "logit_penalty": penalty}
   config.optim = {
     "name": "sgd",  # Nesterov

@@ -3,8 +3,8 @@
   byolx train --config=configs/linear_places365.py --config.data.folder=/data/places365 \\
     --config.init.workdir=runs/pretrain_places365
 
-The encoder may come from any pretraining: Table 13 has those of Places365 and of ImageNet on both sets;
-`configs/linear_imagenet.py` measures on the other one. See there for what the run does.
+The encoder may be pretrained on any data set: Table 13 has encoders of Places365 and of ImageNet, each
+measured on both. `configs/linear_imagenet.py` measures on ImageNet, and describes the protocol.
 
 Cost: 80 epochs of forward passes; not run here.
 
@@ -15,26 +15,26 @@ Deviations from the paper: none.
 
 Not stated in the paper, and as in its authors' code on ImageNet: a cosine (`optim.schedule`) without
 warm-up (`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`).
-Ours: rates are chosen on 1 % of the training images (`data.validation`, `data.validation_share`), since
-Table 10 has no validation images of Places365. The fields that this file does not set have the defaults
-of docs/fidelity.md.
+Ours: the rate is selected on 1 % of the training images (`data.validation`, `data.validation_share`),
+since Table 10 has no validation images of Places365. The fields that this file does not set have the
+defaults of docs/fidelity.md.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arch: str = "", width: int = 0) -> ConfigDict:
-  """Fields that are not named here go with the encoder, or keep their defaults.
+  """Other fields are those of the encoder, or have their defaults.
 
-  arch="" and width=0 are those of the encoder; without init.workdir, ResNet-50.
+  The defaults arch="" and width=0 are those of the encoder, or without init.workdir ResNet-50.
   """
   config = ConfigDict()
   config.task = "linear"
   config.data = {
     "source": "places365", "folder": "", "validation": "share", "validation_share": 0.01, "workers": -1
   }  # fmt: skip
-  given = {"arch": arch, "width": width}
-  config.model = {name: value for name, value in given.items() if value}
+  network = {"arch": arch, "width": width}
+  config.model = {name: value for name, value in network.items() if value}
   config.classify = {"views": "spatial", "tclip": 0.0, "logit_penalty": 0.0}
   config.optim = {
     "name": "sgd",  # Nesterov

@@ -6,16 +6,19 @@
   byolx train --config=configs/pretrain_imagenet.py:epochs=100,batch=1024 --config.data.folder=...
 
 Data: a folder with `train/WNID/*.JPEG` (1,281,167 images) and `val/WNID/*.JPEG` (50,000). The paper
-chose its hyperparameters on `--config.data.validation=last_10009`, training images kept apart.
+selected its hyperparameters on training images held out by `--config.data.validation=last_10009`.
 
 Cost (paper): ResNet-50, 1000 epochs: 8 hours on 512 TPU v3 cores, 44,000 images a second.
 
-`cores` is for TPU v3 slices of 512, 128 or 32 cores: bfloat16 compute with float32 parameters,
-statistics and gradients, the state in pieces over 64 cores (32 of 32), and what else a batch of 4096
-takes to fit, as `byolx plan` found (docs/plan.md). Networks larger than ResNet-50 have that from the
-start, which is what 512 and 128 cores need. ResNet-50 with cores=0 is the paper's float32, whole on
-every device; where 4096 images do not fit, `--config.train.micro_batch=512` averages gradients over
-passes, whose normalisation then sees 512 images (Table 16).
+Arguments: `arch` and `width` of the encoder; `epochs`, one of the schedules below; `batch`, images per
+step; `cores`, number of cores of a TPU v3 slice: 512, 128 or 32, or 0 for other devices.
+
+With `cores`, computation is in bfloat16, with float32 parameters, statistics and gradients; the state is
+sharded over up to 64 cores; and 32 cores also have the rematerialisation and the micro-batch that a batch
+of 4096 needs to fit into memory (docs/plan.md). Networks other than ResNet-50 1x have bfloat16 and a
+sharded state also with cores=0. ResNet-50 1x with cores=0 computes in float32, with the state whole on
+every device. If 4096 images do not fit, `--config.train.micro_batch=512` averages the gradients of
+several passes; BatchNorm's statistics are then those of 512 images (Table 16).
 
 Result (paper; this config was not run here), ResNet-50, top-1 of the linear protocol on `val`:
 
@@ -30,15 +33,15 @@ Deviations from the paper, by field:
     authors' code computes in float32.
   `train.micro_batch`: 1024 with `cores=32` for ResNet-50 4x and ResNet-200 2x. Gradients are averaged
     over four passes, so BatchNorm's statistics are those of 1024 images, not of 4096 (Table 16).
-  `train.batch_size`: that of `batch`. The paper has hyperparameters for 4096 and, in
-    configs/pretrain_imagenet_b512.py, for 512; with another size only the peak rate is scaled.
-  `train.epochs`, `optim.base_rate`, `byol.tau_base`: with `epochs=100` and `epochs=40` they are presets
-    of the authors' code, for which the paper has no result; the rest is as with 300 epochs.
-  `eval.max_train`: the records that a run writes come from L-BFGS on the features of at most 50,000
-    training images, not from appendix D.1's classifier; `configs/linear_imagenet.py` is that protocol.
+  `train.batch_size`: the argument `batch`. The paper has hyperparameters for 4096 and for 512
+    (configs/pretrain_imagenet_b512.py); for other sizes, only the peak rate is scaled.
+  `train.epochs`, `optim.base_rate`, `byol.tau_base`: with `epochs=100` and `epochs=40`, presets of the
+    authors' code, for which the paper has no result; the other fields are those of 300 epochs.
+  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most
+    50,000 training images; the classifier of appendix D.1 is `configs/linear_imagenet.py`.
 
-Not stated in the paper: `model.dtype`, which is float32 unless said otherwise here, as in the authors'
-code. The fields that this file does not set have the defaults of docs/fidelity.md.
+Not stated in the paper: `model.dtype`, which is float32 as in the authors' code, unless stated otherwise
+above. The fields that this file does not set have the defaults of docs/fidelity.md.
 """
 
 from ml_collections import ConfigDict
@@ -52,8 +55,7 @@ PRESETS = {
 }
 
 
-# (arch, width): what 32 cores need besides bfloat16 and a state in pieces, as (remat, micro_batch).
-# 512 and 128 cores need nothing else.
+# (arch, width): (remat, micro_batch) with which a batch of 4096 fits on 32 cores (docs/plan.md).
 ON_32_CORES = {
   ("resnet50", 1): ("none", 0),
   ("resnet50", 4): ("block", 1024),
@@ -64,13 +66,13 @@ ON_32_CORES = {
 def get_config(
   arch: str = "resnet50", width: int = 1, epochs: int = 1000, batch: int = 4096, cores: int = 0
 ) -> ConfigDict:
-  """Fields that are not named here keep their defaults: views.view1 and view2 are Table 6."""
+  """Other fields have their defaults; views.view1 and views.view2 are T and T' of Table 6."""
   if epochs not in PRESETS:
     choices = ", ".join(map(str, PRESETS))
     raise ValueError(f"epochs={epochs}: expected one of {choices}; or set --config.train.epochs")
   base_rate, weight_decay, tau_base = PRESETS[epochs]
   if cores not in (0, 32, 128, 512):
-    raise ValueError(f"cores={cores}: expected 512, 128 or 32 TPU v3 cores, or 0: not said")
+    raise ValueError(f"cores={cores}: expected 512, 128 or 32 TPU v3 cores, or 0")
 
   config = ConfigDict()
   config.data = {"source": "imagenet", "folder": "", "validation": "none", "workers": -1}

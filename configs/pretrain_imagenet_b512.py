@@ -3,7 +3,7 @@
   byolx train --config=configs/pretrain_imagenet_b512.py --config.data.folder=/data/imagenet
 
 Data: a folder with `train/WNID/*.JPEG` (1,281,167 images) and `val/WNID/*.JPEG` (50,000). The paper
-chose its hyperparameters on `--config.data.validation=last_10009`, training images kept apart.
+selected its hyperparameters on training images held out by `--config.data.validation=last_10009`.
 
 Cost (paper): ResNet-50, 1000 epochs: about 4 days on 64 TPU v3 cores.
 
@@ -12,8 +12,8 @@ Result (paper; this config was not run here): 73.7 top-1 of the linear protocol 
 
 Deviations from the paper, by field:
 
-  `eval.max_train`: the records that a run writes come from L-BFGS on the features of at most 50,000
-    training images, not from appendix D.1's classifier; `configs/linear_imagenet.py` is that protocol.
+  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most
+    50,000 training images; the classifier of appendix D.1 is `configs/linear_imagenet.py`.
 
 Not stated in the paper: `model.dtype`, which is float32 as in the authors' code, for every network.
 The fields that this file does not set have the defaults of docs/fidelity.md.
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(arch: str = "resnet50", width: int = 1) -> ConfigDict:
-  """Fields that are not named here keep their defaults: views.view1 and view2 are Table 6."""
+  """Other fields have their defaults; views.view1 and views.view2 are T and T' of Table 6."""
   config = ConfigDict()
   config.data = {"source": "imagenet", "folder": "", "validation": "none", "workers": -1}
   config.views = {"size": 224}

@@ -1,20 +1,20 @@
-"""BYOL on Places365-Standard: exactly ImageNet's parameters on other images (appendix F, Table 13).
+"""BYOL on Places365-Standard, with the hyperparameters of ImageNet (appendix F, Table 13).
 
   byolx train --config=configs/pretrain_places365.py --config.data.folder=/data/places365
 
-Data: the folder of `places365_train_standard.txt` (1,803,460 images, 365 classes), `places365_val.txt`
-(36,500), and their images in `data_256/` and `val_256/`, or `data_large/` and `val_large/`.
+Data: a folder with `places365_train_standard.txt` (1,803,460 images, 365 classes), `places365_val.txt`
+(36,500), and the images in `data_256/` and `val_256/`, or `data_large/` and `val_large/`.
 
-Cost (paper): not stated; 1.4 times the steps of ImageNet's run, which took 8 hours on 512 TPU v3
-cores.
+Cost (paper): not stated. The run has 1.4 times the steps of the run on ImageNet, which took 8 hours on
+512 TPU v3 cores.
 
 Result (paper; this config was not run here), ResNet-50, 1000 epochs, linear evaluation: 53.2 top-1
 on Places365, 58.5 on ImageNet, 64.2 on SUN397.
 
 Deviations from the paper, by field:
 
-  `eval.max_train`: the records that a run writes come from L-BFGS on the features of at most 50,000
-    training images, not from appendix D.1's classifier; `configs/linear_places365.py` is that protocol.
+  `eval.max_train`: at the end of a run, the encoder is measured by L-BFGS on the features of at most
+    50,000 training images; the classifier of appendix D.1 is `configs/linear_places365.py`.
 
 Not stated in the paper: `model.dtype`, which is float32 as in the authors' code, for every network.
 The fields that this file does not set have the defaults of docs/fidelity.md.
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(arch: str = "resnet50", width: int = 1) -> ConfigDict:
-  """Fields that are not named here keep their defaults: views.view1 and view2 are Table 6."""
+  """Other fields have their defaults; views.view1 and views.view2 are T and T' of Table 6."""
   config = ConfigDict()
   config.data = {"source": "places365", "folder": "", "validation": "none", "workers": -1}
   config.views = {"size": 224}

@@ -5,8 +5,8 @@
 Cost: about 2 minutes a seed on 2 CPU cores. Result: linear probe at 1 %, 10 % and 100 % of the labels
 81.7, 96.6 and 98.1 % (raw pixels: 67.7, 92.1, 96.1), mean of seeds 0, 1, 2; see docs/digits.md.
 
-The paper's method at a fiftieth of its image size: 1437 images of 8x8 pixels, a residual network of
-three basic blocks and 64 features, many small steps.
+The method of the paper on very small images: 1437 images of 8x8 pixels, a residual network of three
+basic blocks and 64 features, and many small steps.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.data = {"source": "digits"}
 
-  # Digits have no colour and must not be mirrored; a blur of 8 pixels has no neighbours to reach.
+  # Digits have no colour and must not be mirrored; views of 8 pixels are too small for a blur.
   view = {
     "crop_area": (0.5, 1.0),
     "flip_probability": 0.0,

@@ -5,21 +5,21 @@
   byolx sweep --config=configs/semi_supervised_imagenet.py --grid=semi_supervised ...
   byolx sweep --config=configs/semi_supervised_imagenet.py --grid=figure4 ...
 
-The whole network is trained, from the encoder of `init.workdir`, whose network and view size are used
-(`arch` and `width`: see configs/linear_imagenet.py). The paper chooses the rate from
-{0.01, 0.02, 0.05, 0.1, 0.005} and the epochs from {30, 50} on its local validation set: that is the
-grid `semi_supervised`; `figure4` does it for each share of Figure 4.
+A classifier and the encoder of `init.workdir` are trained, with the network and view size of the encoder
+(`arch` and `width` as in configs/linear_imagenet.py). The paper selects the rate from
+{0.01, 0.02, 0.05, 0.1, 0.005} and the epochs from {30, 50} on its local validation set. This is the grid
+`semi_supervised`; the grid `figure4` repeats it for each share of Figure 4.
 
-`labels` is a balanced, seeded share; each lies inside the larger ones. For SimCLR's 1 % and 10 %, which
-Table 2 uses, give its list: `--config.data.label_list=1percent.txt`.
+`labels` is a class-balanced random share; a smaller share is part of a larger one. Table 2 uses SimCLR's
+lists of 1 % and 10 %: `--config.data.label_list=1percent.txt`.
 
 Cost: not run here. Result (paper; this config was not run here), ResNet-50, all labels: 77.7 top-1, 93.9
 top-5 (Table 8).
 
 Deviations from the paper, by field, with arguments outside its grid only:
 
-  `optim.base_rate`: that of `rate`.
-  `train.epochs`: that of `epochs`.
+  `optim.base_rate`: the argument `rate`.
+  `train.epochs`: the argument `epochs`.
 
 Not stated in the paper, and ours as in linear evaluation: a cosine (`optim.schedule`) without warm-up
 (`optim.warmup_epochs`), rates per 256 images (`optim.batch_scaling`). The fields
@@ -32,17 +32,17 @@ from ml_collections import ConfigDict
 def get_config(
   arch: str = "", width: int = 0, labels: float = 1.0, rate: float = 0.05, epochs: int = 30
 ) -> ConfigDict:
-  """Fields that are not named here go with the encoder, or keep their defaults.
+  """Other fields are those of the encoder, or have their defaults.
 
-  arch="" and width=0 are those of the encoder; without init.workdir, ResNet-50.
+  The defaults arch="" and width=0 are those of the encoder, or without init.workdir ResNet-50.
   """
   config = ConfigDict()
   config.task = "finetune"
   config.data = {
     "source": "imagenet", "folder": "", "validation": "last_10009", "labels": labels, "workers": -1
   }  # fmt: skip
-  given = {"arch": arch, "width": width}
-  config.model = {name: value for name, value in given.items() if value}
+  network = {"arch": arch, "width": width}
+  config.model = {name: value for name, value in network.items() if value}
   config.classify = {"views": "spatial", "tclip": 0.0, "logit_penalty": 0.0, "label_smoothing": 0.0}
   config.optim = {
     "name": "sgd",  # Nesterov

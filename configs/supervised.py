@@ -1,14 +1,15 @@
-"""A supervised baseline from scratch: the encoder and the images of a pretraining run, and its labels.
+"""Supervised baseline from scratch, with the encoder and the labelled images of a pretraining run.
 
   byolx train --config=configs/supervised.py:labels=0.1 --config.init.like=runs/photos \\
     --workdir=runs/photos_supervised
   byolx train --config=configs/supervised.py:views=randaugment ...
 
-Appendix D.2 for small sets: weight decay, label smoothing, a cosine after a warm-up of a twentieth of the
-epochs, RandAugment with `views=randaugment`. Images, view size and encoder are those of the run in
-`init.like`, unless fields say otherwise; nothing that it learned is used.
+The protocol of appendix D.2 for small data sets: weight decay, label smoothing, a cosine after a warm-up
+of a twentieth of the epochs, and RandAugment with `views=randaugment`. Images, view size and architecture
+are those of the run in `init.like`, except for fields that are set; its weights are not used.
 
-Arguments: `labels`, a balanced share; `views`; `rate`, per 256 images; `epochs`; `batch`.
+Arguments: `labels`, class-balanced share of the labels; `views`, training views (`classify.views`);
+`rate`, base learning rate per 256 images; `epochs`; `batch`, images per step.
 
 Cost: minutes for Fashion-MNIST on two CPU cores (docs/imagenet_protocols.md).
 """
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 def get_config(
   labels: float = 1.0, views: str = "spatial", rate: float = 0.1, epochs: int = 30, batch: int = 64
 ) -> ConfigDict:
-  """Fields that are not named here are those of `init.like`, or keep their defaults."""
+  """Other fields are those of `init.like`, or have their defaults."""
   config = ConfigDict()
   config.task = "supervised"
   config.init = {"inherit": ("data", "views", "model", "eval")}

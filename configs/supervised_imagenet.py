@@ -1,10 +1,10 @@
-"""Supervised baselines on ImageNet (appendix D.2): the same encoders, trained from scratch with labels.
+"""Supervised baselines on ImageNet (appendix D.2): the same encoders from scratch, with labels.
 
   byolx train --config=configs/supervised_imagenet.py --config.data.folder=/data/imagenet
   byolx train --config=configs/supervised_imagenet.py:arch=resnet200,width=2 ...
   byolx train --config=configs/supervised_imagenet.py:views=spatial ...
 
-RandAugment, label smoothing, weight decay, a cosine after 5 epochs of warm-up, up to 200 epochs.
+They have RandAugment, label smoothing, weight decay, and a cosine after 5 epochs of warm-up.
 
 Cost: 200 epochs of forward and backward passes; not run here.
 
@@ -13,7 +13,7 @@ Result (paper; this config was not run here), top-1 / top-5 (Table 9): ResNet-50
 
 Deviations from the paper, by field, with other arguments only:
 
-  `train.epochs`: that of `epochs`. The paper trains for up to 200.
+  `train.epochs`: the argument `epochs`. The paper trains for up to 200.
   `classify.views`: crops and flips without RandAugment, with `views=spatial`.
 
 Not stated in the paper, and ours: RandAugment's N = 2 (`classify.randaugment.operations`) and M = 9
@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 def get_config(
   arch: str = "resnet50", width: int = 1, epochs: int = 200, views: str = "randaugment"
 ) -> ConfigDict:
-  """Fields that are not named here keep their defaults."""
+  """Other fields have their defaults."""
   config = ConfigDict()
   config.task = "supervised"
   config.data = {"source": "imagenet", "folder": "", "validation": "last_10009", "workers": -1}

@@ -1,12 +1,12 @@
-"""What BYOL's colour work costs inside the train step, on a TPU that need not be there, and on the CPU.
+"""Cost of BYOL's colour changes inside the train step, on a TPU without the TPU, and on the CPU.
 
-  pip install "byolx[tpu]"
+  pip install ".[tpu]"
   python docs/augment_cost.py --topology=v3:2x2
 
-The TPU's compiler builds two programs ahead of time: uint8 crops of both views to the output of
-ResNet's first convolution in bfloat16, with `on_device.apply_device` and without. "Scheduled" is
+The TPU's compiler compiles two programs ahead of time, with `on_device.apply_device` and without it:
+from uint8 crops of both views to the output of ResNet's first convolution in bfloat16. "Scheduled" is
 the sum of the compiler's estimated cycles for the program's instructions, "roofline" its optimistic
-bound; neither has run on a chip. The difference between the programs is the colour work of both views.
+bound; neither has run on a chip. The difference of the two programs is the cost for both views.
 """
 
 import argparse
@@ -34,14 +34,14 @@ IMAGES_PER_CORE, SIZE = 8, 224
 
 
 def batch(n: int) -> tuple[np.ndarray, Draws]:
-  """n views of noise, and draws from T of Table 6."""
+  """Returns n views of noise, and random numbers of T of Table 6 for each."""
   rng = np.random.default_rng(0)
   views = rng.integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)
   return views, Draws(*map(np.stack, zip(*(draw(ViewSpec(), rng, 375, 500) for _ in range(n)))))
 
 
 def stem(views, draws, kernel, augmented: bool):
-  """Crops of both views to the first convolution's output, as `Pretrain` sees them."""
+  """Computes the first convolution's output from the crops of both views, as `Pretrain` does."""
   if augmented:
     views = [apply_device(view, one, "additive") for view, one in zip(views, draws, strict=True)]
   else:
@@ -53,7 +53,7 @@ def stem(views, draws, kernel, augmented: bool):
 
 
 def compile_ahead(devices, augmented: bool) -> jax.stages.Compiled:
-  """The program for these devices, with `IMAGES_PER_CORE` images on each."""
+  """Compiles the program for these devices, with `IMAGES_PER_CORE` images on each."""
   mesh = Mesh(np.array(devices).ravel(), ("data",))
   spread, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
 
@@ -68,7 +68,7 @@ def compile_ahead(devices, augmented: bool) -> jax.stages.Compiled:
 
 
 def milliseconds(compiled: jax.stages.Compiled, megahertz: float) -> np.ndarray:
-  """Scheduled and roofline time of a compiled program."""
+  """Returns scheduled and roofline time of a compiled program, in milliseconds."""
   entry = compiled.as_text().split("\nENTRY ")[1].split("\n}")[0]
   if " while(" in entry:
     raise ValueError("the program has a loop; its body would have to be counted once per turn")
@@ -77,7 +77,7 @@ def milliseconds(compiled: jax.stages.Compiled, megahertz: float) -> np.ndarray:
 
 
 def cpu_milliseconds(n: int = 16, repeats: int = 7) -> float:
-  """Milliseconds that the CPU of this machine takes for one view; the fastest of some repeats."""
+  """Measures the time of this machine's CPU for one view, in milliseconds; the fastest repeat."""
   views, draws = batch(n)
   apply = jax.jit(lambda views, draws: apply_device(views, draws, "additive"))
   times = []
@@ -96,7 +96,7 @@ def main():
   if kind not in MEGAHERTZ:
     parser.error(f"--topology={name}: its clock is not known; expected {' or '.join(MEGAHERTZ)}")
   if importlib.util.find_spec("libtpu") is None:
-    parser.error('the TPU\'s compiler is missing: pip install "byolx[tpu]"')
+    parser.error('the TPU\'s compiler is missing: pip install ".[tpu]"')
   devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   print(f"{name}: {len(devices)} cores, {IMAGES_PER_CORE} images each, two views of {SIZE} pixels")
   with_body, without = (

@@ -3,7 +3,7 @@
   apt-get install dataset-fashion-mnist
   python docs/fashion_jpegs.py photos --train=3000 --test=1000
 
-For trying what a folder of one's own images takes, on images whose labels are known.
+With these images the commands for a folder of your own images can be tried.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from byolx.data.sources import small
 
 
 def write(folder: Path, split: str, count: int, side: int) -> None:
-  """A balanced part of a split, each image made larger and saved as a JPEG."""
+  """Enlarges the images of a balanced part of a split and saves them as JPEGs."""
   source = small.fashion_mnist(None, split)
   for index in splits.balanced_subset(source.labels, count, seed=0).tolist():
     image, label, _ = source[index]

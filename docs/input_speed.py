@@ -1,12 +1,12 @@
-"""How fast images come: the figures of docs/input.md, in one run of some five minutes.
+"""Speed of the input: measures the figures of docs/input.md, in about five minutes.
 
   python docs/input_speed.py
   python docs/input_speed.py --only=pillow,scaled
 
-Writes 640 JPEGs of 500 x 375 into a temporary folder (512 of them to train on), which then lies in
-the page cache: this is about the work after the disk. What is compared takes turns image by image,
-because a shared machine is not equally fast all the time; the pipeline takes turns with the bare
-functions, see byolx/planning/input_speed.py. Leave the machine alone meanwhile.
+It writes 640 JPEGs of 500 x 375 pixels into a temporary folder (512 of them for training). They are
+then in the page cache, so the disk is not measured. Alternatives take turns image by image, because
+the speed of a shared machine varies; the pipeline takes turns with the bare functions, see
+byolx/planning/input_speed.py. Nothing else should run on the machine.
 """
 
 import argparse
@@ -45,17 +45,17 @@ AS_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 def settings(photos: Path, *overrides: str):
-  """The config of an ImageNet-like run on the photographs."""
+  """Returns the config of an ImageNet-like run on the photographs."""
   file = f"{ROOT / 'configs' / 'image_folder.py'}:size={SIZE},arch=resnet50,batch=256"
   overrides = (f"--config.data.folder={photos}", *overrides)
   return config.load(file, list(overrides))
 
 
 def take_turns(ways: dict[str, Callable], items: Iterable, rounds: int = 5) -> dict[str, float]:
-  """Milliseconds of one core per item of each way: the median over items of its fastest round.
+  """Measures the time of one core per item of each way, in milliseconds.
 
-  Every item goes through all ways before the next one comes, another way being first each time.
-  Time in which the system gave the core to somebody else does not count.
+  It is the median over items of the fastest round. All ways process an item before the next item, each
+  time in another order. Only the thread's own CPU time counts.
   """
   items, functions = list(items), list(ways.values())
   spent = np.empty((rounds, len(items), len(ways)))
@@ -70,19 +70,19 @@ def take_turns(ways: dict[str, Callable], items: Iterable, rounds: int = 5) -> d
 
 
 def device(photos: Path) -> None:
-  """`byolx bench input`, where the step works the colours."""
+  """`byolx bench input`, colours in the step."""
   cfg = settings(photos, "--config.views.placement=device")
   print(input_speed.measure_input(cfg, [0, 1, 2], seconds=3).text())
 
 
 def host(photos: Path) -> None:
-  """`byolx bench input`, where the input does everything."""
+  """`byolx bench input`, colours on the host."""
   cfg = settings(photos, "--config.views.placement=host")
   print(input_speed.measure_input(cfg, [0, 1, 2], seconds=3).text())
 
 
 def threads(photos: Path) -> None:
-  """Threads in one process hold the interpreter's lock between decoding and resizing."""
+  """Threads in one process, which share the interpreter's lock between decoding and resizing."""
   for count in (1, 2, 3):
     cfg = settings(photos, "--config.views.placement=device", f"--config.data.threads={count}")
     (rate,) = input_speed.measure_input(cfg, [0], seconds=2).rates
@@ -90,7 +90,7 @@ def threads(photos: Path) -> None:
 
 
 def pillow(photos: Path) -> None:
-  """One decode and two views, uint8, without colours: ours and the same work with Pillow."""
+  """One decode and two views, uint8, without colours: byolx, and the same work with Pillow."""
   cfg = settings(photos)
   work = input_speed.Work.of(cfg, images.build_sources(cfg).train)
   input_speed.batching.one_thread_per_image()
@@ -123,7 +123,7 @@ def pillow(photos: Path) -> None:
 
 
 def decoders(photos: Path) -> None:
-  """Bytes to RGB pixels."""
+  """Decoding of bytes to RGB pixels."""
 
   def with_opencv(flags):
     return lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -142,7 +142,7 @@ def decoders(photos: Path) -> None:
 
 
 def scaled(photos: Path) -> None:
-  """What decoding at half the size changes: mean difference of a view in grey levels."""
+  """Decoding at half the size: mean difference of a view, in grey levels."""
   files = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))[::16]]
   whole, half = np.array([2, 66, 368, 368], np.int32), np.array([1, 33, 184, 184], np.int32)
   print(f"{'view':>8}{'pixels left per pixel needed':>32}{'as it is':>12}{'antialiased':>14}")
@@ -163,7 +163,7 @@ def scaled(photos: Path) -> None:
 
 
 def reading(photos: Path) -> None:
-  """Bytes of one image, at random: from a folder, and from what `byolx prepare` made of it."""
+  """Reading of one image's bytes, in random order: from a folder, and from a prepared set."""
   folder = images.build_sources(settings(photos)).train
   with tempfile.TemporaryDirectory() as other:
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):

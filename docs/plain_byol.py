@@ -1,8 +1,8 @@
-"""BYOL's train step in plain JAX: dicts of arrays, functions, no library. A yardstick, not for use.
+"""BYOL's train step in plain JAX, as a reference for speed: dicts of arrays and functions.
 
-The mathematics is that of byolx with a float32 ResNet, LARS, two interleaved views, online probe and
-monitors; `step_speed.py` holds the two together and times them. Nothing here imports byolx. A network
-is what its parameters say: how many stages and blocks there are and how large, is read off the dicts.
+The computation is that of byolx with a float32 ResNet, LARS, two interleaved views, online probe and
+monitors; `step_speed.py` compares results and speed. Nothing here imports byolx. The numbers and sizes
+of stages and blocks follow from the parameters.
 
   {"online": {"encoder": {"stem", "stem_norm", "groups": {0: {0: {"convs", "norms", ...}}}},
               "projector": {"hidden", "norms", "output"}},
@@ -24,7 +24,7 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Numbers of a run: colours, tau, the optimiser, and the schedule of `steps` steps."""
+  """Constants of a run: colour normalisation, tau, optimiser, and the schedule of `steps` steps."""
 
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
@@ -38,14 +38,14 @@ class Settings:
 
 
 def conv(kernel, x, stride=1):
-  """Convolution with TensorFlow's padding; 1x1 kernels as products, which a CPU does faster."""
+  """Convolution with TensorFlow's padding; 1x1 kernels as products, which are faster on a CPU."""
   if kernel.shape[0] == 1:
     return x[:, ::stride, ::stride] @ kernel[0, 0]
   return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", dimension_numbers=LAYOUT)
 
 
 def batch_norm(params, averages, x):
-  """Normalises each of the two interleaved views by its own batch; also returns new averages."""
+  """Normalises each of two interleaved views by its own statistics; also returns new averages."""
   split = x.reshape(-1, 2, *x.shape[1:])
   axes = (0, *range(2, split.ndim - 1))
   mean = jnp.mean(split, axes, keepdims=True)
@@ -93,7 +93,7 @@ def encoder(params, averages, x):
 
 
 def mlp(params, averages, x):
-  """Linear layers; normalisation and ReLU after each but the last, which has no bias."""
+  """Linear layers, each followed by normalisation and ReLU except the last, which has no bias."""
   norms = {}
   for i, layer in params["hidden"].items():
     x = x @ layer["kernel"] + layer["bias"]
@@ -120,7 +120,7 @@ def l2_normalise(x):
 
 
 def monitors(y, z):
-  """Spread and rank of the projections of view 1, and both mean norms."""
+  """Standard deviation and rank of the projections of view 1, and mean norms of y and z."""
   lengths = jnp.linalg.norm(z, axis=1, keepdims=True)
   unit = z / jnp.maximum(lengths, 1e-12)
   centred = unit - jnp.mean(unit, 0)
@@ -135,7 +135,7 @@ def monitors(y, z):
 
 
 def loss_of(params, target, averages, batch, settings):
-  """BYOL's loss in both directions plus the probe's; scalars and new averages beside it."""
+  """BYOL's loss in both directions plus the probe's; also returns new averages and scalars."""
   views = jnp.stack([batch["view1"], batch["view2"]], axis=1)
   x = views.reshape(-1, *views.shape[2:]).astype(jnp.float32) / 255.0
   x = (x - jnp.asarray(settings.mean)) / jnp.asarray(settings.std)
@@ -173,7 +173,7 @@ def rate_at(step, settings):
 
 
 def lars(path, param, grad, trace, rate, settings):
-  """(update, momentum) of one array; only kernels are decayed and adapted."""
+  """(update, momentum) of one array; only kernels have weight decay and trust ratio."""
   if path[-1].key == "kernel":
     grad = grad + settings.weight_decay * param
     of_param, of_grad = jnp.linalg.norm(param), jnp.linalg.norm(grad)
@@ -190,7 +190,7 @@ def norm_of(tree):
 
 
 def train_step(settings, state, batch):
-  """One step: gradient, LARS, and the target's move. Donate the state."""
+  """One step: gradient, LARS, update of the target. The state should be donated."""
   params, step = state["params"], state["step"]
   grads, (averages, scalars) = jax.grad(loss_of, has_aux=True)(
     params, state["target"], state["averages"], batch, settings
@@ -217,7 +217,7 @@ def train_step(settings, state, batch):
 
 
 def new_state(params, target, averages):
-  """The state at step 0: momentum is nothing yet."""
+  """The state at step 0, with zero momentum."""
   return {
     "step": jnp.zeros((), jnp.int32),
     "params": params,
@@ -228,7 +228,7 @@ def new_state(params, target, averages):
 
 
 def compile_step(settings, whole, spread):
-  """The jitted step: state replicated by `whole` and donated, batches cut up by `spread`."""
+  """The jitted step: sharding `whole` for the state, which is donated, and `spread` for batches."""
 
   def step(state, batch):
     return train_step(settings, state, batch)

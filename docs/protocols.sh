@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Every protocol of appendix D on the encoder of one pretraining run, whatever its images are:
-# linear evaluation and its variation (Table 7), fine-tuning and supervised baselines at three shares of
-# the labels (Figure 4), then the table and the figure.
+# The protocols of appendix D on the encoder and the images of one pretraining run: linear evaluation and
+# its variation (Table 7), fine-tuning and supervised baselines at three shares of the labels (Figure 4),
+# then a table and a figure.
 #
 #   bash docs/protocols.sh runs/fashion_mnist runs/fashion_protocols
 #
-# PRETRAINED: the workdir of a pretraining run. FOLDER: of everything that comes out; start the same
-# command again and it goes on. JOBS: runs at once, each on one CPU core (default 2). Passes over the
-# training images, and batch sizes, are set by the environment: see below.
+# First argument: workdir of the pretraining run. Second argument: folder of all results. The same command
+# continues after a stop. The environment variable JOBS is the number of runs at once, each on one CPU
+# core (default 2). Other variables set epochs, shares, seeds, batch size and rates, see below.
 set -euo pipefail
 
 pretrained=$1 folder=$2
@@ -47,6 +47,6 @@ for share in $shares; do
   i=$((i + 1))
 done
 
-say "all of it"
+say "report"
 byolx report "$folder" --output="$folder/report.md" --figure="$folder/labels.png"
 cat "$folder/report.md"

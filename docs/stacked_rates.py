@@ -1,9 +1,9 @@
-"""What linear evaluation at five rates costs beside one rate: stacked heads on one forward pass.
+"""Cost of linear evaluation at five rates compared with one: stacked heads on one forward pass.
 
   python docs/stacked_rates.py
 
-ResNet-50 on 64 x 64 pixels and this machine's CPU, the train step of `configs/linear_imagenet.py` with
-1000 classes. Both steps are compiled first; then they take turns, and the ratio of the medians counts.
+ResNet-50 on 64 x 64 pixels and this machine's CPU; the train step of `configs/linear_imagenet.py` with
+1000 classes. Both steps are compiled first, then run in turn; the result is the ratio of the medians.
 """
 
 import argparse
@@ -21,7 +21,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "linear_imagenet.py"
 
 
 def step_of(rates: str, batch: int):
-  """A compiled step, called without arguments, that goes on from its own state."""
+  """Compiles a step; returns a function that runs it on its own state and returns the seconds."""
   overrides = {
     "views.size": 64,
     "train.batch_size": batch,

@@ -1,14 +1,13 @@
-"""What the library costs: byolx's train step beside the same step in plain JAX, on this CPU.
+"""Speed of byolx's train step compared with the same step in plain JAX, on this CPU.
 
   python docs/step_speed.py
   python docs/step_speed.py --devices=2 --rounds=9
 
-ResNet-50 at 64 x 64, LARS, online probe and monitors, float32, both sides from the same parameters
-and on the same crops of photographs. First both take three steps, and must agree; then they take
-turns, step by step, each pair in the other order than the last, because a shared machine is not
-equally fast all the time. The ratio is the median over pairs. The plain step is
-`plain_byol.py`. Some four minutes for one number of devices
-and seven pairs; leave the machine alone meanwhile.
+ResNet-50 at 64 x 64, LARS, online probe and monitors, float32. Both sides start from the same
+parameters and use the same crops of photographs. First both take three steps, whose results must
+agree. Then they take turns, step by step, in alternating order, because the speed of a shared machine
+varies. The ratio is the median over pairs. The plain step is `plain_byol.py`. It takes about four
+minutes for one number of devices and seven pairs; nothing else should run on the machine.
 """
 
 import argparse
@@ -42,11 +41,11 @@ from byolx.training.step import compile_step  # noqa: E402
 CLASSES, STEPS = 1000, 1000
 AGREE_STEPS = 3
 TOLERANCE = 5e-3
-"""Largest difference of the two sides, as a share of how far the parameters have moved.
+"""Largest accepted difference of the two sides, as a share of the distance that the parameters moved.
 
-Float32 sums in another order make it, and 50 layers with normalisation magnify it. An untrained
-ResNet-50 would make of 1e-7 some 1e-2 in the gradients of one step; with blocks that begin as the
-identity it makes 1e-5. The program is the same, only where it begins is another place.
+The difference comes from float32 sums in another order, and 50 layers with normalisation magnify it.
+In the gradients of one step, an untrained ResNet-50 magnifies 1e-7 to about 1e-2; with blocks that are
+the identity at first (`bn_last_scale=0`), to 1e-5. The program is the same, only its start differs.
 """
 
 OVERRIDES = (
@@ -61,13 +60,13 @@ OVERRIDES = (
 
 @dataclasses.dataclass
 class Side:
-  """One implementation: its state, which every step replaces, and what its preparation took.
+  """One implementation: its step, its state, and the time of its preparation.
 
   Args:
-    step: takes state and batch, returns the new state and scalars.
-    state: donated to every step.
-    to_plain: the state's parameters, target and averages as plain dicts.
-    seconds: of tracing, lowering and compiling.
+    step: function from state and batch to the new state and scalars.
+    state: current state, which each step donates and replaces.
+    to_plain: function from the state to parameters, target and averages as plain dicts.
+    seconds: seconds of tracing, lowering and compiling, by name.
   """
 
   step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
@@ -76,13 +75,13 @@ class Side:
   seconds: dict[str, float]
 
   def advance(self, batch) -> dict[str, jax.Array]:
-    """Takes one step and waits for all of it."""
+    """Takes one step and waits for its end."""
     self.state, scalars = jax.block_until_ready(self.step(self.state, batch))
     return scalars
 
 
 def photograph_views(count: int, size: int, seed: int = 0) -> dict[str, np.ndarray]:
-  """A batch: the whole of `count` pieces of photographs and their centres, at the wanted size."""
+  """Makes a batch: `count` pieces of photographs, whole and their centres, resized to `size`."""
   side, labels, whole, centre = 192, [], [], []
   for number, piece in pieces(count, side, side, seed):
     labels.append(number)
@@ -98,7 +97,7 @@ def photograph_views(count: int, size: int, seed: int = 0) -> dict[str, np.ndarr
 
 
 def compile_timed(make_step: Callable, *arguments) -> tuple[Callable, dict[str, float]]:
-  """The compiled program of what `make_step` jits, and the seconds that each stage took."""
+  """Compiles the jitted function of `make_step`; returns it and the seconds of each stage."""
   began = time.perf_counter()
   traced = make_step().trace(*arguments)
   was_traced = time.perf_counter()
@@ -110,7 +109,7 @@ def compile_timed(make_step: Callable, *arguments) -> tuple[Callable, dict[str, 
 
 
 def plain_trees(state: TrainState) -> dict[str, Any]:
-  """Parameters, target and averages of byolx's state, as `plain_byol` has them, on the host."""
+  """Returns parameters, target and averages of byolx's state in the form of `plain_byol`, on the host."""
   averages, target = nnx.split_state(state.rest, nnx.BatchStat, ...)
   trees = (nnx.to_pure_dict(jax.device_get(part)) for part in (state.params, target, averages))
   params, target, averages = trees
@@ -120,12 +119,12 @@ def plain_trees(state: TrainState) -> dict[str, Any]:
 def build(
   overrides: Sequence[str], devices: Sequence[jax.Device], batch: dict[str, np.ndarray]
 ) -> tuple[Side, Side, Mesh]:
-  """byolx's side and the plain one, compiled, from the same parameters.
+  """Compiles byolx's side and the plain one, with the same parameters.
 
   Args:
-    overrides: of configs/pretrain_imagenet.py, views.size and train.batch_size among them.
-    devices: that the batch is spread over.
-    batch: one, for its shapes.
+    overrides: overrides of configs/pretrain_imagenet.py, including views.size and train.batch_size.
+    devices: devices over which the batch is spread.
+    batch: example batch, for the shapes.
   """
   c = config.load(f"{ROOT / 'configs' / 'pretrain_imagenet.py'}", [*OVERRIDES, *overrides])
   ours = trainer.build(c, devices, STEPS * c.train.batch_size, CLASSES)
@@ -152,7 +151,7 @@ def build(
 
 
 def settings_of(ours: trainer.Recipe) -> plain_byol.Settings:
-  """The plain step's numbers, from the recipe's config."""
+  """Returns the settings of the plain step, from the recipe's config."""
   c = ours.config
   return plain_byol.Settings(
     mean=ours.task.mean,
@@ -168,11 +167,11 @@ def settings_of(ours: trainer.Recipe) -> plain_byol.Settings:
 
 
 def disagreement(library: Side, plain: Side, batches: Sequence[Any]) -> dict[str, float]:
-  """Takes a step of both sides per batch, and compares where they are then.
+  """Takes one step of both sides per batch, and compares the final states.
 
   Returns:
-    By kind of array: the distance between the two, as a share of the distance to where both began;
-    "scalars": the largest relative difference of a logged number.
+    By kind of array: the distance between the two sides, as a share of the distance from the start;
+    "scalars": the largest relative difference of a logged scalar.
   """
   begin = plain.to_plain(plain.state)
   worst = 0.0
@@ -195,7 +194,7 @@ def disagreement(library: Side, plain: Side, batches: Sequence[Any]) -> dict[str
 
 
 def take_turns(library: Side, plain: Side, batch, rounds: int) -> np.ndarray:
-  """Seconds of a step of each side, in pairs [rounds, 2], each side first in every other pair."""
+  """Measures the seconds of steps of both sides in alternating order, as pairs [rounds, 2]."""
   sides = (library, plain)
   seconds = np.empty((rounds, 2))
   for turn in range(rounds):
@@ -208,7 +207,7 @@ def take_turns(library: Side, plain: Side, batch, rounds: int) -> np.ndarray:
 
 
 def measure(devices: Sequence[jax.Device], images: int, size: int, rounds: int) -> float:
-  """Prints a table for so many devices; returns the ratio of the step times.
+  """Prints a table for these devices; returns the ratio of the step times.
 
   Raises:
     SystemExit: the two sides do not agree.

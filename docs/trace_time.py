@@ -1,10 +1,10 @@
-"""How long Python takes over a train step before the compiler has it: tracing and lowering.
+"""Time of tracing and lowering a train step, which Python does before the compiler starts.
 
-  pip install "byolx[plan]"
+  pip install ".[plan]"
   taskset -c 0 python docs/trace_time.py --config=configs/pretrain_imagenet.py:arch=resnet200,width=2
 
-The step is lowered for a TPU slice that need not be there, as `byolx plan` does it, once, in a new
-process. The shapes of the first state are found before and counted apart.
+The step is lowered once for a TPU slice, as `byolx plan` does it; no TPU is needed. The shapes of the
+first state are computed before, and timed separately.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How much sooner a run reaches its first step when its programs were compiled before.
+"""Time until the first step of a run, without and with compiled programs of an earlier run.
 
   python docs/warm_start.py
 
-ResNet-50 on 64 x 64 pixels and this machine's CPU: `byolx train` is started twice in new processes,
-with two workdirs side by side, so that they share the folder of compiled programs; the second finds
-there what the first compiled. Both are timed from the start of the command to where step 1 begins, and
-to where it ends, that is, to its row in `metrics.jsonl`; then they are killed. The step itself takes the
-same two seconds in both, and in the first one of a process XLA prepares its kernels.
+ResNet-50 on 64 x 64 pixels and this machine's CPU. `byolx train` is started twice in new processes, with
+two workdirs side by side, which share the folder of compiled programs: the second run loads what the
+first one compiled. Both are timed from the start of the command to the start of step 1, and to its end,
+which is its row in `metrics.jsonl`. Then they are killed. The step itself takes the same two seconds in
+both; XLA also prepares kernels in the first step of a process.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 READY = ("compiled in ", "the step was compiled in an earlier start")
-"""How the line begins that a run prints when it has its step, and is about to take it."""
+"""Beginnings of the line that a run prints directly before step 1."""
 
 
 @dataclasses.dataclass
@@ -29,8 +29,8 @@ class Start:
   """Seconds from the start of a command.
 
   Args:
-    begins: until its program is there, its state and its first batch, and step 1 begins.
-    ends: until the row of step 1 is in `metrics.jsonl`.
+    begins: seconds until program, state and first batch are ready, and step 1 begins.
+    ends: seconds until the row of step 1 is in `metrics.jsonl`.
   """
 
   begins: float
@@ -38,7 +38,7 @@ class Start:
 
 
 def start(workdir: Path) -> Start:
-  """Starts a run in a new process, and ends it after its first step."""
+  """Starts a run in a new process, and kills it after its first step."""
   command = [
     *(sys.executable, "-m", "byolx", "train", f"--workdir={workdir}"),
     f"--config={ROOT / 'configs' / 'pretrain_imagenet.py'}:batch=8",
@@ -63,7 +63,7 @@ def start(workdir: Path) -> Start:
 
 
 def measure() -> dict[str, dict[str, float]]:
-  """Seconds of a cold and a warm start, and how much sooner the warm one was."""
+  """Measures a cold and a warm start, in seconds, and the ratio of the two."""
   with tempfile.TemporaryDirectory() as folder:
     cold, warm = (start(Path(folder) / name) for name in ("cold", "warm"))
   found = {"cold": dataclasses.asdict(cold), "warm": dataclasses.asdict(warm)}

@@ -130,9 +130,14 @@ WITH_CONFIG = [
 @pytest.mark.parametrize(
   ("name", "words"), WITH_CONFIG, ids=lambda x: x if isinstance(x, str) else x[0]
 )
-def test_configs_of_a_command_load(name, words, monkeypatch):
+def test_configs_of_a_command_load(name, words, quickstart, monkeypatch):
   monkeypatch.chdir(ROOT)
-  fields = [word for word in words if word.startswith("--config.")]
+  run = str(quickstart / "runs" / "quickstart")  # stands for every run whose encoder is used
+  fields = [
+    re.sub(r"(?<=^--config\.init\.)(workdir|like)=.*", rf"\1={run}", word)
+    for word in words
+    if word.startswith("--config.")
+  ]
   for word in words:
     if word.startswith("--config="):
       config.load(word.removeprefix("--config="), fields)

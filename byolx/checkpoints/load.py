@@ -20,21 +20,30 @@ from byolx.core.text import first_few
 from byolx.data.augment.distribution import ViewsSpec
 from byolx.data.augment.on_device import network_input
 from byolx.data.augment.resizing import evaluation_view
-from byolx.models.resnet import ResNet, ResNetSpec
+from byolx.models import encoder as encoder_module
+from byolx.models.encoder import Network
+from byolx.models.resnet import ResNetSpec
 
 CROP = {"resize": 256, "crop_rule": "paper", "antialias": False}
-"""The evaluation crop where the stored config has none."""
+"""Evaluation crop, if the stored config has none: the fields of the group `eval`."""
 
 
 class PretrainedEncoder(nnx.Module):
-  """An encoder with the colour normalisation and the image size that it was trained with.
+  """Encoder with the colour normalisation and the image size of its training.
+
+  Args:
+    network: encoder, an NNX module on normalised images.
+    config: flat config of the encoder's run.
+    lineage: facts about the checkpoint.
 
   Attributes:
-    network: the encoder, an NNX module on normalised images.
-    features: d, size of the representation.
-    size: side of the images that it was trained on, pixels.
-    mean, std: colour normalisation of each channel, for pixels in [0, 1].
-    lineage: facts about the checkpoint: path, step, encoder, commit, fingerprint.
+    network: encoder, an NNX module on normalised images.
+    features: size d of the representation.
+    size: side of the training views, pixels.
+    mean, std: mean and standard deviation of each channel, for pixels in [0, 1].
+    crop: resize, crop_rule and antialias of the evaluation crop.
+    checkpoint: folder of the checkpoint.
+    step: training step of the checkpoint.
   """
 
   def __init__(self, network: nnx.Module, config: Mapping[str, Any], lineage: Mapping[str, Any]):
@@ -43,21 +52,26 @@ class PretrainedEncoder(nnx.Module):
     self.size = int(config["views.size"])
     self.mean, self.std = tuple(config["views.mean"]), tuple(config["views.std"])
     self.crop = tuple(config.get(f"eval.{name}", default) for name, default in CROP.items())
-    self.lineage = nnx.static(dict(lineage)) if hasattr(nnx, "static") else dict(lineage)
+    self.checkpoint, self.step = lineage["path"], lineage["step"]
 
-  def __call__(self, images: UInt8[Array | np.ndarray, "n h w 3"]) -> Float[Array, "n d"]:
+  def __call__(self, images: Array | np.ndarray) -> Float[Array, "n d"]:
     """Representations of images, as evaluation uses them: running statistics, float32.
 
     Args:
-      images: RGB pixels 0..255. Images of another size than `size` are encoded as they are; `prepare`
-        makes that size of any image.
+      images: uint8 [n, h, w, 3], RGB pixels 0..255. Images of another size than `size` are encoded
+        as they are; `prepare` makes that size of any image.
+
+    Raises:
+      ValueError: another dtype or shape.
     """
     return self._run(_features, images)
 
-  def stages(
-    self, images: UInt8[Array | np.ndarray, "n h w 3"]
-  ) -> tuple[Float[Array, "n _ _ _"], ...]:
-    """Feature maps of the stem and of every stage, float32, for dense prediction."""
+  def stages(self, images: Array | np.ndarray) -> tuple[Float[Array, "n _ _ _"], ...]:
+    """Feature maps of the stem and of every stage, float32, for dense prediction.
+
+    Args:
+      images: uint8 [n, h, w, 3], see `__call__`.
+    """
     return self._run(_stages, images)
 
   def prepare(
@@ -95,7 +109,7 @@ def load_encoder(
   encoder: str = "online",
   *,
   mesh: Mesh | None = None,
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None,
+  network: Network | None = None,
 ) -> PretrainedEncoder:
   """Loads an encoder from the newest good checkpoint of a run; the data set need not be there.
 
@@ -124,11 +138,11 @@ def load_encoder(
   if not config:
     raise ConfigError(f"{path}: expected a config in the checkpoint, or a config.json beside it")
   config = {f"views.{name}": x.default for name, x in fields_of(ViewsSpec).items()} | config
+  spec = ResNetSpec()
   if network is None:
     names = [name for name in fields_of(ResNetSpec) if f"model.{name}" in config]
     spec = ResNetSpec(**{name: config[f"model.{name}"] for name in names})
-    network = functools.partial(_resnet, spec)
-  module = nnx.eval_shape(lambda: network(nnx.Rngs(0)))
+  module = nnx.eval_shape(lambda: encoder_module.build(spec, network, nnx.Rngs(0)))
   graphdef, state = nnx.split(module)
   leaves = storage.named(state)
   kinds = {name: storage.kind(leaf) for name, leaf in leaves.items()}
@@ -143,7 +157,3 @@ def load_encoder(
   arrays = [loaded.arrays[name] for name in leaves]
   state = jax.tree.unflatten(jax.tree.structure(state), arrays)
   return PretrainedEncoder(nnx.merge(graphdef, state), config, loaded.lineage)
-
-
-def _resnet(spec: ResNetSpec, rngs: nnx.Rngs) -> ResNet:
-  return ResNet(spec, rngs=rngs)

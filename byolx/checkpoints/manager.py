@@ -45,17 +45,31 @@ LOG = logging.getLogger("byolx")
 class Policy:
   """The config group `checkpoint`: when checkpoints are saved, and which of them are kept."""
 
-  every_epochs: float = field(1.0, "between checkpoints", above(0), free=True)
-  every_steps: int = field(0, "between checkpoints as well; 0: off", at_least(0), free=True)
-  every_minutes: float = field(0.0, "between checkpoints as well; 0: off", at_least(0), free=True)
-  keep: int = field(2, "latest checkpoints kept", at_least(1), free=True)
+  every_epochs: float = field(1.0, "epochs between checkpoints", above(0), free=True)
+  every_steps: int = field(
+    0, "steps between additional checkpoints; 0: none", at_least(0), free=True
+  )
+  every_minutes: float = field(
+    0.0, "minutes between additional checkpoints; 0: none", at_least(0), free=True
+  )
+  keep: int = field(2, "number of latest checkpoints to keep", at_least(1), free=True)
   keep_every: int = field(
-    0, "steps: those of every so many are kept for ever; 0: none", at_least(0), free=True
+    0,
+    "steps between checkpoints that are never deleted, the multiples of this number; 0: none",
+    at_least(0),
+    free=True,
   )
   best: str = field(
-    "", "a metric, such as loss: the step with its best value is kept too; empty: none", free=True
+    "",
+    "metric, such as loss, whose best checkpoint is kept in addition; empty: none",
+    free=True,
   )
-  best_mode: str = field("min", "what is best of checkpoint.best", one_of("min", "max"), free=True)
+  best_mode: str = field(
+    "min",
+    "best value of checkpoint.best: the smallest or the largest",
+    one_of("min", "max"),
+    free=True,
+  )
 
   def kept(self, steps: list[int], metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
     """The steps that stay, of those there are."""

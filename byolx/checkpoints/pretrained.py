@@ -37,16 +37,20 @@ class InitSpec:
   """The config group `init`: what a run takes from another one."""
 
   workdir: str = field(
-    "", "start with the encoder of this run's newest checkpoint, or of this checkpoint; empty: anew"
+    "", "workdir or checkpoint of the pretrained encoder to start from; empty: random weights"
   )
-  encoder: str = field("online", "which of its encoders", one_of("online", "target"))
+  encoder: str = field(
+    "online", "encoder of init.workdir to start from", one_of("online", "target")
+  )
   inherit: tuple[str, ...] = field(
     (),
-    "groups of fields that are taken from another run where this config does not set them",
+    "groups of fields that are copied from another run, except for fields that this config sets",
     each(one_of("data", "views", "model", "eval")),
     free=True,
   )
-  like: str = field("", "that run's workdir; empty: init.workdir", free=True)
+  like: str = field(
+    "", "workdir of the run whose fields are copied; empty: init.workdir", free=True
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""What every wing needs of configs: the error, flat names, and the config that goes with a checkpoint.
+"""Configs: the error, flat configs, and the stored config of a checkpoint.
 
-Fields with their defaults and checks are `byolx.runs.schema`, files and overrides `byolx.runs.config`.
+The fields with defaults and checks are in `byolx.runs.schema`; config files and overrides are loaded by
+`byolx.runs.config`.
 """
 
 import json
@@ -12,11 +13,16 @@ from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
-  """A field, a value, or a combination of them that cannot run. The message is one line."""
+  """An unknown field, an impossible value or combination of values; the message is one line."""
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Dotted names to values; lists become tuples."""
+  """Flattens a nested config to values by dotted name; lists become tuples.
+
+  Args:
+    config: nested config.
+    prefix: prefix of all names.
+  """
   flat = {}
   for key, value in config.items():
     if isinstance(value, ConfigDict | dict):
@@ -27,34 +33,35 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[st
 
 
 def plain(value: Any) -> Any:
-  """A tuple as the list that JSON makes of it; any other value as it is."""
+  """Converts a tuple to a list, as JSON does; other values are returned unchanged."""
   return list(value) if isinstance(value, tuple | list) else value
 
 
 def stored(path: str | Path) -> dict[str, Any] | None:
-  """The flat config that goes with a checkpoint, not checked; None where there is none.
+  """Reads the stored config of a checkpoint, without checking its fields.
 
   Args:
-    path: a workdir, a folder of checkpoints, or one checkpoint.
+    path: workdir, folder of checkpoints, or folder of one checkpoint.
 
   Returns:
-    The config in the newest record that can be read; without one, that of the workdir's config.json.
+    The flat config in the newest readable record; without one, that of the workdir's config.json, and
+    without this, None.
 
   Raises:
-    ConfigError: the config.json is not as a run writes it.
+    ConfigError: the config.json is not a JSON object.
   """
   try:
     for record in _records(Path(path)):
       try:
         flat = json.loads(record.read_bytes())["record"]["meta"].get("config")
       except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        continue  # a damaged checkpoint is named when its arrays are read
+        continue  # a damaged checkpoint is reported when its arrays are read
       if flat:
         return flatten(flat)
       break
     file = file_of(Path(path))
     text = None if file is None else file.read_text()
-  except OSError:  # a path that cannot be looked at, such as one whose name is too long
+  except OSError:  # an impossible path, such as a name that is too long
     return None
   try:
     return None if text is None else flatten(json.loads(text))
@@ -63,13 +70,13 @@ def stored(path: str | Path) -> dict[str, Any] | None:
 
 
 def file_of(path: Path) -> Path | None:
-  """The config.json of a workdir, of its folder of checkpoints, or of one of these."""
+  """Finds the config.json of a workdir, given the workdir, its checkpoints or one of them."""
   files = [folder / "config.json" for folder in (path, *path.absolute().parents[:2])]
   return next((file for file in files if file.is_file()), None)
 
 
 def _records(path: Path) -> list[Path]:
-  """The records of a workdir, of a folder of checkpoints, or of one checkpoint; newest first."""
+  """Paths of the checkpoints' records, newest first; `path` as in `stored`."""
   if (path / "record").is_dir():
     return [path / "record" / "record.json"]
   inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path

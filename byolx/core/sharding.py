@@ -1,8 +1,8 @@
-"""The mesh, and every NamedSharding of the library.
+"""Sharding: the mesh, and all shardings of the library.
 
-With several processes the devices of the mesh are ordered by process, the same number of each: so
-the rows of a batch that a process makes, one contiguous block, are those that its devices hold, and
-a global batch has the same rows in the same order whatever the number of processes.
+The devices of the mesh are ordered by process, with equally many of each process. So the devices of a
+process hold the rows that it loads, one contiguous block of the batch, and a global batch has the same
+rows in the same order for any number of processes.
 """
 
 import collections
@@ -26,35 +26,36 @@ from byolx.core.machine import usable_cores
 
 DATA, FSDP = "data", "fsdp"
 LEAST_TO_CUT = 2**16
-"""Elements: below it an array is not worth its own exchange. ResNet-50 has 2 % of its parameters in
-such; and a stem kernel in pieces made the compiler choose a layout that cost 21 ms of a v3 step."""
+"""Least number of elements of a sharded array. Smaller arrays are replicated: their exchange costs more
+than it saves, and a sharded stem kernel makes the TPU compiler choose a slow layout (docs/plan.md)."""
 MOST_PIECES = 64
-"""Devices that share one state where `mesh.fsdp` leaves it open: more would make the pieces of most
-kernels smaller than a tile of a TPU's memory, 8 x 128."""
+"""Largest default number of devices over which a state is sharded: with more, the shards of most
+kernels would be smaller than a tile of a TPU's memory, 8 x 128."""
 
 LEAST_IMAGES_PER_CORE = 16
+"""Least number of images of a pass per device of a CPU, see `split_cpu`."""
 
 
 def find_devices(config: ConfigDict) -> list[jax.Device]:
-  """All devices; a CPU is as many as the config says or its batches are worth."""
-  of_pass = config.train.micro_batch or config.train.batch_size
-  split_cpu(of_pass // distributed.count(), config.mesh.cpu_devices)
+  """Returns all devices, after splitting a CPU into several as the config requires (`split_cpu`)."""
+  images = config.train.micro_batch or config.train.batch_size
+  split_cpu(images // distributed.count(), config.mesh.cpu_devices)
   return jax.devices()
 
 
-def split_cpu(images: int, wanted: int = 0) -> None:
-  """Lets a CPU be several devices, before jax first looks for devices; afterwards it does nothing.
+def split_cpu(images: int, devices: int = 0) -> None:
+  """Splits a CPU into several jax devices; has no effect once jax has initialised its devices.
 
-  Small convolutions use a second core better as a second device, each with half of the batch, than
-  inside one operation. An `XLA_FLAGS` that sets the number of host devices wins.
+  With small convolutions, several devices with a part of the batch each are faster than one device
+  with several threads per operation. If `XLA_FLAGS` sets the number of host devices, that is used.
 
   Args:
-    images: of one forward pass in this process; the number of devices divides it.
-    wanted: number of devices; 0 takes the most that the cores allow, with at least
-      LEAST_IMAGES_PER_CORE images each.
+    images: images of one forward pass in this process.
+    devices: number of devices; 0 for the largest divisor of `images` that is at most the number of
+      cores and leaves at least LEAST_IMAGES_PER_CORE images per device.
   """
   most = min(usable_cores(), images // LEAST_IMAGES_PER_CORE)
-  count = wanted or next(n for n in range(max(1, most), 0, -1) if images % n == 0)
+  count = devices or next(n for n in range(max(1, most), 0, -1) if images % n == 0)
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return
   with contextlib.suppress(RuntimeError):
@@ -62,17 +63,19 @@ def split_cpu(images: int, wanted: int = 0) -> None:
 
 
 def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mesh:
-  """One mesh with the axes `data` and `fsdp`: a batch is spread over both, a state over `fsdp`.
+  """Makes the mesh, with the axes `data` and `fsdp`.
 
-  Axes are Auto: with the default, Explicit, gathers over the batch axis raise.
+  A batch is sharded over both axes, a state over `fsdp`. The axes are Auto, because gathers over the
+  batch axis raise with Explicit axes, jax's default.
 
   Args:
-    count: of devices, the first ones of each process; 0 takes all.
-    fsdp: of them, those that share one state, see `in_pieces`; neighbours.
-    devices: attached or not; default: all that are attached.
+    count: number of devices, equally many of each process; 0 for all.
+    fsdp: number of neighbouring devices over which a state is sharded, see `in_pieces`; a divisor of
+      the number of devices.
+    devices: devices to choose from, attached or not; empty for all attached devices.
 
   Raises:
-    ValueError: more devices wanted than there are, or they cannot be cut evenly.
+    ValueError: there are fewer devices, or they cannot be divided evenly.
   """
   devices = list(devices) or jax.devices()
   chosen = choose_devices(devices, count)
@@ -84,39 +87,46 @@ def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mes
 
 
 def default_fsdp(devices: int) -> int:
-  """The largest divisor of a number of devices, at most MOST_PIECES."""
+  """Returns the largest divisor of the number of devices that is at most MOST_PIECES."""
   return max(n for n in range(1, MOST_PIECES + 1) if devices % n == 0)
 
 
 def choose_devices(devices: Sequence[Any], count: int) -> list[Any]:
-  """The first `count` devices (0: all), in equal shares of the processes, ordered by process.
+  """Chooses devices, equally many of each process, ordered by process.
+
+  Args:
+    devices: devices to choose from.
+    count: number of devices; 0 for all.
 
   Raises:
-    ValueError: there are not as many.
+    ValueError: there are fewer devices, or the processes do not have equally many.
   """
   if count > len(devices):
     raise ValueError(f"mesh.data={count}: expected at most the {len(devices)} devices there are")
   processes = sorted({device.process_index for device in devices})
   groups = [[d for d in devices if d.process_index == index] for index in processes]
-  each, left = divmod(count or len(devices), len(processes))
-  if left or any(len(group) < each for group in groups):
+  per_process, rest = divmod(count or len(devices), len(processes))
+  if rest or any(len(group) < per_process for group in groups):
     numbers = ", ".join(str(len(group)) for group in groups)
     raise ValueError(
       f"mesh.data={count}: expected the same number of devices of each of the {len(processes)} "
       f"processes, which have {numbers}"
     )
-  return [device for group in groups for device in group[:each]]
+  return [device for group in groups for device in group[:per_process]]
 
 
 def check_rows(processes: Sequence[int]) -> None:
-  """Refuses an order of devices, given by their processes, in which rows would change places.
+  """Checks that an order of devices keeps the order of the rows of a batch.
+
+  Args:
+    processes: index of the process of each device, in the order of the mesh.
 
   Raises:
-    ValueError: it is not 0 0 ... 1 1 ... with the same number of each.
+    ValueError: the order is not 0 0 ... 1 1 ..., with equally many devices of each process.
   """
   count = max(processes) + 1
-  each = len(processes) // count
-  if list(processes) != [index for index in range(count) for _ in range(each)]:
+  per_process = len(processes) // count
+  if list(processes) != [index for index in range(count) for _ in range(per_process)]:
     raise ValueError(
       f"the mesh has devices of the processes {', '.join(map(str, processes))} in this order; "
       "expected those of process 0 first, then as many of process 1, and so on"
@@ -124,19 +134,19 @@ def check_rows(processes: Sequence[int]) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """Sharding of an array that is whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def by_example(mesh: Mesh) -> NamedSharding:
-  """The first axis spread over all devices."""
+  """Sharding of an array whose first axis is sharded over all devices."""
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def in_pieces(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-  """An array spread over `fsdp` along the axis where the pieces are largest.
+  """Sharding of an array over `fsdp`, along its largest axis that can be divided evenly.
 
-  Small arrays stay whole, and so do those none of whose axes can be divided.
+  Arrays with fewer than LEAST_TO_CUT elements, or without such an axis, are replicated.
   """
   count = mesh.shape[FSDP]
   divisible = [size if size % count == 0 else 0 for size in shape]
@@ -148,27 +158,28 @@ def in_pieces(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-  """The config group `mesh`."""
+  """The config group `mesh`: devices, and placement of the state on them."""
 
   state: str = field(
     "replicated",
-    "where the state lives: whole on every device; zero: optimiser, target and gradients in pieces "
-    "over mesh.fsdp devices; full: parameters too",
+    "placement of the state: replicated, whole on every device; zero, with optimiser state, target and "
+    "gradients sharded over mesh.fsdp devices; full, with parameters sharded too",
     one_of("replicated", "zero", "full"),
     free=True,
   )
   data: int = field(
-    0, "devices over which a batch is spread; 0: all there are", at_least(0), free=True
+    0, "number of devices over which a batch is sharded; 0: all", at_least(0), free=True
   )
   fsdp: int = field(
     0,
-    "of them, those that share one state in pieces; 0: as many as divide them, at most 64",
+    "number of devices over which the state is sharded, a divisor of mesh.data; 0: the largest divisor "
+    "up to 64",
     at_least(0),
     free=True,
   )
   cpu_devices: int = field(
     0,
-    "devices that a CPU is split into; 0: as many as cores and batch allow",
+    "number of devices into which a CPU is split; 0: by the numbers of cores and of images",
     at_least(0),
     free=True,
   )
@@ -176,50 +187,52 @@ class MeshSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where a training state lives on a mesh.
+  """Placement of a training state on a mesh.
 
   Args:
-    mesh: with the axes `data` and `fsdp`.
-    state: "replicated": all of it on every device. "zero": parameters on every device; the
-      optimiser's state, the target network and gradients in pieces over `fsdp` (as ZeRO, stage 2,
-      arXiv:1910.02054). "full": parameters in pieces too, gathered in the compute type for their use.
+    mesh: mesh with the axes `data` and `fsdp`.
+    state: "replicated" for a whole state on every device. "zero" for parameters on every device, and
+      the optimiser's state, the target network and gradients sharded over `fsdp` (as ZeRO, stage 2,
+      arXiv:1910.02054). "full" for sharded parameters too, gathered in the compute type for their use.
   """
 
   mesh: Mesh
   state: str = "replicated"
 
   def of_params(self, tree: Any) -> Any:
-    """Shardings of what is trained, a tree of NamedSharding like the tree of arrays or shapes."""
+    """Returns the shardings of the trained parameters, as a tree like that of arrays or shapes."""
     return self._of(tree, self.state == "full")
 
   def of_rest(self, tree: Any) -> Any:
-    """Shardings of the target, statistics, the optimiser's state and gradients."""
+    """Returns the shardings of target, statistics, optimiser state or gradients, as a tree."""
     return self._of(tree, self.state != "replicated")
 
-  def _of(self, tree: Any, pieces: bool) -> Any:
+  def _of(self, tree: Any, sharded: bool) -> Any:
     whole = replicated(self.mesh)
-    return jax.tree.map(lambda x: in_pieces(self.mesh, x.shape) if pieces else whole, tree)
+    return jax.tree.map(lambda x: in_pieces(self.mesh, x.shape) if sharded else whole, tree)
 
 
-def lay_out(wanted: MeshSpec, devices: Sequence[Any]) -> Layout:
-  """The mesh that a config describes, and where the state lives on it.
+def lay_out(spec: MeshSpec, devices: Sequence[Any]) -> Layout:
+  """Makes the mesh of a config, with the placement of the state on it.
+
+  Args:
+    spec: config group `mesh`.
+    devices: all devices of the run, attached or not.
 
   Raises:
-    ValueError: the devices cannot be cut so.
+    ValueError: the devices cannot be divided as the config requires.
   """
-  if wanted.state == "replicated" and wanted.fsdp > 1:
+  if spec.state == "replicated" and spec.fsdp > 1:
     raise ValueError(
-      f"mesh.fsdp={wanted.fsdp} with mesh.state=replicated: there is nothing to keep in pieces; "
+      f"mesh.fsdp={spec.fsdp} with mesh.state=replicated: a replicated state is not sharded; "
       "expected mesh.state=zero or full"
     )
-  fsdp = wanted.fsdp or (
-    1 if wanted.state == "replicated" else default_fsdp(wanted.data or len(devices))
-  )
-  return Layout(make_mesh(wanted.data, fsdp, devices), wanted.state)
+  fsdp = spec.fsdp or (1 if spec.state == "replicated" else default_fsdp(spec.data or len(devices)))
+  return Layout(make_mesh(spec.data, fsdp, devices), spec.state)
 
 
 def held_bytes(tree: Any) -> int:
-  """What each device holds of arrays, or of shapes with shardings."""
+  """Returns the bytes per device of a tree of arrays, or of shapes with shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
@@ -230,7 +243,7 @@ _in_use: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def using(layout: Layout) -> Iterator[None]:
-  """Inside, `gathered` and `summed` know where arrays live."""
+  """Sets the layout that `gathered` and `summed` use inside the context."""
   token = _in_use.set(layout)
   try:
     yield
@@ -239,7 +252,7 @@ def using(layout: Layout) -> Iterator[None]:
 
 
 def gathered(x: Any) -> Any:
-  """An array that may be kept in pieces, whole on every device; see `using`."""
+  """Gathers an array that may be sharded, so that it is whole on every device; see `using`."""
   layout = _in_use.get()
   if layout is None or layout.state == "replicated":
     return x
@@ -247,39 +260,47 @@ def gathered(x: Any) -> Any:
 
 
 def summed(gradient: Callable[..., Any], shape: Sequence[int], *rows: Any) -> Any:
-  """The gradient of a weight, summed over all examples, in pieces where weights' gradients are.
+  """Computes the gradient of a weight, summed over all examples, sharded if gradients are.
 
-  Left to itself, XLA's partitioner sums whole gradients on every device and then cuts them. Here each
-  device computes the gradient of its rows, and one reduce-scatter over `fsdp` sums and cuts.
+  By default, XLA's partitioner sums whole gradients on every device and then slices them. Here each
+  device computes the gradient of its rows, and one reduce-scatter over `fsdp` both sums and slices.
 
   Args:
-    gradient: of rows of examples, a sum over them.
-    shape: of the gradient.
-    rows: arrays whose first axis is examples, spread by example.
+    gradient: function from rows of examples to the gradient, a sum over these rows.
+    shape: shape of the gradient.
+    *rows: arguments of `gradient`, arrays whose first axis is sharded by example.
   """
   layout = _in_use.get()
   if layout is None or layout.state == "replicated":
     return gradient(*rows)
-  mesh, place = layout.mesh, in_pieces(layout.mesh, shape)
-  if FSDP not in place.spec:
+  mesh, sharding = layout.mesh, in_pieces(layout.mesh, shape)
+  if FSDP not in sharding.spec:
     return gradient(*rows)
-  axis = place.spec.index(FSDP)
+  axis = sharding.spec.index(FSDP)
 
-  def of_device(*rows: Any) -> Any:
+  def sum_and_scatter(*rows: Any) -> Any:
     total = jax.lax.psum_scatter(gradient(*rows), FSDP, scatter_dimension=axis, tiled=True)
     return jax.lax.psum(total, DATA) if mesh.shape[DATA] > 1 else total
 
-  spread = by_example(mesh).spec
+  by_row = by_example(mesh).spec
   return jax.shard_map(
-    of_device, mesh=mesh, in_specs=(spread,) * len(rows), out_specs=place.spec, check_vma=False
+    sum_and_scatter,
+    mesh=mesh,
+    in_specs=(by_row,) * len(rows),
+    out_specs=sharding.spec,
+    check_vma=False,
   )(*rows)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
-  """Puts each process's block of rows on its devices, as global arrays spread by example.
+  """Puts each process's block of rows on its devices, as global arrays sharded by example.
+
+  Args:
+    batch: rows of this process, by name.
+    mesh: mesh of the run.
 
   Raises:
-    ValueError: the order of the mesh's devices would give the rows another order.
+    ValueError: the order of the mesh's devices would change the order of the rows.
   """
   _check_mesh(mesh)
   sharding = by_example(mesh)
@@ -287,7 +308,7 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
 
 
 def prefetch(batches: Iterator[Any], mesh: Mesh, ahead: int = 2) -> Iterator[Any]:
-  """Batches on the mesh, `ahead` of them sent before they are asked for."""
+  """Puts batches on the mesh, `ahead` of them in advance."""
   sent: collections.deque[Any] = collections.deque()
   for batch in batches:
     sent.append(put_batch(batch, mesh))

@@ -1,4 +1,4 @@
-"""Trained classifiers: chosen on validation images, measured on test images (appendix D)."""
+"""Evaluation of classifiers: selection on validation images, accuracy on test images (appendix D)."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -18,55 +18,64 @@ _CONFIDENCE = (2.5, 97.5)
 
 
 def choose_and_test(task: Task, finished: Finished) -> list[Record]:
-  """Chooses the best head on the validation images and measures it on the test images.
+  """Selects the best head on the validation images and measures it on the test images.
 
-  All processes share the work on images; the writer writes.
+  Without validation images, the first head is measured. All processes share the work on images; only
+  the writer writes files.
 
   Args:
-    task: the task; `evaluate` and `predict` have one value per head.
-    finished: the run.
+    task: task whose `evaluate` and `predict` return one value per head.
+    finished: finished run.
+
+  Returns:
+    The records of `results.json`: top-1 and top-5 of each head on the validation images, and of the
+    selected head on the test images.
   """
-  known, model, o = _facts(finished), finished.model, finished.config.optim
-  rates = tuple(o.rates) or (o.base_rate,)
+  common, model, optim = _facts(finished), finished.model, finished.config.optim
+  rates = tuple(optim.rates) or (optim.base_rate,)
   records, chosen = [], 0
   if finished.validation is not None:
     values = _measure(task, finished, finished.validation)
     chosen = int(np.argmax(values["top1"]))
     for head, rate in enumerate(rates):
-      about = known | {"split": "validation", "rate": rate, "chosen": head == chosen}
-      records += [_record(about, metric, values[metric][head]) for metric in METRICS]
+      facts = common | {"split": "validation", "rate": rate, "chosen": head == chosen}
+      records += [_record(facts, metric, values[metric][head]) for metric in METRICS]
   if finished.test is not None:
-    about = known | {"split": "test", "rate": rates[chosen], "chosen": True}
+    facts = common | {"split": "test", "rate": rates[chosen], "chosen": True}
     values = _measure(task, finished, finished.test)
-    intervals = _look_closer(task, finished, model, chosen)
+    intervals = _predict_test(task, finished, model, chosen)
     records += [
-      _record(about, metric, values[metric][chosen], intervals.get(metric)) for metric in METRICS
+      _record(facts, metric, values[metric][chosen], intervals.get(metric)) for metric in METRICS
     ]
   return records
 
 
 def _measure(task: Task, finished: Finished, source: Source) -> dict[str, np.ndarray]:
-  """Every metric of every head."""
+  """Measures each metric of each head, as an array over heads."""
   return inference.measure(task, finished.model, finished.batches(source), finished.mesh)
 
 
-def _look_closer(task: Task, finished: Finished, model: Any, head: int) -> dict[str, float]:
-  """Writes predictions of the test images and returns 95 % half-widths by metric, by `eval` fields."""
+def _predict_test(task: Task, finished: Finished, model: Any, head: int) -> dict[str, float]:
+  """Predicts the test images, if eval.predictions or eval.bootstrap is set.
+
+  Writes predictions.npz for eval.predictions. Returns the half-widths of the 95 % intervals by metric for
+  eval.bootstrap, else an empty dict.
+  """
   settings, source = finished.config.eval, finished.test
   if not (settings.predictions or settings.bootstrap):
     return {}
   batches = finished.batches(source)
-  arrays = inference.predictions(task, model, batches, finished.mesh, wanted=finished.writer)
+  arrays = inference.predictions(task, model, batches, finished.mesh, collect=finished.writer)
   if not finished.writer:
     return {}
-  of_head = {name: x[:, head] for name, x in arrays.items() if name not in ("label", "index")}
+  outputs = {name: x[:, head] for name, x in arrays.items() if name not in ("label", "index")}
   if settings.predictions:
     names = np.array([source.names[int(i)] for i in arrays["index"]])
     images = {"name": names, "label": arrays["label"], "index": arrays["index"]}
-    _write_npz(finished.workdir / "predictions.npz", images | of_head)
+    _write_npz(finished.workdir / "predictions.npz", images | outputs)
   if not settings.bootstrap:
     return {}
-  ranks = of_head["rank"][arrays["label"] >= 0]
+  ranks = outputs["rank"][arrays["label"] >= 0]
   return {
     metric: bootstrap_interval(ranks < k, settings.bootstrap, finished.config.seed)
     for metric, k in (("top1", 1), ("top5", 5))
@@ -74,12 +83,13 @@ def _look_closer(task: Task, finished: Finished, model: Any, head: int) -> dict[
 
 
 def bootstrap_interval(correct: np.ndarray, resamples: int, seed: int) -> float:
-  """Half the width of the 95 % interval of a share of correct answers, by the bootstrap.
+  """Half-width of the 95 % bootstrap interval of an accuracy, in [0, 0.5].
 
-  The mean of n answers drawn anew, with replacement, is a binomial number over n: it is drawn as that.
+  The mean of a resample of n boolean values is a binomial number divided by n, so binomial numbers are
+  drawn.
 
   Args:
-    correct: bool [n].
+    correct: bool [n], True for each correct prediction.
     resamples: number of bootstrap resamples.
     seed: seed of the bootstrap draws.
   """
@@ -96,7 +106,7 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _facts(finished: Finished) -> Record:
-  """Keys and values that all records of a run have."""
+  """Keys and values that all records of a run share."""
   c, facts, before = finished.config, finished.facts, finished.lineage or {}
   return {
     "task": facts["task"],
@@ -114,30 +124,30 @@ def _facts(finished: Finished) -> Record:
 
 
 def _record(
-  known: Mapping[str, Any], metric: str, value: np.floating, interval: float | None = None
+  facts: Mapping[str, Any], metric: str, value: np.floating, interval: float | None = None
 ) -> dict[str, Any]:
-  return {**known, "metric": metric, "value": float(value), "interval": interval, "n": 1}
+  return {**facts, "metric": metric, "value": float(value), "interval": interval, "n": 1}
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Records as a table for a terminal: a row for every split and rate, * for what was chosen."""
+  """Formats records as a table for a terminal: a row per split and rate, * for the selected rate."""
   rows = [("split", "rate", *(f"{metric[:3]}-{metric[3:]}" for metric in METRICS))]
   groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
   for record in records:
     groups.setdefault((record["split"], _rate(record)), {})[record["metric"]] = record
   several = len({rate for _, rate in groups}) > 1
-  for (split, rate), found in groups.items():
-    mark = " *" if several and next(iter(found.values()))["chosen"] is True else ""
-    rows.append((split, rate + mark, *(_cell(found.get(metric)) for metric in METRICS)))
+  for (split, rate), by_metric in groups.items():
+    mark = " *" if several and next(iter(by_metric.values()))["chosen"] is True else ""
+    rows.append((split, rate + mark, *(_cell(by_metric.get(metric)) for metric in METRICS)))
   table = text.aligned(rows)
   caption = "accuracy in %" + ("; *: the best on the validation images" if several else "")
   return f"{table}\n{caption}"
 
 
 def _rate(record: Mapping[str, Any]) -> str:
-  """The rate of a record; those of several seeds, where each chose its own."""
+  """Text of a record's rate, or of the rates that several seeds selected."""
   rate = record["rate"]
-  return ", ".join(f"{one:g}" for one in rate) if isinstance(rate, list) else f"{rate:g}"
+  return ", ".join(f"{value:g}" for value in rate) if isinstance(rate, list) else f"{rate:g}"
 
 
 def _cell(record: Mapping[str, Any] | None) -> str:

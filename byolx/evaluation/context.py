@@ -1,4 +1,4 @@
-"""A run at its end, as its task sees it."""
+"""Context of an evaluation: a finished run."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,26 +16,25 @@ from byolx.training.task import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """A run at its end: everything that its task needs to measure the model.
+  """Finished run: the inputs of the task's evaluation of the model.
 
-  With several processes, every process has one: `batches` are its own rows, and `writer` says whether
-  it writes files.
+  With several processes, each process has its own instance.
 
   Args:
     config: all fields.
     model: the trained model.
-    untrained: function that makes the model as it was before step 1.
+    untrained: function that returns a new model as it was at step 0.
     mesh: devices of the run.
-    train: images of the training.
-    validation: images for choosing; None without.
-    test: images for the test; None where the run must not look at them.
+    train: training images.
+    validation: validation images; None without them.
+    test: test images; None if the run does not measure them.
     labels: share of the training labels that was used, in (0, 1].
-    batches: function from a source to its evaluation batches, by the task's transform.
+    batches: function from a source to this process's rows of its evaluation batches.
     normalise: function from uint8 images to the encoder's input.
     workdir: folder of the run.
-    lineage: facts about the checkpoint that the encoder came from; None without one.
-    facts: keys that all records of the run have: task, seed, step, config (fingerprint), commit.
-    writer: whether this process writes files.
+    lineage: facts about the checkpoint of a pretrained encoder; None for an encoder from scratch.
+    facts: keys that all records of the run share: task, seed, step, config (fingerprint), commit.
+    writer: True in the process that writes files.
   """
 
   config: ConfigDict
@@ -55,12 +54,12 @@ class Finished:
 
   @property
   def held_out(self) -> tuple[str, Source]:
-    """Name and images of the split on which a run that chooses nothing is measured."""
+    """Name and images of the split that measures a run without model selection."""
     if self.validation is not None:
       return "validation", self.validation
     return "test", self.test
 
   @property
   def devices(self) -> str:
-    """Number and kind of the devices, such as `2 x cpu`."""
+    """Number and kind of devices, such as `2 x cpu`."""
     return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"

@@ -1,4 +1,4 @@
-"""Pretrained encoders: k-NN, linear probes and a map, beside an untrained encoder and raw pixels."""
+"""Evaluation of pretraining: k-NN and linear probes, with untrained and raw-pixel baselines."""
 
 import functools
 
@@ -14,20 +14,21 @@ from byolx.evaluation.context import Finished
 from byolx.training.task import Record, Task
 
 EMBEDDED_IMAGES = 1000
+"""Largest number of images in embedding.png."""
 
 
 def compare(task: Task, finished: Finished) -> list[Record]:
-  """Measures the online, target and untrained encoder and raw pixels by k-NN and linear probes.
+  """Measures the online, target and untrained encoders and raw pixels by k-NN and linear probes.
 
-  All processes share the work on images; the writer does the rest, and the others wait for its
-  records.
+  All processes compute features. Only the writer fits and measures the probes; the other processes wait
+  for its records.
 
   Args:
-    task: the task, whose `evaluate` measures the online probe.
-    finished: the run, whose model has `online` (with `encoder`), `target` and `probe`.
+    task: task whose `evaluate` measures the online probe.
+    finished: finished run, whose model has `online`, `target` and `probe`.
 
   Returns:
-    Records of `results.json`; none where no held-out image is labelled.
+    The records of `results.json`, on every process; none if no held-out image is labelled.
   """
   model, writer = finished.model, finished.writer
   encoders = {"online": model.online.encoder}
@@ -35,7 +36,7 @@ def compare(task: Task, finished: Finished) -> list[Record]:
     encoders["target"] = model.target.encoder
   encoders["random"] = untrained_encoder(finished)
   extract = functools.partial(
-    inference.features, encoders, finished.normalise, mesh=finished.mesh, wanted=writer
+    inference.features, encoders, finished.normalise, mesh=finished.mesh, collect=writer
   )
   split, held_out = finished.held_out
   test = extract(batches=finished.batches(held_out))
@@ -45,46 +46,47 @@ def compare(task: Task, finished: Finished) -> list[Record]:
     print("no labels: nothing to measure; see embedding.png, curves.png")
     return []
   training = extract(batches=finished.batches(training_subset(finished)))
-  measured = {}
+  online_probe = {}
   if model.probe is not None:
-    measured = inference.measure(task, model, finished.batches(held_out), finished.mesh)
-  return distributed.agree(_records(finished, split, training, test, measured) if writer else None)
+    online_probe = inference.measure(task, model, finished.batches(held_out), finished.mesh)
+  records = _records(finished, split, training, test, online_probe) if writer else None
+  return distributed.agree(records)
 
 
 def _draw(finished: Finished, test: dict[str, np.ndarray], labels: np.ndarray) -> None:
-  """Draws the map of the held-out images, and prints the effective rank of their features."""
-  some, step = test["online"][:EMBEDDED_IMAGES], finished.facts["step"]
+  """Draws embedding.png of held-out images, and prints the effective rank of their features."""
+  features, step = test["online"][:EMBEDDED_IMAGES], finished.facts["step"]
   title = f"{finished.train.name}: held-out images, online encoder, step {step:,}"
   path, classes = finished.workdir / "embedding.png", finished.train.classes
-  plots.embedding(some, labels[:EMBEDDED_IMAGES], classes, path, title)
-  rank = float(metrics.effective_rank(jnp.asarray(some)))
-  print(f"effective rank of the representation: {rank:.1f} of {some.shape[1]}")
+  plots.embedding(features, labels[:EMBEDDED_IMAGES], classes, path, title)
+  rank = float(metrics.effective_rank(jnp.asarray(features)))
+  print(f"effective rank of the representation: {rank:.1f} of {features.shape[1]}")
 
 
 def _records(
-  finished: Finished, split: str, training: tuple, test: tuple, measured: dict[str, float]
+  finished: Finished, split: str, training: tuple, test: tuple, online_probe: dict[str, float]
 ) -> list[Record]:
-  """Records from features and labels, and from the metrics of the online probe."""
+  """Measures the features by k-NN and linear probes; adds a record of the online probe's metrics."""
   facts = finished.facts
-  known = {"task": facts["task"], "split": split, **facts}
+  common = {"task": facts["task"], "split": split, **facts}
   records = probes.evaluate_features(
     {name: (training[0][name], test[0][name]) for name in test[0]},
     training[1],
     test[1],
     fractions=tuple(finished.config.eval.fractions),
     draws=finished.config.eval.draws,
-    **known,
+    **common,
   )
-  if measured:
+  if online_probe:
     online = {"protocol": "online_probe", "encoder": "online", "labels": 1.0}
-    value = {"metric": "top1", "value": measured["top1"], "interval": None, "n": 1}
-    records.append({**known, **online, **value})
+    value = {"metric": "top1", "value": online_probe["top1"], "interval": None, "n": 1}
+    records.append({**common, **online, **value})
   return records
 
 
 def untrained_encoder(finished: Finished) -> nnx.Module:
-  """The online encoder before step 1, its statistics taken from the training images."""
-  # Made by the very program that made the first state; draw by draw it would take several times as long.
+  """Returns the online encoder at step 0, with BatchNorm statistics of the training images."""
+  # By the compiled program of the initial state: without jit it takes several times as long.
   encoder = finished.untrained().online.encoder
   images = finished.batches(training_subset(finished, most=20_000))
   inference.warm_statistics(encoder, finished.normalise, images, finished.mesh)
@@ -92,11 +94,11 @@ def untrained_encoder(finished: Finished) -> nnx.Module:
 
 
 def training_subset(finished: Finished, most: int = 0) -> base.Source:
-  """The training images that evaluation uses: all, or a seeded balanced subset.
+  """Returns the training images used in evaluation: all of them, or a class-balanced subset.
 
   Args:
-    finished: the run; `eval.max_train` limits the number of images.
-    most: another limit; 0: none.
+    finished: finished run, whose `eval.max_train` limits the number of images.
+    most: additional limit of the number of images; 0 for none.
   """
   source = finished.train
   limit = min(filter(None, (most, finished.config.eval.max_train)), default=0)

@@ -1,8 +1,8 @@
-"""Evaluation over a whole set: padded and masked batches, features of frozen encoders, metrics.
+"""Inference over a whole data set: metrics, features and predictions, in padded and masked batches.
 
-With several processes each gives its block of every batch, as `loader.evaluation_batches` makes
-them, and the results are those of one process: metrics on every process, features on those that
-want them.
+With several processes, each has its block of rows of every batch, from `loader.evaluation_batches`. The
+results equal those of one process. Metrics are returned on every process; features and predictions on
+those that set `collect`.
 """
 
 import functools
@@ -23,22 +23,33 @@ from byolx.models.batch_norm import BatchNorm
 from byolx.training.task import Batch, Task
 
 PIXELS_SIDE = 32
-"""Larger images are averaged down to this side before their raw pixels count as features."""
+"""Largest side, in pixels, of the images whose raw pixels are features; larger ones are reduced."""
 
 
 def measure(
   task: Task, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh
 ) -> dict[str, float | np.ndarray]:
-  """The task's metrics over all batches, exact for any batch size, mesh and number of processes."""
+  """Computes the task's metrics over all batches; they do not depend on batch size, mesh or processes.
+
+  Args:
+    task: task whose `evaluate` computes the metrics of a batch.
+    model: model of the task.
+    batches: rows of this process of each evaluation batch.
+    mesh: devices that compute.
+
+  Returns:
+    Values by name, on every process: a float, or an array for a metric with several values; empty
+    without batches.
+  """
   graphdef, state = nnx.split(model)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-  def one(state: nnx.State, batch: Batch) -> metrics.Collection:
+  def evaluate(state: nnx.State, batch: Batch) -> metrics.Collection:
     return task.evaluate(nnx.merge(graphdef, state), batch)
 
   total = None
   for batch in batches:
-    current = one(state, _placed(batch, mesh))
+    current = evaluate(state, _placed(batch, mesh))
     total = current if total is None else total.merge(current)
   if total is None:
     return {}
@@ -54,21 +65,22 @@ def features(
   batches: Iterable[Batch],
   mesh: Mesh,
   *,
-  wanted: bool = True,
+  collect: bool = True,
 ) -> tuple[dict[str, Float[np.ndarray, "n d"]], np.ndarray, np.ndarray]:
-  """Representations of every image by several frozen encoders, and the images' raw pixels.
+  """Computes the representations of all images by several frozen encoders, and their raw pixels.
 
   Args:
-    encoders: by name; called with `train=False`.
-    normalise: uint8 images to what the encoders take.
-    batches: with `image`, `label`, `mask`, `index`; each process's own rows of them.
-    mesh: where the work runs.
-    wanted: whether this process wants the results. Without, it does its share and returns arrays
-      without rows.
+    encoders: encoders by name, called with `train=False`.
+    normalise: function from uint8 images to the encoders' input.
+    batches: rows of this process of each batch, with `image`, `label`, `mask` and `index`.
+    mesh: devices that compute.
+    collect: True to return the results on this process. If False, it computes its part, and the
+      returned arrays have no rows.
 
   Returns:
-    Features by encoder name, "pixels" (see `raw_pixels`) among them; labels; indices. In the order
-    of the batches' rows, those of process 0 first in each batch.
+    Features by name of the encoder, float32 [n, d], and "pixels", uint8, see `raw_pixels`; labels, int32
+    [n]; indices of records, int32 [n]. Masked rows are left out. Rows are in the order of the batches,
+    and within a batch in the order of processes.
   """
   split = {name: nnx.split(encoder) for name, encoder in encoders.items()}
 
@@ -83,41 +95,52 @@ def features(
 
   states = {name: state for name, (_, state) in split.items()}
   with_pixels = (batch | {"pixels": raw_pixels(batch["image"])} for batch in batches)
-  joined = _unmasked(functools.partial(encode, states), with_pixels, mesh, wanted)
+  joined = _unmasked(functools.partial(encode, states), with_pixels, mesh, collect)
   return joined, joined.pop("label"), joined.pop("index")
 
 
 def predictions(
-  task: Task, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh, *, wanted: bool = True
+  task: Task, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh, *, collect: bool = True
 ) -> dict[str, np.ndarray]:
-  """What `task.predict` says of every image, with `label` and `index`; see `features`."""
+  """Computes `task.predict` for all images.
+
+  Args:
+    task: task with a function `predict` of a model and a batch.
+    model: model of the task.
+    batches: rows of this process of each evaluation batch.
+    mesh: devices that compute.
+    collect: True to return the results on this process, as in `features`.
+
+  Returns:
+    Arrays of `task.predict` for the unmasked images, and their `label` and `index`.
+  """
   graphdef, state = nnx.split(model)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def predict(state: nnx.State, batch: Batch) -> Batch:
-    found = task.predict(nnx.merge(graphdef, state), batch)
-    return found | {name: batch[name] for name in ("label", "index", "mask")}
+    outputs = task.predict(nnx.merge(graphdef, state), batch)
+    return outputs | {name: batch[name] for name in ("label", "index", "mask")}
 
-  return _unmasked(functools.partial(predict, state), batches, mesh, wanted)
+  return _unmasked(functools.partial(predict, state), batches, mesh, collect)
 
 
 def _unmasked(
-  function: Callable[[Batch], Batch], batches: Iterable[Batch], mesh: Mesh, wanted: bool
+  function: Callable[[Batch], Batch], batches: Iterable[Batch], mesh: Mesh, collect: bool
 ) -> dict[str, np.ndarray]:
-  """The rows that a function returns for all batches, without masked ones; none unless wanted."""
-  found: dict[str, list[np.ndarray]] = {}
+  """Concatenates the unmasked rows of a function of all batches; without `collect`, no rows."""
+  collected: dict[str, list[np.ndarray]] = {}
   for batch in batches:
     for name, rows in function(_placed(batch, mesh)).items():
-      # Each array is whole on every device; those of other processes are out of reach.
-      found.setdefault(name, []).append(np.asarray(rows.addressable_data(0)))
-    keep = found.pop("mask")[0] & wanted
-    for rows in found.values():
+      # The array is whole on every device; shards on other processes' devices cannot be read.
+      collected.setdefault(name, []).append(np.asarray(rows.addressable_data(0)))
+    keep = collected.pop("mask")[0] & collect
+    for rows in collected.values():
       rows[-1] = rows[-1][keep]
-  return {name: np.concatenate(rows) for name, rows in found.items()}
+  return {name: np.concatenate(rows) for name, rows in collected.items()}
 
 
 def raw_pixels(images: UInt8[np.ndarray, "b s s 3"]) -> UInt8[np.ndarray, "b d"]:
-  """Images as the plainest of features: at most PIXELS_SIDE on a side, flattened."""
+  """Flattens images to vectors of pixels, after reducing them to a side of at most PIXELS_SIDE."""
   if images.shape[1] > PIXELS_SIDE:
     size = (PIXELS_SIDE, PIXELS_SIDE)
     small = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in images]
@@ -131,17 +154,24 @@ def warm_statistics(
   batches: Iterator[Batch],
   mesh: Mesh,
 ) -> None:
-  """Gives an untrained encoder the running averages of the images in `batches`, in place.
+  """Sets the BatchNorm running averages of an untrained encoder to those of images, in place.
 
-  Statistics must not see padding, so each batch is cut to what the devices and the encoder's own
-  normalisation groups divide. Batches with masked rows are left out, unless there is nothing else.
+  Padding must not enter the statistics. So masked rows are dropped, each batch is cut to a multiple of
+  the number of devices and of the encoder's normalisation groups, and a batch with masked rows is used
+  only if no batch was used before.
+
+  Args:
+    encoder: untrained encoder, which is changed.
+    normalise: function from uint8 images to the encoder's input.
+    batches: rows of this process of each batch, with `image` and `mask`.
+    mesh: devices that compute.
   """
   graphdef, state = nnx.split(encoder)
   norms = (module for _, module in nnx.iter_modules(encoder) if isinstance(module, BatchNorm))
   divisor = math.lcm(mesh.size, *{norm.group or 1 for norm in norms})
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding.replicated(mesh))
-  def one(state: nnx.State, image: Array, rows: Array) -> nnx.State:
+  def update(state: nnx.State, image: Array, rows: Array) -> nnx.State:
     model = nnx.merge(graphdef, state)
     image = jax.lax.with_sharding_constraint(image[rows], sharding.by_example(mesh))
     model(normalise(image), train=True)
@@ -156,13 +186,13 @@ def warm_statistics(
     complete = len(rows) == len(batch["mask"]) * jax.process_count()
     rows = rows[: len(rows) // divisor * divisor]
     if len(rows) and (complete or not warm):
-      state = one(state, placed["image"], rows)
+      state = update(state, placed["image"], rows)
       warm = True
   nnx.update(encoder, state)
 
 
 def _placed(batch: Batch, mesh: Mesh) -> Batch:
-  """A batch on the mesh, padded with masked rows to a multiple of this process's devices."""
+  """Puts a batch on the mesh, padded with masked rows to a multiple of this process's devices."""
   short = -len(batch["mask"]) % len(mesh.local_devices)
   padded = {
     name: np.concatenate([value, np.zeros((short, *value.shape[1:]), value.dtype)])

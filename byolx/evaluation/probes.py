@@ -288,7 +288,7 @@ def evaluate_features(
     test_labels: classes of the test images, -1 = unlabelled.
     fractions: fractions of the training labels, each in (0, 1].
     draws: number of draws of labels per fraction.
-    task: task in the records.
+    task: name of the task, for the records.
     seed: seed of the draws, also in the records.
     step: training step in the records.
     config: fingerprint of the config in the records.

@@ -1,7 +1,6 @@
 """BYOL's networks: online encoder, projector, predictor; target encoder, projector (Figure 8)."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,10 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from byolx.core.fields import at_least, field, one_of
+from byolx.models import encoder
+from byolx.models.encoder import Network
 from byolx.models.heads import MLP
 from byolx.models.layers import Linear
 from byolx.models.remat import OUTPUTS
-from byolx.models.resnet import ResNet, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,14 @@ class BYOLSpec:
   projector_depth: int = field(2, "number of linear layers of the projector", at_least(1))
   predictor_hidden: int = field(4096, "size of the predictor's hidden layers", at_least(1))
   predictor_depth: int = field(2, "number of linear layers of the predictor", at_least(1))
-  output_bias: bool = field(False, "True: a bias in the last layer of projector and predictor")
-  predictor: bool = field(True, "False: no predictor; the projection is the prediction (Table 19)")
+  output_bias: bool = field(False, "bias in the last layer of projector and predictor")
+  predictor: bool = field(
+    True, "predictor; without it, the projection is the prediction (Table 19)"
+  )
   target: str = field(
     "ema",
-    "target of the prediction (Table 19): ema, a moving-average network; the online projection with "
-    "stop_gradient or without (online)",
+    "target of the prediction (Table 19): ema, projection of a moving-average network; "
+    "stop_gradient or online, projection of the online network with or without a stopped gradient",
     one_of("ema", "stop_gradient", "online"),
   )
   target_init: str = field(
@@ -58,7 +61,7 @@ class BYOLSpec:
     one_of("own_key", "online"),
   )
   classes: int = 0
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None
+  network: Network | None = None
 
 
 class Outputs(NamedTuple):
@@ -77,7 +80,7 @@ class Branch(nnx.Module):
   """
 
   def __init__(self, spec: BYOLSpec, *, rngs: nnx.Rngs):
-    self.encoder = spec.network(rngs) if spec.network else ResNet(spec.encoder, rngs=rngs)
+    self.encoder = encoder.build(spec.encoder, spec.network, rngs)
     self.projector = MLP(
       spec.encoder,
       self.encoder.features,

@@ -1,15 +1,16 @@
 """Classifier: an encoder with linear heads on its representation (appendices D and E)."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from byolx.models import encoder
+from byolx.models.encoder import Network
 from byolx.models.heads import Heads
 from byolx.models.layers import Initializer, uncorrected
-from byolx.models.resnet import ResNet, ResNetSpec
+from byolx.models.resnet import ResNetSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ClassifierSpec:
   classes: int
   heads: int = 1
   head_init: Initializer = uncorrected
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None
+  network: Network | None = None
 
 
 class Classifier(nnx.Module):
@@ -40,7 +41,7 @@ class Classifier(nnx.Module):
   """
 
   def __init__(self, spec: ClassifierSpec, *, rngs: nnx.Rngs):
-    self.encoder = spec.network(rngs) if spec.network else ResNet(spec.encoder, rngs=rngs)
+    self.encoder = encoder.build(spec.encoder, spec.network, rngs)
     self.heads = Heads(self.encoder.features, spec.classes, spec.heads, spec.head_init, rngs=rngs)
 
   def __call__(

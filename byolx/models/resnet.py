@@ -105,7 +105,7 @@ class ResNetSpec:
   )
   bottleneck: bool = field(
     False,
-    "arch=custom: True for blocks of 1x1, 3x3, 1x1 convolutions; False: two 3x3 convolutions",
+    "arch=custom: blocks of 1x1, 3x3, 1x1 convolutions, instead of two 3x3 convolutions",
     encoder=True,
   )
   stem: str = field(
@@ -131,7 +131,7 @@ class ResNetSpec:
     encoder=True,
   )
   bn_decay: float = field(
-    0.9, "decay of BatchNorm's running averages, per step", between(0, 1), encoder=True
+    0.9, "decay rate of BatchNorm's running averages", between(0, 1), encoder=True
   )
   bn_eps: float = field(1e-5, "epsilon added to BatchNorm's variances", above(0), encoder=True)
   bn_group: int = field(
@@ -140,7 +140,7 @@ class ResNetSpec:
     at_least(0),
   )
   bn_debias: bool = field(
-    True, "True: zero-debiased running averages, as in the authors' code", encoder=True
+    True, "zero-debiasing of BatchNorm's running averages, as in the authors' code", encoder=True
   )
   bn_last_scale: float = field(
     1.0, "initial scale gamma of the last normalisation of each block", at_least(0)

@@ -14,8 +14,13 @@ from byolx.runs import schema
 
 _PROTOCOLS = ("linear", "knn", "online_probe")
 _TASKS = ("linear", "finetune", "supervised", "pretrain")
-_PROBES = {"linear": "linear probe", "knn": "k-NN", "online_probe": "online probe"}
-_TASK_NAMES = {"finetune": "fine-tuning"}
+_NAMES = {
+  ("pretrain", "linear"): "linear probe",
+  ("pretrain", "knn"): "k-NN",
+  ("pretrain", "online_probe"): "online probe",
+  ("finetune", "finetune"): "fine-tuning",
+}
+"""Names of protocols, by task and protocol of a record, where they differ from the record's."""
 _METRICS = {"top1": "top-1", "top5": "top-5"}
 # Fields that may differ between the runs of one mean. `init.workdir` is only a path: the fields of the
 # pretraining run in that workdir are in the record, under `pretrain`.
@@ -248,8 +253,8 @@ def open_choices(result: Result) -> list[str]:
 def protocol(result: Result) -> str:
   """Name of a result's protocol with its variations: `linear, pretrain views, tclip 20`."""
   task, name = result.record["task"], result.record["protocol"]
-  words = [_PROBES.get(name, name) if task == "pretrain" else _TASK_NAMES.get(task, task)]
-  if task != "pretrain":
+  words = [_NAMES.get((task, name), name)]
+  if "chosen" in result.record:  # a trained classifier, not a probe
     views = result.config.get("classify.views")
     words += [f"{views} views"] if views and views != "spatial" else []
     for field, word in (("tclip", "tclip"), ("logit_penalty", "logit penalty")):

@@ -192,7 +192,7 @@ def _source(result: Result) -> str:
     f"commit {', '.join(commit[:12] for commit in result.commits) or 'unknown'}",
     cost(result) if result.seconds is not None else "cost unknown",
   ]
-  if result.record["task"] != "supervised" and result.record.get("pretrain") is None:
+  if result.record.get("encoder") != "scratch" and result.record.get("pretrain") is None:
     facts.append("how its encoder was pretrained is unknown")
   if choices := compare.open_choices(result):
     facts.append(f"left open by the paper: {', '.join(choices)}")

@@ -2,17 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from byolx.core import sharding
 from byolx.core.config import ConfigError
 from byolx.data import loader
 from byolx.data.sources import base
+from byolx.models.encoder import Network
 from byolx.runs import schema, trainer
 from byolx.runs.images import Sources, build_sources
 from byolx.runs.trainer import Recipe
@@ -101,7 +100,7 @@ def build(
   config: ConfigDict,
   kept: programs.Kept | None = None,
   images: Sources | None = None,
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None,
+  network: Network | None = None,
 ) -> Experiment:
   """Builds and checks an experiment from its config.
 

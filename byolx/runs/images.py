@@ -43,7 +43,7 @@ class DataSpec:
   validation: str = field(
     "none",
     "validation images, taken out of the training images: last_10009, ImageNet's in appendix D.1; "
-    "first_10000, ImageNet's in the authors' code; share, a share of every class; or none",
+    "first_10000, ImageNet's in the authors' code; share, data.validation_share of each class; or none",
     one_of("none", "last_10009", "first_10000", "share"),
   )
   validation_share: float = field(

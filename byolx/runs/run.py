@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from byolx.data import contact_sheet, decode, sampler
 from byolx.data.sources import base
 from byolx.data.transforms import Random, Transform
 from byolx.evaluation.context import Finished
+from byolx.models.encoder import Network
 from byolx.runs import (
   config,
   experiment,
@@ -50,7 +51,7 @@ def train_run(
   kept: programs.Kept | None = None,
   *,
   images: Sources | None = None,
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None,
+  network: Network | None = None,
 ) -> list[Record]:
   """Trains or resumes the run of a workdir, evaluates it, and writes results and pictures.
 
@@ -93,7 +94,7 @@ def train(
   overrides: Sequence[str] = (),
   *,
   images: Sources | None = None,
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None,
+  network: Network | None = None,
 ) -> list[Record]:
   """Trains or resumes one run from Python, evaluates it, and writes results and pictures.
 

@@ -22,6 +22,7 @@ from byolx.core import sharding
 from byolx.core.config import ConfigError
 from byolx.data import transforms
 from byolx.data.augment import on_device
+from byolx.models.encoder import Network
 from byolx.models.resnet import ResNetSpec
 from byolx.runs.config import fingerprint
 from byolx.tasks import TASKS
@@ -60,7 +61,7 @@ class Recipe:
   warmup_steps: int
   steps_per_epoch: float
   passes: int
-  network: Callable[[nnx.Rngs], nnx.Module] | None
+  network: Network | None
 
   @property
   def mesh(self) -> Mesh:
@@ -153,7 +154,7 @@ def build(
   devices: Sequence[Any],
   images: int,
   classes: int,
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None,
+  network: Network | None = None,
 ) -> Recipe:
   """Builds and checks the recipe of a config.
 

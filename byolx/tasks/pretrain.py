@@ -83,7 +83,7 @@ class Pretrain(Task):
     "cosine", "schedule of tau: a cosine up to 1, or constant", one_of("cosine", "constant")
   )
   average_statistics: bool = field(
-    False, "True: the target's BatchNorm statistics are moving averages of the online network's too"
+    False, "moving average also of BatchNorm's statistics, instead of the target's own"
   )
   directions: str = field(
     "sum", "reduction of the losses of the two directions", one_of("sum", "mean")

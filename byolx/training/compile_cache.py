@@ -27,8 +27,7 @@ class CompileSpec:
 
   cache: str = field(
     "../compiled",
-    "folder of compiled programs, seen from the workdir: what was compiled once is not compiled "
-    "again; empty: none",
+    "folder of the cache of compiled programs, relative to the workdir; empty: no cache",
     free=True,
   )
 

@@ -22,28 +22,34 @@ IN_FLIGHT = 2
 class TrainSpec:
   """The config group `train`."""
 
-  epochs: float = field(1000.0, "passes over the training images", above(0))
+  epochs: float = field(1000.0, "number of passes over the training images", above(0))
   batch_size: int = field(4096, "images per optimiser step, over all devices", at_least(1))
   micro_batch: int = field(
-    0, "images per forward pass, gradients averaged over passes; 0: all", at_least(0)
+    0,
+    "images per forward pass; gradients are averaged over the passes of a step; 0: all in one pass",
+    at_least(0),
   )
   remat: str = field(
     "none",
-    "what the forward pass keeps for the backward pass, which computes the rest again: none (all), or "
-    "outputs of every convolution, block, stage",
+    "rematerialisation: the backward pass computes again what is not stored; none stores everything; the "
+    "others store the outputs of each convolution, block or stage",
     one_of(*KEPT),
     free=True,
   )
   max_gradient_norm: float = field(
-    0.0, "a gradient norm above this counts as divergence; 0: only what is not finite", at_least(0)
+    0.0,
+    "gradient norm above which training counts as diverged; 0: no limit",
+    at_least(0),
   )
   on_divergence: str = field(
     "stop",
-    "stop, or go back to the last checkpoint and leave out the batches since",
+    "action after a divergence: stop; or rollback to the last checkpoint, without the batches since it",
     one_of("stop", "rollback"),
     free=True,
   )
-  max_rollbacks: int = field(3, "after so many, a divergence stops the run", at_least(0), free=True)
+  max_rollbacks: int = field(
+    3, "number of rollbacks after which a divergence stops the run", at_least(0), free=True
+  )
 
 
 class DivergedError(RuntimeError):

@@ -26,23 +26,33 @@ OPTIMIZERS: dict[str, Callable[["OptimizerSpec", Schedule, Mask], optax.Gradient
 class OptimizerSpec:
   """The config group `optim` (appendix A)."""
 
-  name: str = field("lars", "optimiser", one_of(*OPTIMIZERS))
-  base_rate: float = field(0.2, "peak learning rate per 256 images of a batch", above(0))
-  weight_decay: float = field(1.5e-6, "of kernels", at_least(0))
-  momentum: float = field(0.9, "lars, sgd", between(0, 1))
-  trust: float = field(1e-3, "lars: eta of the trust ratio", above(0))
-  warmup_epochs: float = field(10.0, "of linear warm-up; a cosine to 0 follows", at_least(0))
+  name: str = field("lars", "name of the optimiser", one_of(*OPTIMIZERS))
+  base_rate: float = field(
+    0.2, "peak learning rate, per 256 images of a batch (optim.batch_scaling)", above(0)
+  )
+  weight_decay: float = field(
+    1.5e-6, "weight decay, of all parameters or only of kernels (optim.exclude)", at_least(0)
+  )
+  momentum: float = field(0.9, "lars, sgd: momentum", between(0, 1))
+  trust: float = field(1e-3, "lars: factor eta of the trust ratio", above(0))
+  warmup_epochs: float = field(
+    10.0, "epochs of linear warm-up; optim.schedule follows", at_least(0)
+  )
   rates: tuple[float, ...] = field(
     (),
-    "linear: base rates of classifiers that are trained side by side, the best of which is chosen on "
-    "the validation images; empty: optim.base_rate alone. One that diverges stops them all",
+    "task=linear: base rates of classifiers trained at once, the best of which is selected on the "
+    "validation images; if one diverges, the run stops; empty: optim.base_rate",
     each(above(0)),
   )
-  batch_scaling: bool = field(True, "base rates are per 256 images of a batch, or as they are")
+  batch_scaling: bool = field(True, "scaling of base rates by train.batch_size / 256")
   schedule: str = field(
-    "cosine", "of the rate after warm-up: a cosine to 0, or none", one_of("cosine", "constant")
+    "cosine",
+    "learning rate after warm-up: a cosine to 0, or constant",
+    one_of("cosine", "constant"),
   )
-  exclude: bool = field(True, "no decay, no trust ratio for biases and normalisations")
+  exclude: bool = field(
+    True, "exclusion of biases and normalisations from weight decay and trust ratio"
+  )
 
   def build(
     self, params: nnx.State, batch_size: int, steps: int, warmup_steps: int

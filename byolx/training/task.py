@@ -8,7 +8,7 @@ a run. No other module depends on the name of a task. docs/adding_a_protocol.md 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from clu import metrics
@@ -20,6 +20,7 @@ from byolx.core import text
 from byolx.core.fields import Field, fields_of
 from byolx.data.augment.distribution import ViewSpec
 from byolx.data.transforms import Centre, Transform, Views
+from byolx.models.encoder import Network
 from byolx.models.resnet import ResNetSpec
 
 Batch = dict[str, Any]
@@ -72,7 +73,7 @@ class Setting:
   encoder: ResNetSpec
   classes: int
   steps: int
-  network: Callable[[nnx.Rngs], nnx.Module] | None = None
+  network: Network | None = None
 
   @property
   def colours(self) -> dict[str, tuple[float, ...]]:

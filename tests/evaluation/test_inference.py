@@ -167,7 +167,7 @@ def test_features_are_the_same_for_any_batch_size_and_mesh(batches, by_hand, dev
 def test_who_does_not_want_features_gets_none(batches):
   mesh = sharding.make_mesh(2)
   found, labels, indices = inference.features(
-    {"a": Encoder(0)}, unit, batches(32), mesh, wanted=False
+    {"a": Encoder(0)}, unit, batches(32), mesh, collect=False
   )
   assert {name: len(rows) for name, rows in found.items()} == {"a": 0, "pixels": 0}
   assert len(labels) == len(indices) == 0

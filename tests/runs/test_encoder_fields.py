@@ -275,3 +275,18 @@ def test_the_newest_record_that_can_be_read_counts(folder, tmp_path):
   (tmp_path / "run" / "checkpoints" / "99" / "record").mkdir(parents=True)
   (tmp_path / "run" / "checkpoints" / "99" / "record" / "record.json").write_text("{")
   assert config.stored(tmp_path / "run")["model.padding"] == "torch"
+
+
+def test_a_run_goes_on_after_the_run_that_it_took_its_encoder_from_was_deleted(folder, tmp_path):
+  shutil.copytree(folder / "pretrained", tmp_path / "source")
+  flags = [f"--config.init.workdir={tmp_path / 'source'}"]
+  before = config.load(str(folder / "linear.py"), flags)
+  workdir.claim(tmp_path / "run", before)
+  shutil.rmtree(tmp_path / "source")
+  after = config.load(str(folder / "linear.py"), flags, tmp_path / "run")
+  assert config.flatten(after) == config.flatten(before)
+  assert after.model.padding == "torch"
+  workdir.claim(tmp_path / "run", after)
+  # The same command in another workdir has nothing to take the fields from.
+  elsewhere = config.load(str(folder / "linear.py"), flags, tmp_path / "other")
+  assert elsewhere.model.padding == "same"

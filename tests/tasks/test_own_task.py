@@ -99,7 +99,7 @@ def test_eval_without_the_file_says_what_is_missing(example, compiled, tmp_path,
   assert cli.main(["train", f"--config={example}:epochs=2", f"--workdir={workdir}"]) == 0
   del byolx.TASKS["rotation"]
   assert cli.main(["eval", f"--from={workdir}"]) == 2
-  assert "registered by the file in --config or --tasks" in capsys.readouterr().err
+  assert "a task that the file of --config or --tasks registers" in capsys.readouterr().err
 
 
 def test_swept_and_taken_on_by_a_protocol_of_the_package(example, compiled, tmp_path, capsys):
@@ -114,5 +114,5 @@ def test_swept_and_taken_on_by_a_protocol_of_the_package(example, compiled, tmp_
   init = [f"--config.init.workdir={origin}", "--config.train.epochs=2"]
   path = ROOT / "configs" / "linear.py"
   assert cli.main(["train", f"--config={path}", *init, f"--workdir={linear}"]) == 0
-  assert "bit by bit" in capsys.readouterr().out
+  assert "unchanged, bit for bit" in capsys.readouterr().out
   assert {record["pretrained_on"] for record in results(linear)} == {"digits"}

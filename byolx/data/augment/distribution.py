@@ -123,7 +123,7 @@ class ViewsSpec:
     "ten times, as torchvision",
     one_of(*CROP_RULES),
   )
-  antialias: bool = field(False, "True: antialiasing when a crop shrinks")
+  antialias: bool = field(False, "antialiasing when a crop shrinks")
   brightness_rule: str = field(
     ViewSpec.brightness_rule,
     "change of brightness by d: additive, x + d; multiplicative, x * (1 + d), as in PyTorch ports",

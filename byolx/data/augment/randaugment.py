@@ -64,9 +64,9 @@ class RandAugment:
     ValueError: a field is outside its range.
   """
 
-  operations: int = field(2, "N, operations one after another", whole(1))
-  magnitude: int | float = field(9.0, "M, strength in bins", at_least(0))
-  bins: int = field(31, "number of strengths, from 0 to the largest", whole(2))
+  operations: int = field(2, "number N of operations, applied in sequence", whole(1))
+  magnitude: int | float = field(9.0, "magnitude M of the operations, 0 to bins - 1", at_least(0))
+  bins: int = field(31, "number of magnitudes of an operation", whole(2))
   interpolation: str = field(
     "nearest", "interpolation of shears and rotations", one_of("nearest", "bilinear")
   )

@@ -98,6 +98,7 @@ def train_batches(
     raise ValueError(f"seed is {seed}; expected 0 to 2**32 - 1")
   if start_step < 0:
     raise ValueError(f"start_step is {start_step}; expected at least 0")
+  _check_names(transform)
   workers, pool = _workers(workers), ThreadPool(threads)
   rows = _rows(source, batch_size, host_index, host_count, workers)
   load_part = TrainPart(source, transform, seed, rows, pool)
@@ -141,6 +142,7 @@ def evaluation_batches(
     ValueError: an argument is out of range.
     TooManyFailuresError: too many records cannot be read; raised by the iterator.
   """
+  _check_names(transform)
   workers, pool = _workers(workers), ThreadPool(threads)
   rows = _rows(source, batch_size, host_index, host_count, workers)
   load_part = EvaluationPart(source, transform, rows, pool)
@@ -176,6 +178,14 @@ def evaluation_images(
   if not len(images):
     raise ValueError(f"{source.name}: no record can be read; expected images")
   return images, labels, indices
+
+
+def _check_names(transform: Transform) -> None:
+  if taken := sorted({"label", "index", "mask"} & set(transform.arrays)):
+    raise ValueError(
+      f"the transform declares {', '.join(taken)}; expected other names than label, index and mask, "
+      "which the loader adds"
+    )
 
 
 def _workers(count: int) -> int:

@@ -27,6 +27,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
   cfg = config.load(arguments.config, overrides)
   source = images.build_sources(cfg).train
   transform = trainer.build_input(cfg, len(source.classes))
-  run.write_views(cfg, transform, source, arguments.output, arguments.images, arguments.pairs)
+  output, pairs = arguments.output, arguments.pairs
+  if not run.write_views(cfg, transform, source, output, arguments.images, pairs):
+    raise config.ConfigError(
+      f"task={cfg.task}: its training transform has no picture; expected a uint8 array [size, size, 3]"
+    )
   print(f"wrote {arguments.output}")
   return 0

@@ -91,6 +91,17 @@ class Transform(Protocol):
     return self
 
 
+def empty_rows(arrays: Arrays) -> Rows:
+  """Returns uninitialised arrays of one example, for a transform outside of a batch."""
+
+  def empty(array: Any) -> Any:
+    if isinstance(array, Array):
+      return np.empty(array.shape, array.dtype)
+    return type(array)(*map(empty, array))
+
+  return {name: empty(array) for name, array in arrays.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Views(Transform):
   """Transform to augmented views of an image, one per distribution (appendix C).

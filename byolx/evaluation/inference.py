@@ -194,10 +194,8 @@ def warm_statistics(
 def _placed(batch: Batch, mesh: Mesh) -> Batch:
   """Puts a batch on the mesh, padded with masked rows to a multiple of this process's devices."""
   short = -len(batch["mask"]) % len(mesh.local_devices)
-  padded = {
-    name: np.concatenate([value, np.zeros((short, *value.shape[1:]), value.dtype)])
-    if short
-    else value
-    for name, value in batch.items()
-  }
-  return sharding.put_batch(padded, mesh)
+
+  def padded(rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([rows, np.zeros((short, *rows.shape[1:]), rows.dtype)]) if short else rows
+
+  return sharding.put_batch(jax.tree.map(padded, batch), mesh)

@@ -28,7 +28,7 @@ from byolx.data.augment import distribution, resizing
 from byolx.data.augment.on_host import apply_host
 from byolx.data.sampler import VIEW, Stream, epoch_order
 from byolx.data.sources.base import EncodedSource, Example, Source
-from byolx.data.transforms import Random, Transform, Views
+from byolx.data.transforms import Random, Transform, Views, empty_rows
 from byolx.data.unreadable import TooManyFailuresError
 from byolx.models.resnet import ResNet
 from byolx.planning import tpu
@@ -282,11 +282,11 @@ class Work:
       return [
         resizing.crop_and_resize(image, drawn.crop, size, antialias) for drawn in self.draws[i]
       ]
-    rows = {name: np.empty(x.shape, x.dtype) for name, x in self.transform.arrays.items()}
+    rows = empty_rows(self.transform.arrays)
     label = int(self.source.labels[self.records[i]])
     random = Random(Stream(self.seed), self.records[i], 0)
     self.transform(Example(image, label, ""), random, rows)
-    return [array for array in rows.values() if array.ndim]
+    return [array for array in jax.tree.leaves(rows) if array.ndim]
 
   def colours(self, i: int, crops: list[np.ndarray]) -> list[np.ndarray]:
     """Views of sample i after the colour augmentations, or `crops` if the device applies them."""

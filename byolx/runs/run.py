@@ -18,7 +18,7 @@ from byolx.core import distributed, files, text
 from byolx.core.config import ConfigError
 from byolx.data import contact_sheet, decode, sampler
 from byolx.data.sources import base
-from byolx.data.transforms import Random, Transform
+from byolx.data.transforms import Random, Transform, empty_rows
 from byolx.evaluation.context import Finished
 from byolx.models.encoder import Network
 from byolx.runs import (
@@ -240,7 +240,7 @@ def write_views(
   path: Path,
   images: int = SHEET_IMAGES,
   repeats: int = SHEET_REPEATS,
-) -> None:
+) -> bool:
   """Draws training images, evenly spaced in the data set, with their views in the first epochs.
 
   Args:
@@ -250,6 +250,9 @@ def write_views(
     path: path of the PNG.
     images: number of rows, one image each.
     repeats: number of epochs whose views are drawn.
+
+  Returns:
+    False if the transform has no such array: nothing is written.
 
   Raises:
     ConfigError: none of the images tried can be read.
@@ -275,13 +278,18 @@ def write_views(
       f"data.folder={config.data.folder}: none of {len(unreadable)} images tried can be read, "
       f"such as {unreadable[0]}; expected images"
     )
+  if not rows[0][0]:
+    return False
   sheet = contact_sheet.draw_sheet(originals, rows)
   _, png = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
   files.write_atomically(path, png.tobytes())
+  return True
 
 
 def _pictures(transform: Transform, example: base.Example, random: Random) -> tuple:
-  """The uint8 RGB images among the arrays of a transform."""
-  rows = {name: np.empty(array.shape, array.dtype) for name, array in transform.arrays.items()}
+  """The square uint8 RGB images among the arrays of a transform, of the size of the first one."""
+  rows = empty_rows(transform.arrays)
   transform(example, random, rows)
-  return tuple(x for x in rows.values() if x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3)
+  arrays = [x for x in rows.values() if isinstance(x, np.ndarray) and x.dtype == np.uint8]
+  images = [x for x in arrays if x.ndim == 3 and x.shape[0] == x.shape[1] and x.shape[2] == 3]
+  return tuple(x for x in images if x.shape == images[0].shape)

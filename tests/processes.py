@@ -1,6 +1,7 @@
 """Runs of several real processes with fake CPU devices, as on several hosts."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from tiny import config_text
 
 ROOT = Path(__file__).parent.parent
 PEER_TIMEOUT = 5
+
+GLOO = re.compile(r"\[Gloo\]|connected peer ranks|^\d+$")
+"""Its lines, also where its threads write into each other's."""
 
 CONFIG = config_text(
   optim={"base_rate": 0.3, "warmup_epochs": 0.2},
@@ -65,7 +69,7 @@ class Processes:
   def said(self, index):
     """What a process printed so far, without what gloo and the runtime add."""
     lines = self._said[index].read_text().splitlines()
-    return "\n".join(line for line in lines if "[Gloo]" not in line)
+    return "\n".join(line for line in lines if not GLOO.search(line))
 
   def wait(self, seconds=240):
     """The exit codes; fails where they take longer."""

@@ -156,6 +156,10 @@ def in_pieces(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*(None,) * axis, FSDP))
 
 
+STATES = ("replicated", "zero", "full")
+"""Placements of the train state, from the one with the most memory per device to the least."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
   """The config group `mesh`: devices, and placement of the state on them."""
@@ -164,7 +168,7 @@ class MeshSpec:
     "replicated",
     "placement of the state: replicated, whole on every device; zero, with optimiser state, target and "
     "gradients sharded over mesh.fsdp devices; full, with parameters sharded too",
-    one_of("replicated", "zero", "full"),
+    one_of(*STATES),
     free=True,
   )
   data: int = field(

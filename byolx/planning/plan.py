@@ -16,6 +16,7 @@ from byolx.core import sharding
 from byolx.core.config import ConfigError
 from byolx.data import splits
 from byolx.data.sources import small
+from byolx.models.remat import KEPT
 from byolx.planning import ahead_of_time, tpu
 from byolx.runs import trainer
 from byolx.runs.images import build_sources
@@ -32,8 +33,8 @@ SOURCE_SIZES = {
 HELD_OUT = {"none": 0, "last_10009": 10_009, "first_10000": 10_000}
 """Number of validation images held out of the training images, by `data.validation`."""
 
-STATES = ("replicated", "zero", "full")
-REMATS = ("none", "convolution", "block", "stage")
+STATES = sharding.STATES
+REMATS = tuple(KEPT)
 """Values of `mesh.state` and `train.remat`, in order of falling memory."""
 
 

@@ -19,7 +19,7 @@ from byolx.runs.config import load
 from byolx.sweeps import grids, selection
 from byolx.sweeps.jobs import Run
 from byolx.sweeps.selection import By
-from byolx.tasks import TASKS
+from byolx.tasks import TASKS, is_users_own
 
 ALL = "all"
 """Name of the only group, if there are no grouping fields."""
@@ -263,7 +263,7 @@ def _final(sweep: Sweep, group: str, choice: Choice, seed: int) -> Run:
   name, cell = f"{group}, seed {seed}", choice.cell
   if seed == cell.config.seed and not sweep.retrain:  # the cell's run is already trained
     workdir = sweep.workdir / "cells" / cell.label
-    arguments = ("eval", f"--from={workdir}", "--test", f"--tasks={sweep.config.partition(':')[0]}")
+    arguments = ("eval", f"--from={workdir}", "--test", *_own_task(sweep, cell))
     return Run(name, workdir, arguments, cell.config, tests=True)
   overrides = [*sweep.overrides, *grids.overrides(cell.fields)]
   overrides += [f"--config.seed={seed}", "--config.eval.test=True"]
@@ -278,6 +278,13 @@ def _final(sweep: Sweep, group: str, choice: Choice, seed: int) -> Run:
     # This folder has the run of an earlier choice, made before the grid was extended: keep its results.
     run = _train(sweep, name, folder / cell.label / f"seed_{seed}", overrides)
   return run
+
+
+def _own_task(sweep: Sweep, cell: Cell) -> list[str]:
+  """Argument that gives `byolx eval` the user's own task; none for a task of this package."""
+  if not is_users_own(cell.config.task):
+    return []
+  return [f"--tasks={sweep.config.partition(':')[0]}"]
 
 
 def tested(run: Run) -> list[results.Record]:

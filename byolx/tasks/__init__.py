@@ -17,3 +17,8 @@ TASKS: dict[str, type[Task]] = {
 
 BUILT_IN = frozenset(TASKS)
 """Names of the tasks of this package."""
+
+
+def is_users_own(name: str) -> bool:
+  """Returns True if a task was added to `TASKS` from outside of this package."""
+  return name not in BUILT_IN

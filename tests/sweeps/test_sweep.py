@@ -501,7 +501,8 @@ def run_lines(sweeps, lines):
     ([RATES, "--config.task=pretrain"], "task=pretrain: a run with validation images is measured"),
     (
       [RATES, "--config.task=pretrain", "--retrain"],
-      "--select=top1: a pretraining run has records of several probes",
+      "--select=top1: a run of task=pretrain has several records of a metric; expected values of "
+      "protocol, encoder, labels",
     ),
     (
       [RATES, "--config.data.labels=0.1", "--retrain"],

@@ -224,7 +224,9 @@ def test_a_restart_after_a_rollback_goes_on_with_the_same_batches(path, tmp_path
 
 def test_rollbacks_are_bounded(path, tmp_path, monkeypatch):
   nan_probe(monkeypatch, set(first_records(path)[9:]))
-  with pytest.raises(loop.DivergedError, match=r"went back 2 times before; train.max_rollbacks=2"):
+  with pytest.raises(
+    loop.DivergedError, match=r"rolled back 2 times before; train.max_rollbacks=2"
+  ):
     trained(path, tmp_path, ROLL, "train.max_rollbacks=2")
   lines = (tmp_path / rollbacks.ROLLBACKS).read_text().splitlines()
   assert [json.loads(line)["number"] for line in lines] == [1, 2]
@@ -282,7 +284,9 @@ def test_a_run_may_start_from_the_encoder_of_another(path, whole, tmp_path):
   said, others = trained(path, tmp_path / "again", *given)
   assert f"starting from the target encoder of {whole[0]}/checkpoints/14" in said
   assert any((one != other).any() for one, other in zip(arrays, others, strict=True))
-  with pytest.raises(config.ConfigError, match=r"\(model\.channels: \(8,\) there, \(16,\) here\)"):
+  with pytest.raises(
+    config.ConfigError, match=r"\(model\.channels: \(16,\), but the encoder has \(8,\)\)"
+  ):
     trained(path, tmp_path / "other", f"init.workdir={whole[0]}", "model.channels=(16,)")
 
 

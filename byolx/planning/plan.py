@@ -361,7 +361,7 @@ def _after(names: tuple[str, ...], name: str) -> tuple[str, ...]:
 class _Estimate:
   """Estimate of how much memory a change of the config saves, to skip compilations that cannot help.
 
-  The estimate is optimistic: it is at least what the change really saves.
+  The estimate is optimistic: it should not be below what the change really saves.
 
   Args:
     recipe: train step that needs too much memory.

@@ -228,7 +228,9 @@ def _topology(accelerator_type: str) -> tpu.Topology:
 
 
 def _check_folders(job: Job, arguments: argparse.Namespace, topology: tpu.Topology) -> None:
-  """Checks that all hosts can read the images and write the workdir, and that it outlives the TPU.
+  """Checks by their addresses that all hosts of the TPU can use the workdir and the images' folder.
+
+  The workdir must also outlive the TPU.
 
   Args:
     job: training run to check.

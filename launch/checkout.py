@@ -1,4 +1,4 @@
-"""The git checkout of a launch: its commit, and the address from which hosts clone it."""
+"""Finds the git commit to launch, and the address from which the machines of a TPU can clone it."""
 
 import re
 import subprocess
@@ -8,7 +8,11 @@ from byolx.core.config import ConfigError
 
 
 def git(root: Path, *arguments: str) -> str | None:
-  """Output of a git command, stripped; None if the command fails.
+  """Runs a git command and returns its output without surrounding blanks; None if it fails.
+
+  Args:
+    root: root of the checkout.
+    arguments: arguments of git, such as "status".
 
   Raises:
     ConfigError: git is not installed.
@@ -23,14 +27,15 @@ def git(root: Path, *arguments: str) -> str | None:
 
 
 def commit(root: Path, revision: str | None) -> str:
-  """Full hash of a commit.
+  """Returns the full hash of the commit to launch.
 
   Args:
     root: root of the checkout.
-    revision: name of the commit; None: HEAD, of a checkout without changes.
+    revision: name of the commit, such as a branch; None for HEAD. With None, tracked files must not
+      have changes, because only commits are launched.
 
   Raises:
-    ConfigError: there is no such commit, or the checkout has changes that would not be launched.
+    ConfigError: there is no such commit, or tracked files have changes that would not be launched.
   """
   commit_hash = git(root, "rev-parse", "--verify", "--quiet", f"{revision or 'HEAD'}^{{commit}}")
   if not commit_hash:
@@ -45,16 +50,17 @@ def commit(root: Path, revision: str | None) -> str:
 
 
 def source(root: Path, repo: str | None, commit_hash: str) -> str:
-  """Address from which hosts can clone a commit.
+  """Returns the git address from which the machines of a TPU can clone a commit.
 
   Args:
     root: root of the checkout.
-    repo: address; None: that of the remote `origin`, one of whose branches must have the commit.
+    repo: address that the user gives; None for the address of the remote `origin`. With None, the
+      commit must be on a remote branch.
     commit_hash: full hash of the commit.
 
   Raises:
-    ConfigError: there is no address, it has a user or a token in it, it is not https:// or file://,
-      or `origin` does not have the commit.
+    ConfigError: there is no address, the address has a user or a token in it or does not begin with
+      https:// or file://, or the commit is on no remote branch.
   """
   address = repo or git(root, "config", "--get", "remote.origin.url")
   upload = "or --upload, which copies the commit from here"
@@ -74,10 +80,15 @@ def source(root: Path, repo: str | None, commit_hash: str) -> str:
 
 
 def relative_config(root: Path, config: str, commit_hash: str) -> str:
-  """Config FILE[:ARGS] with the path of FILE relative to the root of the checkout.
+  """Returns a config argument with the file's path relative to the root of the checkout.
+
+  Args:
+    root: root of the checkout.
+    config: config file and its arguments, FILE[:ARGS].
+    commit_hash: full hash of the commit that must contain the file.
 
   Raises:
-    ConfigError: the file is not in the commit.
+    ConfigError: the file is outside the checkout or not in the commit.
   """
   name, colon, arguments = config.partition(":")
   file = Path(name).resolve()
@@ -90,5 +101,11 @@ def relative_config(root: Path, config: str, commit_hash: str) -> str:
 
 
 def archive_command(root: Path, commit_hash: str, file: str) -> list[str]:
-  """Command that packs a commit into the .tar.gz archive `file`."""
+  """Returns the git command that packs a commit into an archive.
+
+  Args:
+    root: root of the checkout.
+    commit_hash: full hash of the commit.
+    file: path of the archive to write, which ends in .tar.gz.
+  """
   return ["git", "-C", str(root), "archive", "--format=tar.gz", f"--output={file}", commit_hash]

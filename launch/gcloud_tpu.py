@@ -1,4 +1,7 @@
-"""Train on a Cloud TPU: create it, install the code, run on all hosts, restart, delete the TPU."""
+"""Trains on a Cloud TPU: creates the TPU, installs the code, runs the training, deletes the TPU.
+
+After a preemption the training is started again.
+"""
 
 import argparse
 import re
@@ -47,15 +50,16 @@ def main(
   root: Path | None = None,
   sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-  """Launch a run, and follow it to its end.
+  """Starts a training on a Cloud TPU, and prints its log until it ends.
 
   Args:
-    argv: arguments; None: those of this process.
-    root: root of the checkout; None: that of this file.
+    argv: command-line arguments; None for those of this process.
+    root: root of the git checkout to launch; None for the checkout that contains this file.
     sleep: function that waits for a number of seconds.
 
   Returns:
-    The exit code of `byolx`: 0 done, 1 failed, 2 usage, 75 to be started again, 130 interrupted.
+    The exit code: 0 if the training is done, 1 if it failed, 2 for invalid arguments, 75 if the same
+    command should be started again, 130 after Ctrl-C.
   """
   parser = _parser()
   arguments, overrides = jobs.parse(parser, sys.argv[1:] if argv is None else argv)
@@ -162,7 +166,14 @@ def _plan(
   folder: Path,
   topology: tpu.Topology,
 ) -> Plan:
-  """Build the plan of a launch, and check all arguments.
+  """Checks all arguments and returns the plan of the launch.
+
+  Args:
+    arguments: parsed arguments of the launcher.
+    overrides: arguments `--config.FIELD=VALUE`.
+    root: root of the git checkout to launch.
+    folder: temporary folder for the archive of the code.
+    topology: TPU slice, such as v3:16x16.
 
   Raises:
     ConfigError: an argument is not valid.
@@ -217,10 +228,17 @@ def _topology(accelerator_type: str) -> tpu.Topology:
 
 
 def _check_folders(job: Job, arguments: argparse.Namespace, topology: tpu.Topology) -> None:
-  """Check that all hosts can use the folders, and that the workdir outlives the TPU.
+  """Checks by their addresses that all hosts of the TPU can use the workdir and the images' folder.
+
+  The workdir must also outlive the TPU.
+
+  Args:
+    job: training run to check.
+    arguments: parsed arguments of the launcher.
+    topology: TPU slice, which gives the number of hosts.
 
   Raises:
-    ConfigError: a folder is not valid.
+    ConfigError: the workdir or the folder of the images is not valid.
   """
   fields = job.moved(lambda name, address: address).text_fields()
   if not job.workdir.startswith("gs://"):

@@ -1,4 +1,7 @@
-"""Jobs of a launcher, each a `byolx train` with a checked config: one, or one per grid cell."""
+"""Jobs of the launchers: a job is one `byolx train` command with a checked config.
+
+A launch has one job, or one job for each cell of a grid of configs.
+"""
 
 import argparse
 import dataclasses
@@ -13,18 +16,19 @@ from byolx.runs.config import load
 from byolx.sweeps import grids
 
 FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
-"""Exit codes of `byolx` and of the launchers; after 75 the same command continues the run."""
+"""Exit codes of `byolx` and of the launchers: 1 for a failure, 2 for invalid arguments, 75 for a run
+that the same command continues, 130 after Ctrl-C."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One run.
+  """One run of `byolx train`.
 
   Args:
-    name: name of the grid's cell; empty for a single run.
+    name: name of the grid cell that gives the config its values; empty for a run without a grid.
     config: config file and its arguments, FILE[:ARGS].
-    overrides: arguments `--config.FIELD=VALUE`; those of the grid come last.
-    workdir: folder, or gs://BUCKET/FOLDER.
+    overrides: arguments `--config.FIELD=VALUE`; those from the grid come last.
+    workdir: folder of the run, a path or gs://BUCKET/FOLDER.
   """
 
   name: str
@@ -33,22 +37,23 @@ class Job:
   workdir: str
 
   def train(self) -> list[str]:
-    """Arguments of `byolx` for this run."""
+    """Returns the arguments of `byolx` that start this run."""
     return ["train", f"--config={self.config}", *self.overrides, f"--workdir={self.workdir}"]
 
   def text_fields(self) -> dict[str, str]:
-    """Values of the config's text fields, by name."""
+    """Loads the config and returns the values of all fields that are strings, by field name."""
     flat = flatten(load(self.config, self.overrides))
     return {name: value for name, value in flat.items() if isinstance(value, str)}
 
   def moved(self, folder: Callable[[str, str], str]) -> "Job":
-    """Job with a folder in place of every gs:// address.
+    """Returns a copy of the job in which every gs:// address is replaced by a folder.
 
     Args:
-      folder: function from the name of a field, or `workdir`, and its address to the folder.
+      folder: function that returns the folder. Its arguments are the name of the config field, or
+        `workdir`, and the address.
 
     Raises:
-      ConfigError: an address that begins with gs: is not gs://BUCKET/FOLDER.
+      ConfigError: an address begins with gs: but has not the form gs://BUCKET/FOLDER.
     """
     addresses = {name: value for name, value in self.text_fields().items() if value[:3] == "gs:"}
     for name, value in {"--workdir": self.workdir, **addresses}.items():
@@ -67,14 +72,20 @@ def _field(override: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-  """Parser that prints an error in one line, without argparse's usage before it."""
+  """Argument parser that prints an error in one line, without the usage that argparse adds."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
-  """Parser with the arguments that all launchers have."""
+  """Creates the parser of a launcher, with the arguments that all launchers have.
+
+  Args:
+    program: path of the launcher, such as launch/xm_local.py.
+    description: text of the help before the arguments.
+    examples: example commands for the end of the help.
+  """
   parser = _Parser(
     prog=program,
     description=description,
@@ -103,7 +114,10 @@ def parser(program: str, description: str, examples: str) -> argparse.ArgumentPa
 def parse(
   parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-  """Parsed arguments, and the list of the arguments `--config.FIELD=VALUE`."""
+  """Parses the arguments of a launcher; exits with an error message if one is invalid.
+
+  Returns the parsed arguments, and the list of all arguments `--config.FIELD=VALUE`.
+  """
   arguments, rest = parser.parse_known_args(list(argv))
   for word in rest:
     if not word.startswith("--config."):
@@ -114,10 +128,10 @@ def parse(
 
 
 def jobs(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Job]:
-  """Jobs of a command, after loading the config of each.
+  """Returns the jobs of a launch: one, or one for each cell of `--grid`; checks their configs.
 
   Args:
-    arguments: arguments of `parser`.
+    arguments: parsed arguments of a launcher.
     overrides: arguments `--config.FIELD=VALUE`.
 
   Raises:
@@ -135,7 +149,12 @@ def jobs(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[Job]:
 
 
 def run(program: str, launch: Callable[[], int]) -> int:
-  """Run a launcher and return its exit code; a ConfigError gives one line and exit code 2."""
+  """Calls a launcher's function and returns its exit code; prints a ConfigError and returns 2.
+
+  Args:
+    program: path of the launcher for the message, such as launch/xm_local.py.
+    launch: function that does the work and returns the exit code.
+  """
   try:
     return launch()
   except ConfigError as error:
@@ -144,7 +163,10 @@ def run(program: str, launch: Callable[[], int]) -> int:
 
 
 def xmanager() -> tuple[ModuleType, ModuleType]:
-  """Import the modules `xm` and `xm_local` of xmanager, for use without an absl main.
+  """Imports xmanager and returns its modules `xm` and `xm_local`.
+
+  Also marks absl's flags as parsed, because xmanager reads them and the launchers do not use absl's
+  own main function.
 
   Raises:
     ConfigError: xmanager is not installed.

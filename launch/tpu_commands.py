@@ -1,11 +1,11 @@
-"""gcloud's commands for a launch, as argument lists, and parsers of gcloud's output."""
+"""Builds the gcloud commands that create, use and delete a TPU, and parses gcloud's output."""
 
 import dataclasses
 import json
 from typing import Any, NamedTuple
 
 OWNER = "byolx-launch"
-"""Label of every resource that this launcher creates; it deletes no resource without the label."""
+"""Label of every TPU that the launcher creates; the launcher deletes no TPU without the label."""
 
 RUNTIMES = {
   "v2": "tpu-ubuntu2204-base",
@@ -15,29 +15,32 @@ RUNTIMES = {
   "v5p": "v2-alpha-tpuv5",
   "v6e": "v2-alpha-tpuv6e",
 }
-"""Usual software version of the hosts, by TPU generation."""
+"""Usual software version of a TPU's host machines, by TPU generation."""
 
 READY, ABSENT = "READY", "ABSENT"
 STOPPED_STATES = ("STOPPED",)
 BROKEN_STATES = ("PREEMPTED", "TERMINATED", "SUSPENDED", "FAILED", "HIDDEN")
-"""States of a TPU or queued resource that has to be deleted and requested again."""
+"""States in which a TPU, or a queued request for one, has to be deleted and requested again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """Options of a TPU VM; the methods return gcloud's commands for it.
+  """A Cloud TPU, described by its options; the methods return the gcloud commands that use it.
+
+  A command is a list of words. A queued resource is a request for a TPU that waits until Google has
+  one.
 
   Args:
     name: name of the TPU and of the queued resource.
-    zone: zone, such as europe-west4-a.
+    zone: Google Cloud zone, such as europe-west4-a.
     accelerator_type: type of the TPU, such as v3-512.
-    runtime_version: software version of the hosts.
-    project: Google Cloud project; empty: gcloud's default.
+    runtime_version: software version of the host machines.
+    project: Google Cloud project; empty for gcloud's default.
     queued: whether the TPU is requested as a queued resource; False creates it directly.
     spot: whether the TPU is a spot TPU, which is cheaper and may be preempted.
-    service_account: service account of the hosts; empty: the project's default.
+    service_account: service account of the host machines; empty for the project's default.
     create_flags: further flags of the command that creates the TPU.
-    ssh_flags: further flags of ssh and scp.
+    ssh_flags: further flags of gcloud's ssh and scp.
   """
 
   name: str
@@ -52,7 +55,7 @@ class Tpu:
   ssh_flags: tuple[str, ...] = ()
 
   def create(self) -> list[str]:
-    """Command that requests the TPU."""
+    """Returns the gcloud command that creates the TPU, or that requests it as a queued resource."""
     flags = [f"--accelerator-type={self.accelerator_type}", f"--labels={OWNER}={self.name}"]
     flags += ["--spot"] if self.spot else []
     flags += [f"--service-account={self.service_account}"] if self.service_account else []
@@ -63,32 +66,37 @@ class Tpu:
     return self._vm("create", f"--version={self.runtime_version}", *flags)
 
   def describe(self) -> list[str]:
-    """Command that prints the state of the TPU as JSON."""
+    """Returns the gcloud command that prints the state of the TPU as JSON."""
     return self._vm("describe", "--format=json")
 
   def describe_queued(self) -> list[str]:
-    """Command that prints the state of the queued resource as JSON."""
+    """Returns the gcloud command that prints the state of the queued request for a TPU as JSON."""
     return self._queue("describe", "--format=json")
 
   def boot(self) -> list[str]:
-    """Command that starts a stopped TPU."""
+    """Returns the gcloud command that starts a stopped TPU."""
     return self._vm("start")
 
   def delete(self) -> list[str]:
-    """Command that deletes the TPU."""
+    """Returns the gcloud command that deletes the TPU."""
     return self._vm("delete", "--quiet")
 
   def delete_queued(self) -> list[str]:
-    """Command that deletes the queued resource together with the TPU."""
+    """Returns the gcloud command that deletes the queued request together with the TPU."""
     return self._queue("delete", "--force", "--quiet")
 
   def ssh(self, script: str, worker: str = "all") -> list[str]:
-    """Command that runs a script on one worker, by its index, or on all at the same time."""
+    """Returns the gcloud command that runs a script on the TPU's host machines.
+
+    Args:
+      script: bash script.
+      worker: index of the only host that runs the script, or "all" for all hosts at the same time.
+    """
     flags = (f"--worker={worker}", "--quiet", *self.ssh_flags)
     return self._vm("ssh", *flags, f"--command={script}")
 
   def upload(self, file: str) -> list[str]:
-    """Command that copies a file to the home directory of all workers."""
+    """Returns the gcloud command that copies a file to the home directory of all host machines."""
     target = (f"{self.name}:", *self._location(), "--worker=all", "--quiet")
     return [*_TPUS, "tpu-vm", "scp", file, *target, *self.ssh_flags]
 
@@ -106,13 +114,13 @@ _TPUS = ("gcloud", "compute", "tpus")
 
 
 class Described(NamedTuple):
-  """State of a TPU or a queued resource.
+  """State of a TPU, or of a queued request for one, as gcloud describes it.
 
   Args:
-    state: gcloud's state, or ABSENT.
-    owned: whether it has this launcher's label.
-    accelerator_type: type of the TPU; empty for a queued resource.
-    reason: message of a failed request; empty without one.
+    state: state in gcloud's words, such as READY; ABSENT if there is no such TPU or request.
+    owned: whether the TPU has this launcher's label.
+    accelerator_type: type of the TPU; empty for a queued request.
+    reason: error message of a failed queued request; empty if none has failed.
   """
 
   state: str
@@ -122,11 +130,11 @@ class Described(NamedTuple):
 
 
 def described(text: str, name: str) -> Described:
-  """Parse gcloud's JSON description of a TPU or of a queued resource.
+  """Parses gcloud's JSON description of a TPU, or of a queued request for one.
 
   Args:
-    text: JSON.
-    name: name of the TPU, the expected value of the label OWNER.
+    text: JSON that gcloud printed.
+    name: name of the TPU, which is also the value of the launcher's label.
   """
   resource: dict[str, Any] = json.loads(text)
   state = resource.get("state") or {}
@@ -146,11 +154,11 @@ def _labels(spec: dict[str, Any]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """A kind of failure.
+  """A kind of gcloud error, recognised by the words of gcloud's message.
 
   Args:
-    words: lower-case texts, one of which is in gcloud's message.
-    next: command or advice for the user.
+    words: lower-case texts; a message that contains one of them is of this kind.
+    next: command to run or advice for the user.
   """
 
   words: tuple[str, ...]
@@ -185,7 +193,7 @@ FAILURES = (
     "launch/gcloud_tpu.py --help",
   ),
 )
-"""Failures for which a retry does not help."""
+"""Kinds of gcloud errors that a retry does not solve."""
 
 _ABSENT_WORDS = ("not_found", "was not found", "could not be found", "not found")
 _EXISTS_WORDS = ("already_exists", "already exists")
@@ -193,27 +201,30 @@ _FULL_WORDS = ("no more capacity", "resource_exhausted", "stockout", "insufficie
 
 
 def permanent(message: str) -> Failure | None:
-  """Failure of gcloud for which a retry does not help; None for others, such as of a host."""
+  """Returns the kind of a gcloud error that a retry does not solve; None for all other errors.
+
+  Only the text after `ERROR: (gcloud` counts, so errors of a host machine give None.
+  """
   lower = message.lower().partition("error: (gcloud")[2]
   return next((kind for kind in FAILURES if any(word in lower for word in kind.words)), None)
 
 
 def is_absent(message: str) -> bool:
-  """Whether gcloud's message means that the resource does not exist."""
+  """Returns whether gcloud's error message means that the TPU or request does not exist."""
   return any(word in message.lower() for word in _ABSENT_WORDS)
 
 
 def exists(message: str) -> bool:
-  """Whether gcloud's message means that the resource exists already."""
+  """Returns whether gcloud's error message means that the TPU or request exists already."""
   return any(word in message.lower() for word in _EXISTS_WORDS)
 
 
 def is_full(message: str) -> bool:
-  """Whether gcloud's message means that the zone has no capacity now."""
+  """Returns whether gcloud's error message means that the zone has no free TPU now."""
   return any(word in message.lower() for word in _FULL_WORDS)
 
 
 def last_line(message: str) -> str:
-  """Last line of a message that is not blank."""
+  """Returns the last line of a message that is not blank; "no message" if there is none."""
   lines = [line.strip() for line in message.splitlines() if line.strip()]
   return lines[-1] if lines else "no message"

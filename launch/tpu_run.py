@@ -1,4 +1,4 @@
-"""Run a plan on a TPU: request it, install, start, follow the log, restart, delete."""
+"""Runs a launch: requests a TPU, starts the training, prints its log, restarts it, deletes the TPU."""
 
 import shlex
 import subprocess
@@ -16,12 +16,12 @@ from tpu_plan import Plan
 
 
 class LaunchError(Exception):
-  """A launch that cannot continue.
+  """Error of a launch that cannot continue.
 
   Args:
-    happened: description of the failure.
-    next_action: command or advice for the user.
-    code: exit code of the launcher.
+    happened: description of what failed.
+    next_action: command or advice with which the user can continue.
+    code: exit code with which the launcher ends.
   """
 
   def __init__(self, happened: str, next_action: str, code: int = FAILED):
@@ -30,7 +30,13 @@ class LaunchError(Exception):
 
 
 class Answer(NamedTuple):
-  """Result of a command: exit code, stdout and stderr."""
+  """Result of a command.
+
+  Args:
+    code: exit code.
+    out: text of stdout.
+    error: text of stderr.
+  """
 
   code: int
   out: str
@@ -38,7 +44,7 @@ class Answer(NamedTuple):
 
 
 def call(argv: Sequence[str]) -> Answer:
-  """Run a command to its end, without stdin."""
+  """Runs a command, without stdin, waits for its end, and returns exit code and output."""
   done = subprocess.run(
     argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
   )
@@ -46,7 +52,14 @@ def call(argv: Sequence[str]) -> Answer:
 
 
 def stream(argv: Sequence[str], on_line: Callable[[bytes], None]) -> Answer:
-  """Run a command and call `on_line` with each line of stdout; the result has no stdout."""
+  """Runs a command and passes each line of stdout to a function while the command runs.
+
+  Returns the exit code and stderr; the result contains no stdout.
+
+  Args:
+    argv: words of the command.
+    on_line: function to call with each line, as bytes with the line's end.
+  """
   with (
     tempfile.TemporaryFile() as errors,
     subprocess.Popen(
@@ -65,10 +78,10 @@ def stream(argv: Sequence[str], on_line: Callable[[bytes], None]) -> Answer:
 
 
 class Launcher:
-  """Launcher that runs a plan.
+  """Launcher that creates a TPU, runs the jobs of a plan on it, and deletes the TPU.
 
   Args:
-    plan: plan of the launch.
+    plan: jobs to run, the TPU and other options.
     sleep: function that waits for a number of seconds.
     report: function that prints one line for the user.
   """
@@ -87,7 +100,10 @@ class Launcher:
     self._status = ""
 
   def run(self) -> int:
-    """Run all jobs one after another, delete the TPU unless it is kept; return an exit code.
+    """Runs all jobs one after another, then deletes the TPU; returns 0 or a failed job's exit code.
+
+    After a failed job, the other jobs are not run. A TPU is not deleted if the plan keeps it or if
+    the launcher did not create it.
 
     Raises:
       LaunchError: the launch cannot continue.
@@ -108,7 +124,9 @@ class Launcher:
     return code
 
   def stop(self) -> int:
-    """Make all jobs save and end, wait for them, delete the TPU unless it is kept; return 0.
+    """Makes all jobs save and end, waits for their ends, then deletes the TPU; returns 0.
+
+    A TPU is not deleted if the plan keeps it or if the launcher did not create it.
 
     Raises:
       LaunchError: a command fails.
@@ -121,7 +139,7 @@ class Launcher:
     return 0
 
   def delete_command(self) -> str:
-    """Shell command that deletes the TPU."""
+    """Returns the shell command with which the user can delete the TPU."""
     return shlex.join(self._tpu.delete_queued() if self._tpu.queued else self._tpu.delete())
 
   def _run(self, job: Job) -> int:
@@ -153,7 +171,14 @@ class Launcher:
       self._report(f"restart {restarts} of at most {self._plan.max_restarts}")
 
   def _prepare(self, job: Job, again: bool) -> None:
-    """Install and start a job; both do nothing on hosts where they are done."""
+    """Installs the code on all hosts of the TPU, and starts a job.
+
+    A host that has the code already, or that runs the job already, is left as it is.
+
+    Args:
+      job: job to start.
+      again: whether the job was started before, so that its end has to be awaited first.
+    """
     for command in self._plan.install():
       self._require("installing", command)
     if again:
@@ -162,7 +187,7 @@ class Launcher:
     self._started = True
 
   def _bring_up(self) -> None:
-    """Wait until the TPU is ready; request an absent TPU and replace a broken one."""
+    """Waits until the TPU is ready; requests it if it does not exist, and replaces a broken one."""
     requested = False
     while True:
       tpu = self._state()
@@ -183,7 +208,7 @@ class Launcher:
       self._sleep(self._plan.poll)
 
   def _state(self) -> Described:
-    """State of the TPU; without a TPU, state of the queued resource that will create it."""
+    """Returns the state of the TPU, or of the queued request for it if the TPU is not ready."""
     node = self._describe(self._tpu.describe())
     self._owned |= node.owned
     if not self._tpu.queued or node.state == READY:
@@ -229,7 +254,16 @@ class Launcher:
       self._sleep(self._plan.poll)
 
   def _replace(self, tpu: Described, requested: bool) -> None:
-    """Delete a broken TPU of this launcher, at most `max_restarts` times."""
+    """Deletes a broken TPU, so that it can be requested again, at most `max_restarts` times.
+
+    Args:
+      tpu: state of the TPU.
+      requested: whether the TPU was requested just before; then a failed request is an error.
+
+    Raises:
+      LaunchError: the request failed, the TPU was not created by this launcher, or TPUs were lost
+        too often.
+    """
     reason = f": {tpu.reason}" if tpu.reason else ""
     if requested and tpu.state == "FAILED":
       raise LaunchError(f"the request for the TPU failed{reason}", self.delete_command())
@@ -270,7 +304,10 @@ class Launcher:
       raise self._error("starting the run", command, answer)
 
   def _follow(self, job: Job) -> int | None:
-    """Print the log until the run ends; return its exit code, or None if the run was lost."""
+    """Prints the log of a job until it ends, and returns the job's exit code.
+
+    Returns None if the job was lost, for example because the TPU was preempted.
+    """
     log, failures = self._log, 0
     while True:
       answer = stream(self._plan.follow(job, log.next_byte), log.add)
@@ -293,7 +330,11 @@ class Launcher:
         self._sleep(self._plan.poll)
 
   def _ended(self, code: int) -> int | None:
-    """Exit code of a run, or None during a preemption, which can end a run with any exit code."""
+    """Returns the exit code of an ended run, or None if a preemption seems to have ended it.
+
+    A preemption can end a run with any exit code. It is assumed if the run failed and the TPU is
+    not ready after a short wait.
+    """
     if code in (0, STOPPED, USAGE):
       return code
     self._sleep(self._plan.poll)
@@ -335,7 +376,12 @@ class Launcher:
   def _try(
     self, command: list[str], accept: Callable[[Answer], bool] = lambda answer: False
   ) -> Answer:
-    """Retry a command until it succeeds, `accept` is true of its answer, or no retry helps."""
+    """Runs a command, repeats it with growing waits if it fails, and returns the last answer.
+
+    Args:
+      command: words of the command.
+      accept: function that returns whether a failure needs no further attempt.
+    """
     for attempt in range(self._plan.tries):
       if attempt:
         self._sleep(min(5.0 * 2**attempt, 120.0))
@@ -353,21 +399,28 @@ class Launcher:
     return LaunchError(f"{action} failed (exit code {answer.code}): {message}", next_action)
 
   def _report_status(self, line: str) -> None:
-    """Report a line unless it repeats the last status."""
+    """Prints a line about the TPU's state, unless it is the same as the last such line."""
     if line != self._status:
       self._report(line)
     self._status = line
 
 
 class Log:
-  """Log of a run: prints it, counts its bytes, and keeps the last line with MARK."""
+  """Receiver of a run's log: prints the lines and counts their bytes.
+
+  Lines that begin with MARK are messages of the host's script to the launcher and are not printed;
+  the last one is remembered.
+  """
 
   def __init__(self):
     self.next_byte = 0
     self._mark = ""
 
   def add(self, line: bytes) -> None:
-    """Print a line of the log, or keep it if it begins with MARK; drop a line without an end."""
+    """Prints a line of the log, or remembers it if it begins with MARK.
+
+    A line without a line end is ignored: the connection broke, and it will be sent again.
+    """
     mark = tpu_scripts.MARK.encode()
     if line.startswith(mark):
       self._mark = line.removeprefix(mark).decode(errors="replace").strip()
@@ -380,6 +433,9 @@ class Log:
       sys.stdout.flush()
 
   def take_mark(self) -> str:
-    """Last state of a connection: `running`, `lost` or `ended CODE`; empty if it broke. Reset."""
+    """Returns and forgets the last message of the host's script about the state of the run.
+
+    It is `running`, `lost` or `ended CODE`; empty if the connection broke before the message.
+    """
     mark, self._mark = self._mark, ""
     return mark

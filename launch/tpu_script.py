@@ -1,4 +1,4 @@
-"""A plan as a shell script with the commands that the launcher runs if nothing fails."""
+"""Writes a launch as a shell script: the commands that the launcher runs if nothing fails."""
 
 import shlex
 import textwrap
@@ -10,12 +10,12 @@ from tpu_scripts import RUNNING
 
 
 def script(plan: Plan, hosts: int, pack: Sequence[str] = ()) -> str:
-  """Executable bash script of a plan.
+  """Returns a bash script with the commands of a launch, which `--dry_run` prints.
 
   Args:
-    plan: plan of a launch.
-    hosts: number of hosts of the TPU.
-    pack: command that packs the commit; empty without an upload.
+    plan: jobs to run, the TPU and other options of the launch.
+    hosts: number of host machines of the TPU.
+    pack: words of the command that packs the commit into an archive; empty if nothing is uploaded.
   """
   tpu = plan.tpu
   parts = [

@@ -1,9 +1,9 @@
-"""Bash scripts for the hosts of a TPU: install, mount, start, follow. Each can be run repeatedly.
+"""Bash scripts for the host machines of a TPU: they install the code and start, watch and stop runs.
 
-On every host `~/byolx/src` has the code and its `.venv`. `~/byolx/runs/NAME` has the files of one
-run: `train.sh`, `log`, `pid`, `exit` (the exit code), and `lock`, a file lock that is held while
-the run goes on. Because of the lock, the state of a run is right after a lost connection or a
-reboot.
+Each script can be run repeatedly. On every host `~/byolx/src` has the code and its `.venv`.
+`~/byolx/runs/NAME` has the files of one run: `train.sh`, `log`, `pid`, `exit` (the exit code), and
+`lock`, a file that is locked while the run goes on. The lock shows whether the run goes on, also
+after a lost connection or a reboot.
 """
 
 import dataclasses
@@ -12,14 +12,15 @@ import textwrap
 from collections.abc import Sequence
 
 MARK = "byolx-launch:"
-"""Prefix of the lines that scripts print for the launcher."""
+"""Prefix of the lines that the scripts print for the launcher and not for the user."""
 
 RUNNING, LOST, OTHER, STUCK = 99, 98, 97, 96
-"""Exit codes of scripts: the run goes on; it ended without an exit code, as after a reboot; another
-command runs under its name; the last run does not end."""
+"""Exit codes of the scripts. RUNNING: the run goes on. LOST: the run ended without an exit code, as
+after a reboot. OTHER: a run with the same name but another command goes on. STUCK: a run does not
+end."""
 
 TAIL_BYTES = 20_000
-"""Bytes at the end of the log that `follow` prints first."""
+"""Maximal number of bytes of the existing log that `follow` prints at the first connection."""
 ROOT = "/mnt/byolx"
 WORK, DATA = "work", "data"
 
@@ -46,11 +47,12 @@ _DATA_OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Mount:
-  """A bucket mounted as a folder.
+  """A Cloud Storage bucket that is mounted as a folder on the host machines.
 
   Args:
     bucket: name of the bucket.
-    kind: WORK, for reading and writing by all hosts, or DATA, for reading with cached metadata.
+    kind: kind of access: WORK for reading and writing by all hosts, or DATA for reading only, with
+      cached metadata.
   """
 
   bucket: str
@@ -58,22 +60,29 @@ class Mount:
 
   @property
   def path(self) -> str:
-    """Path of the folder on the hosts."""
+    """Path of the mounted folder on the host machines."""
     return f"{ROOT}/{self.kind}/{self.bucket}"
 
 
 def mounted(url: str, kind: str) -> tuple[Mount, str]:
-  """Mount of gs://BUCKET/FOLDER as WORK or DATA, and the path of the folder on the hosts."""
+  """Returns the mount that an address gs://BUCKET/FOLDER needs, and the folder's path on the hosts.
+
+  Args:
+    url: address in Cloud Storage.
+    kind: kind of access: WORK for reading and writing, or DATA for reading only.
+  """
   bucket, _, folder = url.removeprefix("gs://").partition("/")
   mount = Mount(bucket, kind)
   return mount, f"{mount.path}/{folder}".rstrip("/")
 
 
 def install(source: str, commit: str) -> str:
-  """Script that installs the code and its dependencies, unless they are installed or a run goes on.
+  """Returns a script that installs the code of a commit and its dependencies on a host.
+
+  The script does nothing if the commit is installed already or if a run goes on.
 
   Args:
-    source: git address to clone; empty: the archive `~/byolx-COMMIT.tar.gz` was uploaded.
+    source: git address to clone; empty if the archive `~/byolx-COMMIT.tar.gz` has been uploaded.
     commit: full hash of the commit.
   """
   if source:
@@ -101,11 +110,14 @@ def install(source: str, commit: str) -> str:
 
 
 def mount(mounts: Sequence[Mount], cache_gb: int) -> str:
-  """Script that installs Cloud Storage FUSE and mounts buckets, unless they are mounted.
+  """Returns a script that mounts Cloud Storage buckets as folders, unless they are mounted already.
+
+  The script installs Cloud Storage FUSE first if it is missing.
 
   Args:
     mounts: buckets to mount.
-    cache_gb: GiB of each host's memory for a cache of files from DATA mounts; 0: no cache.
+    cache_gb: GiB of each host's memory for a cache of files from DATA mounts, which are read only; 0
+      for no cache.
   """
   parts = [
     """\
@@ -135,10 +147,10 @@ def mount(mounts: Sequence[Mount], cache_gb: int) -> str:
 
 
 def start(name: str, arguments: Sequence[str], workdir: str) -> str:
-  """Script that starts `byolx` in a session that does not depend on the connection.
+  """Returns a script that starts `byolx` on a host, in a session that outlives the connection.
 
-  It does nothing if the same command is running or has ended with exit code 0. It exits with OTHER
-  if another command is running under the same name.
+  The script does nothing if the same command is running or has ended with exit code 0. It exits with
+  OTHER if another command is running under the same name, and with 1 if `byolx` does not start.
 
   Args:
     name: name of the run.
@@ -188,7 +200,10 @@ def start(name: str, arguments: Sequence[str], workdir: str) -> str:
 
 
 def settle(name: str) -> str:
-  """Script that waits for the end of a run on its host, and kills the run after two minutes."""
+  """Returns a script that waits for the end of a run on a host, and kills it after two minutes.
+
+  The script exits with STUCK if the run does not end even then.
+  """
   return _script(f"""\
     cd "$HOME/byolx/runs/{name}" 2> /dev/null || exit 0
     if flock --shared --timeout=120 lock true; then exit 0; fi
@@ -197,16 +212,16 @@ def settle(name: str) -> str:
 
 
 def follow(name: str, start_at: int, seconds: int) -> str:
-  """Script that prints the log as it grows, until the run ends or the time is over.
+  """Returns a script that prints a run's log as it grows, until the run ends or the time is over.
 
-  The last line is MARK with the state: `running`, `lost` or `ended CODE`. The exit code is RUNNING,
-  LOST, or the exit code of the run.
+  The last line that the script prints is MARK with the state of the run: `running`, `lost` or
+  `ended CODE`. The script's exit code is RUNNING, LOST, or the exit code of the run.
 
   Args:
     name: name of the run.
-    start_at: first byte of the log to print, from 1; 0: the last TAIL_BYTES, after a line with MARK
-      and `from BYTE`.
-    seconds: longest duration in seconds.
+    start_at: first byte of the log to print, from 1. With 0 the script skips all but the last
+      TAIL_BYTES bytes, and first prints MARK and `from BYTE`.
+    seconds: longest duration of the script in seconds.
   """
   begin = f"from={start_at}"
   if not start_at:
@@ -236,7 +251,7 @@ size=$(stat --format=%s log)
 
 
 def errors(name: str) -> str:
-  """Script that prints the last errors of a run on its host."""
+  """Returns a script that prints the last two error lines of a run's log on a host."""
   return _script(f"""\
     cd "$HOME/byolx/runs/{name}" || exit 0
     grep --text --extended-regexp "byolx: error|Error|Killed" log | tail --lines=2 |
@@ -244,7 +259,7 @@ def errors(name: str) -> str:
 
 
 def stop(name: str) -> str:
-  """Script that makes a run save and end with exit code 75, by the signal of a preemption."""
+  """Returns a script that sends SIGTERM to a run, which then saves and ends with exit code 75."""
   return _script(f"""\
     cd "$HOME/byolx/runs/{name}" || exit 0
     if flock --shared --nonblock lock true; then exit 0; fi

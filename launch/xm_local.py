@@ -1,4 +1,4 @@
-"""Train on this machine with xmanager: one run, or the runs of a grid in parallel."""
+"""Trains on this machine with xmanager: one run, or the runs of a grid in parallel."""
 
 import argparse
 import asyncio
@@ -28,7 +28,13 @@ _EXAMPLES = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Launch the runs; return 0, 1 if a run failed, 2 for a usage error, 130 after Ctrl-C."""
+  """Trains all runs of a launch on this machine and returns the exit code.
+
+  It is 0 if all runs are done, 1 if one failed, 2 for invalid arguments, 130 after Ctrl-C.
+
+  Args:
+    argv: command-line arguments; None for those of this process.
+  """
   parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
   parser.add_argument(
     "--cores", type=numbers.count, help="number of cores per run; default: 1 with --grid, else all"
@@ -38,10 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def slots(cores: Sequence[int], size: int) -> list[list[int]]:
-  """Disjoint lists of `size` cores, one for each of the runs in parallel.
+  """Divides the machine's cores into groups, so that each group can train one run at a time.
+
+  Cores that do not fill a group are left out.
+
+  Args:
+    cores: indices of the cores.
+    size: number of cores of a group.
 
   Raises:
-    ConfigError: the machine has fewer cores.
+    ConfigError: the machine has fewer than `size` cores.
   """
   if size > len(cores):
     raise ConfigError(f"--cores={size}: expected at most the {len(cores)} of this machine")
@@ -49,7 +61,12 @@ def slots(cores: Sequence[int], size: int) -> list[list[int]]:
 
 
 def command(job: Job, cores: Sequence[int]) -> list[str]:
-  """Command of a run, limited to these cores if the system has `taskset`."""
+  """Returns the command of a run, limited to certain cores if the system has `taskset`.
+
+  Args:
+    job: run to train.
+    cores: indices of the cores.
+  """
   pin = shutil.which("taskset")
   train = [sys.executable, "-m", "byolx", *job.train()]
   return [pin, "--cpu-list", ",".join(map(str, cores)), *train] if pin else train
@@ -79,7 +96,13 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run(title: str, runs: Sequence[Job], core_lists: Sequence[Sequence[int]]) -> list[Job]:
-  """Run jobs as xmanager's work units, one at a time per list of cores; return the failed jobs."""
+  """Trains all runs with xmanager, several in parallel, and returns those that failed.
+
+  Args:
+    title: title of xmanager's experiment.
+    runs: runs to train.
+    core_lists: groups of cores, each of which trains one run at a time.
+  """
   xm, xm_local = xmanager()
   failed = []
 

@@ -1,4 +1,7 @@
-"""Train on Vertex AI with xmanager: one job per run, on GPUs or a TPU v2 or v3 of one host."""
+"""Trains on Google's Vertex AI with xmanager: one job per run, on GPUs or on a TPU v2 or v3.
+
+Only TPUs of one host machine are possible.
+"""
 
 import argparse
 import dataclasses
@@ -27,25 +30,30 @@ _EXAMPLES = """\
     --workdir=gs://bucket/runs/seeds --config.data.folder=gs://bucket/imagenet --grid=seeds --dry_run"""
 
 _EXTRAS = {"tpu_v2": "tpu", "tpu_v3": "tpu", "v100": "gpu", "a100": "gpu", "h100": "gpu"}
-"""Accelerators of xmanager's executor, each with the extra of byolx that it needs."""
+"""The optional dependencies of byolx, `tpu` or `gpu`, that each kind of accelerator needs."""
 
 _COUNTS = {"tpu_v2": (8,), "tpu_v3": (8,)}
-"""Valid counts of an accelerator; any count for the others."""
+"""Valid numbers of accelerators per run, by kind; a kind that is missing here allows any number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """Accelerator of a job: its kind, by xmanager's name, and their number."""
+  """Accelerators of one run.
+
+  Args:
+    kind: kind of the accelerators by xmanager's name, such as tpu_v3.
+    count: number of the accelerators.
+  """
 
   kind: str
   count: int
 
 
 def accelerator(text: str) -> Accelerator:
-  """Parse KIND=COUNT, such as `tpu_v3=8`.
+  """Parses the kind and the number of a run's accelerators from text such as `tpu_v3=8`.
 
   Raises:
-    ConfigError: the kind or the count is not available on Vertex AI with xmanager.
+    ConfigError: the kind is unknown, or Vertex AI does not have this number with xmanager.
   """
   kind, _, count = text.partition("=")
   if kind not in _EXTRAS or not count.isdecimal() or int(count) < 1:
@@ -59,7 +67,9 @@ def accelerator(text: str) -> Accelerator:
 
 
 def hosted(job: Job) -> Job:
-  """Job with /gcs/BUCKET in place of every gs://BUCKET.
+  """Returns a copy of a job with every address gs://BUCKET replaced by the folder /gcs/BUCKET.
+
+  In Vertex AI's containers, that folder shows the bucket.
 
   Raises:
     ConfigError: the workdir or the folder of the images is not in a bucket.
@@ -73,10 +83,10 @@ def hosted(job: Job) -> Job:
 
 
 def instructions(extra: str) -> list[str]:
-  """Lines of the Dockerfile after FROM.
+  """Returns the lines of the Dockerfile that install byolx, without the first line FROM.
 
   Args:
-    extra: extra of byolx to install, `tpu` or `gpu`.
+    extra: optional dependencies of byolx to install, `tpu` or `gpu`.
   """
   return [
     "RUN apt-get update && apt-get install --yes git",
@@ -87,7 +97,13 @@ def instructions(extra: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Launch the runs; return 0, 1 if a run failed, or 2 for a usage error."""
+  """Trains all runs of a launch on Vertex AI and returns the exit code.
+
+  It is 0 if all runs are done, 1 if one failed, 2 for invalid arguments.
+
+  Args:
+    argv: command-line arguments; None for those of this process.
+  """
   parser = jobs.parser(PROGRAM, _DESCRIPTION, _EXAMPLES)
   parser.add_argument(
     "--accelerator",
@@ -127,7 +143,13 @@ def _launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run(title: str, runs: Sequence[Job], requirement: Accelerator) -> list[Job]:
-  """Start all jobs, wait for their ends, and return the failed jobs."""
+  """Starts all runs on Vertex AI, waits for their ends, and returns those that failed.
+
+  Args:
+    title: title of xmanager's experiment.
+    runs: runs to train.
+    requirement: accelerators of each run.
+  """
   xm, xm_local = xmanager()
   units = []
   with xm_local.create_experiment(experiment_title=title) as experiment:
@@ -156,7 +178,10 @@ def _completed(xm, unit) -> bool:
 
 
 def _inside(job: Job) -> Job:
-  """Job with the path of its config relative to the root of the container."""
+  """Returns a copy of a job whose config path is relative to the root of the checkout.
+
+  The container has the checkout in its working folder, so the path is valid there.
+  """
   name, colon, rest = job.config.partition(":")
   path = Path(name).resolve().relative_to(ROOT).as_posix()
   return dataclasses.replace(job, config=f"{path}{colon}{rest}")

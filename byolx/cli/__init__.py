@@ -1,4 +1,4 @@
-"""The `byolx` command: one module per subcommand, which imports the library only when it runs."""
+"""The `byolx` command. Each subcommand is a module, which imports the library only when it runs."""
 
 import argparse
 import logging
@@ -25,10 +25,13 @@ _COMMANDS = (train, evaluate, sweep, report, plan, show_views, prepare, bench, i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Run one command and return its exit code, see `options`.
+  """Runs `byolx` with command-line arguments and returns the exit code, 0 for success.
+
+  Other exit codes are FAILED, USAGE (invalid arguments or config), STOPPED (start the command again)
+  and INTERRUPTED (Ctrl-C). Unexpected errors are raised.
 
   Args:
-    argv: arguments; None: those of this process.
+    argv: command-line arguments, such as ["fields"]; None for those of this process.
   """
   arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
   logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -62,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
-  """Errors that need no traceback; imported late, because these modules take long to import."""
+  """Returns the error classes that are printed in one line, without a traceback.
+
+  They are imported here and not at the top, because their modules take long to import.
+  """
   from byolx.checkpoints.manager import CheckpointError
   from byolx.core.distributed import DistributedError
   from byolx.data.unreadable import TooManyFailuresError
@@ -72,7 +78,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 
 class _Parser(argparse.ArgumentParser):
-  """Parser that prints an error in one line, without argparse's usage before it."""
+  """Argument parser that prints an error in one line, without the usage that argparse adds."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(USAGE, f"byolx: error: {message}; see {self.prog} --help\n")
@@ -111,7 +117,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parse_absl_flags() -> None:
-  """Mark absl's flags as parsed: grain's worker processes read them, and there is no absl main."""
+  """Marks absl's flags as parsed, because grain's worker processes read them.
+
+  Usually absl's own main function does so, which `byolx` does not use.
+  """
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
@@ -119,7 +128,12 @@ def _parse_absl_flags() -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-  """Print an error and return the exit code; end all processes of a distributed run."""
+  """Prints an error and returns the exit code; of a distributed run, ends all processes instead.
+
+  Args:
+    error: error to print.
+    code: exit code.
+  """
   from byolx.core import distributed
 
   print(f"byolx: error: {distributed.prefix()}{error}", file=sys.stderr)
@@ -128,7 +142,12 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _stop(reason: str, code: int) -> int:
-  """Print the reason for a stop and return the exit code; end all processes, as `_fail` does."""
+  """Prints why a run stops, and returns the exit code; of a distributed run, ends all processes.
+
+  Args:
+    reason: reason for the stop, such as a signal.
+    code: exit code.
+  """
   from byolx.core import distributed
 
   advice = "the same command goes on from there"

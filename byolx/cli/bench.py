@@ -1,4 +1,4 @@
-"""`byolx bench`: speed of the input."""
+"""`byolx bench input`: measures how fast this machine loads a config's images."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,12 @@ examples:
 
 
 def add(command) -> None:
-  """Add `byolx bench` to the parser."""
+  """Adds the command `byolx bench` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command(
     "bench", _run, "measure the speed of the input", description=_BENCH, epilog=_BENCH_MORE
   )

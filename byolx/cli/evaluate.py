@@ -1,4 +1,4 @@
-"""`byolx eval`: evaluation of a checkpoint."""
+"""`byolx eval`: evaluates the newest checkpoint of a run again."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,12 @@ from byolx.cli import options
 
 
 def add(command) -> None:
-  """Add `byolx eval` to the parser."""
+  """Adds the command `byolx eval` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command("eval", _run, "evaluate the newest checkpoint of a workdir again")
   sub.add_argument(
     "--from", dest="workdir", type=Path, required=True, metavar="WORKDIR", help="workdir of a run"

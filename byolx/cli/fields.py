@@ -1,10 +1,15 @@
-"""`byolx fields`: list of the config fields."""
+"""`byolx fields`: prints all config fields with their defaults and meanings."""
 
 import argparse
 
 
 def add(command) -> None:
-  """Add `byolx fields` to the parser."""
+  """Adds the command `byolx fields`.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   command("fields", _run, "list every config field with its default and meaning")
 
 

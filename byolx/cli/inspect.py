@@ -1,4 +1,4 @@
-"""`byolx inspect`: contents of a workdir or a checkpoint."""
+"""`byolx inspect`: prints the contents of a run's folder or of a checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,12 @@ from byolx.cli import options
 
 
 def add(command) -> None:
-  """Add `byolx inspect` to the parser."""
+  """Adds the command `byolx inspect` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command("inspect", _run, "print the contents of a workdir or a checkpoint on one page")
   sub.add_argument("path", type=Path, metavar="WORKDIR|CHECKPOINT")
   sub.add_argument("--verify", action="store_true", help="read every array and compare checksums")

@@ -1,11 +1,18 @@
-"""Parsers of numbers in command arguments; an invalid text raises argparse.ArgumentTypeError."""
+"""Functions that parse numbers in command-line arguments.
+
+All raise argparse.ArgumentTypeError for an invalid text; argparse then prints the message.
+"""
 
 import argparse
 import math
 
 
 def seeds(text: str) -> list[int]:
-  """Different seeds, each from 0 to 2**32 - 1, separated by commas."""
+  """Parses seeds separated by commas, such as "0,1,2", and returns them in the given order.
+
+  Raises:
+    argparse.ArgumentTypeError: a seed is not from 0 to 2**32 - 1, or two seeds are equal.
+  """
   seeds = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
   if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
     raise argparse.ArgumentTypeError(f"{text!r}: expected different whole numbers such as 0,1,2")
@@ -13,7 +20,13 @@ def seeds(text: str) -> list[int]:
 
 
 def counts(text: str) -> list[int]:
-  """Whole numbers of at least 0, separated by commas; sorted, without repetitions."""
+  """Parses whole numbers of at least 0, separated by commas, and returns them sorted.
+
+  A repeated number is returned once.
+
+  Raises:
+    argparse.ArgumentTypeError: a part of the text is not such a number.
+  """
   parts = text.split(",")
   if not all(part.isdecimal() for part in parts):
     raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers such as 0,2,4")
@@ -21,7 +34,11 @@ def counts(text: str) -> list[int]:
 
 
 def seconds(text: str) -> float:
-  """Seconds, above 0 and below 3600."""
+  """Parses a duration in seconds, above 0 and below 3600.
+
+  Raises:
+    argparse.ArgumentTypeError: the text is not such a number.
+  """
   try:
     seconds = float(text)
   except ValueError:
@@ -32,21 +49,33 @@ def seconds(text: str) -> float:
 
 
 def count(text: str) -> int:
-  """Whole number of at least 1."""
+  """Parses a whole number of at least 1, such as a number of processes.
+
+  Raises:
+    argparse.ArgumentTypeError: the text is not such a number.
+  """
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
   return int(text)
 
 
 def index(text: str) -> int:
-  """Whole number of at least 0."""
+  """Parses a whole number of at least 0, such as an index.
+
+  Raises:
+    argparse.ArgumentTypeError: the text is not such a number.
+  """
   if not text.isdecimal():
     raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 0")
   return int(text)
 
 
 def share(text: str) -> float:
-  """Number from 0 to 1."""
+  """Parses a share, a number from 0 to 1.
+
+  Raises:
+    argparse.ArgumentTypeError: the text is not such a number.
+  """
   try:
     share = float(text)
   except ValueError:
@@ -57,21 +86,33 @@ def share(text: str) -> float:
 
 
 def quality(text: str) -> int:
-  """Whole number from 1 to 100."""
+  """Parses a JPEG quality, a whole number from 1 to 100.
+
+  Raises:
+    argparse.ArgumentTypeError: the text is not such a number.
+  """
   if not text.isdecimal() or not 1 <= int(text) <= 100:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to 100")
   return int(text)
 
 
 def some_share(text: str) -> float:
-  """Number above 0, and up to 1."""
+  """Parses a share that is not 0, a number above 0 and up to 1.
+
+  Raises:
+    argparse.ArgumentTypeError: the text is not such a number.
+  """
   if not share(text):
     raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, and up to 1")
   return share(text)
 
 
 def price(text: str) -> float:
-  """Finite number of at least 0."""
+  """Parses a price, a finite number of at least 0.
+
+  Raises:
+    argparse.ArgumentTypeError: the text is not such a number.
+  """
   try:
     price = float(text)
   except ValueError:

@@ -1,4 +1,4 @@
-"""Exit codes, options and the start of several processes, shared by the commands."""
+"""Exit codes and options that several `byolx` commands share, such as those of distributed runs."""
 
 import argparse
 import logging
@@ -16,7 +16,11 @@ CONFIG_HELP = "config file, with arguments after a colon; --config.FIELD=VALUE c
 
 
 def add_distributed(sub: argparse.ArgumentParser) -> None:
-  """Add the options of a command that several processes can run together."""
+  """Adds the options for running a command in several processes, such as `--distributed`.
+
+  Args:
+    sub: parser of the command.
+  """
   sub.add_argument(
     "--distributed",
     action="store_true",
@@ -40,7 +44,12 @@ def add_distributed(sub: argparse.ArgumentParser) -> None:
 
 
 def join(arguments: argparse.Namespace) -> None:
-  """Connect to the other processes, if any; afterwards only process 0 prints to stdout.
+  """Connects this process to the other processes of the run, if `--distributed` is given.
+
+  Afterwards only process 0 prints to stdout.
+
+  Args:
+    arguments: parsed arguments, with those of `add_distributed`.
 
   Raises:
     ConfigError: the options contradict each other, or the processes cannot be detected.

@@ -1,4 +1,4 @@
-"""`byolx plan`: memory, speed and price of a train step on a TPU slice."""
+"""`byolx plan`: prints memory, speed, duration and price of training a config on a TPU slice."""
 
 import argparse
 import json
@@ -33,7 +33,12 @@ later, half a chip before.
 
 
 def add(command) -> None:
-  """Add `byolx plan` to the parser."""
+  """Adds the command `byolx plan` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command(
     "plan",
     _run,
@@ -121,7 +126,11 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _cache(folder: str | None) -> Path | None:
-  """Folder of cached results; the default for None, and None for an empty name."""
+  """Returns the folder of cached results, or None for no cache.
+
+  Args:
+    folder: value of `--cache`; None for the default folder, empty for no cache.
+  """
   if folder is None:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "byolx" / "plans"

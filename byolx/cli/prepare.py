@@ -1,4 +1,4 @@
-"""`byolx prepare`: conversion of images to large files."""
+"""`byolx prepare`: writes the images of a data set to a few large files, which are read faster."""
 
 import argparse
 from pathlib import Path
@@ -28,7 +28,12 @@ examples:
 
 
 def add(command) -> None:
-  """Add `byolx prepare` to the parser."""
+  """Adds the command `byolx prepare` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command(
     "prepare",
     _run,

@@ -1,4 +1,4 @@
-"""`byolx report`: results beside the paper's."""
+"""`byolx report`: prints the results of runs beside the paper's results."""
 
 import argparse
 from pathlib import Path
@@ -30,7 +30,12 @@ _SUFFIXES = {".txt": "text", ".md": "markdown", ".csv": "csv", ".json": "json", 
 
 
 def add(command) -> None:
-  """Add `byolx report` to the parser."""
+  """Adds the command `byolx report` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command(
     "report",
     _run,
@@ -106,7 +111,14 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _outputs(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
-  """Format of the text output, None without one; and path of the figure, None without one."""
+  """Returns the format of the text and the path of the figure, by the command's arguments.
+
+  The format is None if only a figure is drawn, and the path is None if no figure is drawn.
+
+  Raises:
+    ConfigError: the name of a file does not end in an expected suffix, or arguments contradict each
+      other.
+  """
   from byolx.core.config import ConfigError
 
   suffix = arguments.output.suffix.lower() if arguments.output else ".txt"

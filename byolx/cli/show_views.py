@@ -1,4 +1,4 @@
-"""`byolx show-views`: picture of augmented views."""
+"""`byolx show-views`: draws images beside their augmented views."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,12 @@ from byolx.cli import numbers, options
 
 
 def add(command) -> None:
-  """Add `byolx show-views` to the parser."""
+  """Adds the command `byolx show-views` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command("show-views", _run, "draw images beside pairs of their augmented views")
   sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=options.CONFIG_HELP)
   sub.add_argument(

@@ -1,4 +1,4 @@
-"""`byolx sweep`: choice of hyperparameters."""
+"""`byolx sweep`: chooses hyperparameters on validation images, then tests the choice."""
 
 import argparse
 import sys
@@ -32,7 +32,12 @@ results), cells/*/ and final/*/seed_*/ (workdirs of `byolx train`, each with its
 
 
 def add(command) -> None:
-  """Add `byolx sweep` to the parser."""
+  """Adds the command `byolx sweep` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command(
     "sweep",
     _run,

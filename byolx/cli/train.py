@@ -1,4 +1,4 @@
-"""`byolx train`: training and evaluation of a config."""
+"""`byolx train`: trains the networks of a config and evaluates them."""
 
 import argparse
 from pathlib import Path
@@ -27,7 +27,12 @@ embedding.png; with an encoder from another run also lineage.json.
 
 
 def add(command) -> None:
-  """Add `byolx train` to the parser."""
+  """Adds the command `byolx train` and its options.
+
+  Args:
+    command: function that creates the command's parser from its name, the function that runs it and
+      its help texts.
+  """
   sub = command(
     "train",
     _run,

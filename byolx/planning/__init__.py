@@ -1,1 +1,1 @@
-"""Memory, speed and price of a train step on a TPU slice, and speed of the input."""
+"""Plans of training on TPUs: memory, speed and price of a train step, and speed of the image input."""

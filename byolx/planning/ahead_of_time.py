@@ -1,4 +1,4 @@
-"""Compile programs ahead of time for TPUs and read the compiler's estimates.
+"""Compiles programs for TPUs and reads the compiler's estimates of their memory and speed.
 
 No TPU is needed. Compiling takes minutes, so the estimates are cached on disk under a hash of the
 program.
@@ -24,14 +24,14 @@ from byolx.training import compile_cache
 
 FORMAT = 1
 COSTS_KEPT = 100
-"""Number of instructions in `Figures.costs`, at most."""
+"""Maximal number of instructions whose costs `Figures.costs` contains."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """The compiler's estimates for one step on one core.
+  """The TPU compiler's estimates for one train step on one core.
 
   For a step that the compiler refuses as too large, only `fits`, `peak_bytes`, `compile_seconds`
   and the versions are set.
@@ -40,20 +40,25 @@ class Figures:
     fits: whether the step fits the memory of a core.
     peak_bytes: peak memory of a core in bytes: arguments, temporaries and outputs; for a step that
       does not fit, the memory that it needs.
-    argument_bytes, output_bytes, temp_bytes: parts of `peak_bytes`; most outputs replace
-      arguments.
-    flops: floating-point operations of a step; a loop counts as often as it runs.
-    bytes_accessed: bytes that a step reads and writes; a loop counts as often as it runs.
-    cycles: scheduled cycles of a step, see `costs.cycles`.
-    roofline_seconds: optimistic time of a step in seconds: every instruction at peak arithmetic or
-      memory rate.
-    collectives: count and bytes by kind, see `costs.collectives`.
-    kinds: cycles by kind of work, see `costs.by_kind`.
-    costs: costliest instructions, the costliest first.
-    unestimated: instructions without an estimate by opcode, see `costs.unestimated`.
-    unknown_loops: number of loops with an unknown trip count, which are counted once.
-    compile_seconds: duration of the compilation in seconds; it may be of an earlier run.
-    jax, libtpu: versions.
+    argument_bytes, output_bytes, temp_bytes: bytes of the step's arguments, outputs and
+      temporaries. Their sum can exceed `peak_bytes`, because most outputs overwrite arguments.
+    flops: floating-point operations of a step, with all iterations of its loops.
+    bytes_accessed: bytes that a step reads and writes, with all iterations of its loops.
+    cycles: clock cycles of a step in the compiler's schedule; communication between cores takes no
+      cycles there.
+    roofline_seconds: optimistic time of a step in seconds: every instruction runs at the peak
+      arithmetic rate or at the peak memory rate.
+    collectives: number of communications between cores, and bytes of their results, by kind, such
+      as `{"all-reduce": {"count": 2, "bytes": 4096}}`.
+    kinds: cycles by kind of work, such as "reductions".
+    costs: costs of the costliest instructions, the costliest first.
+    unestimated: number of executions of instructions that the schedule gives no cycles, by
+      operation.
+    unknown_loops: number of loops with an unknown number of iterations. All figures count one
+      iteration of such a loop.
+    compile_seconds: duration of the compilation in seconds. If the figures come from the cache, it
+      is the duration of the earlier compilation.
+    jax, libtpu: versions of the two packages.
   """
 
   fits: bool
@@ -76,15 +81,16 @@ class Figures:
 
 
 def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | None) -> Figures:
-  """Compile a program for a slice and return its figures, or read them from the cache.
+  """Compiles a program for a TPU slice and returns the compiler's estimates, cached if possible.
 
   Args:
     lowered: program, lowered for the devices of `topology`.
-    topology: slice.
-    cache: folder of the cached figures; None disables the cache.
+    topology: TPU slice, such as v3:16x16.
+    cache: folder of the cached estimates; None disables the cache.
 
   Raises:
-    ConfigError: the compiler refuses the program for another reason than its size.
+    ConfigError: the compiler refuses the program for another reason than its size, or libtpu is not
+      installed.
   """
   text = lowered.as_text()
   key = _key(text, topology.name)
@@ -107,14 +113,15 @@ def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | N
 
 
 def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stages.Compiled:
-  """Compile a program, and print the expected and the elapsed time to stderr.
+  """Compiles a program, and prints to stderr how long that usually takes.
 
-  Ctrl-C interrupts at once, because the compiler runs in a daemon thread.
+  If stderr is a terminal, the elapsed time is also printed. Ctrl-C interrupts at once, because the
+  compiler runs in a daemon thread. Errors of the compiler are raised unchanged.
 
   Args:
-    lowered: program.
-    name: name of the topology, for the message.
-    size: length of the program's text in characters.
+    lowered: lowered program to compile.
+    name: name of the TPU slice for the message, such as v3:16x16.
+    size: length of the program's text in characters, from which the time is estimated.
   """
   minutes = round(size / 1e6 * compile_cache.SECONDS_PER_MEGABYTE["tpu"] / 60)
   usual = f"usually about {minutes + 1} minutes" if minutes else "usually less than a minute"
@@ -148,7 +155,7 @@ def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> 
 
 
 def _measure(compiled: jax.stages.Compiled, topology: tpu.Topology) -> Figures:
-  """Read figures from a program's text and from jax's analyses of its memory and cost."""
+  """Reads the compiler's estimates from a compiled program: its text and jax's analyses of it."""
   program = hlo.parse(compiled.as_text())
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   # XLA's cost analysis counts the body of a loop once.
@@ -182,10 +189,10 @@ def _measure(compiled: jax.stages.Compiled, topology: tpu.Topology) -> Figures:
 
 
 def _bytes_needed(message: str, topology: tpu.Topology) -> int:
-  """Memory in bytes that a too large program needs, from the compiler's message.
+  """Parses the memory in bytes that a too large program needs from the compiler's error message.
 
   Raises:
-    ConfigError: the message is about another error.
+    ConfigError: the message is about an error other than the program's size.
   """
   if "RESOURCE_EXHAUSTED" in message:
     size = r"([\d.]+)([KMGT]?)i?B?"
@@ -197,7 +204,7 @@ def _bytes_needed(message: str, topology: tpu.Topology) -> int:
 
 
 def _key(text: str, name: str) -> str:
-  """Hash of a program's text, its topology and the versions of jax and libtpu."""
+  """Returns the cache key of a program: a hash of its text, the slice's name and the versions."""
   versions = json.dumps([FORMAT, name, jax.__version__, tpu.version()])
   return hashlib.sha256(f"{versions}\n{text}".encode()).hexdigest()[:32]
 
@@ -209,7 +216,10 @@ def _write(path: Path, key: str, result: Figures) -> None:
 
 
 def _read(path: Path, key: str) -> Figures | None:
-  """Cached figures; None if the file is missing, damaged, of another format or another program."""
+  """Reads cached figures from a file.
+
+  Returns None if the file is missing or damaged, or if its format or its key differs.
+  """
   try:
     entry = json.loads(path.read_text())
     body = entry["figures"]

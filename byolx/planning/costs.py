@@ -1,4 +1,7 @@
-"""Costs of a compiled TPU program: cycles, collectives, memory traffic and kinds of work."""
+"""Sums up the costs of a compiled TPU program: cycles, communication, memory traffic, kinds of work.
+
+Collectives are the operations that communicate between cores, such as all-reduce.
+"""
 
 import dataclasses
 import math
@@ -43,16 +46,17 @@ _LARGE = 64 * 1024
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Estimated cost of an instruction.
+  """Estimated cost of one instruction of a compiled TPU program.
 
   Args:
-    name: name in the program.
-    kind: kind of work, a key of `by_kind`.
+    name: name of the instruction in the program.
+    kind: kind of work, such as "reductions" or "all-reduce".
     opcode: operation, such as `fusion`.
-    shape: shape of the result as text, without layout.
-    source: `op_name` of the metadata, which names the jax code; empty: none.
-    cycles: estimated cycles of one execution.
-    times: executions in a step.
+    shape: shape of the result as text, such as `f32[2,3]`.
+    source: jax operation that the instruction comes from, such as `jit(step)/dot_general`; empty if
+      the program does not name it.
+    cycles: estimated clock cycles of one execution.
+    times: number of executions in a train step.
   """
 
   name: str
@@ -65,31 +69,33 @@ class Cost:
 
   @property
   def total(self) -> int:
-    """Cycles of all executions in a step."""
+    """Estimated clock cycles of all executions of the instruction in a train step."""
     return self.cycles * self.times
 
 
 def cycles(program: Program, *, loops: bool = True) -> int:
-  """Scheduled cycles of one step on one core: one instruction after the other.
+  """Returns the clock cycles of a program on one core, the sum over all executed instructions.
 
-  Collectives and a few other instructions have no estimate, see `unestimated`.
+  Instructions without an estimate count as 0: communication between cores, and a few others, which
+  `unestimated` returns.
 
   Args:
     program: parsed program.
-    loops: whether a loop counts as often as it runs; False counts the body of every loop once.
+    loops: whether all iterations of a loop count; False counts one iteration of every loop.
   """
   return sum(each.cycles * times for _, each, times in executed(program, loops=loops))
 
 
 def loop_factor(program: Program, weight: Callable[[Program, str, Instruction], float]) -> float:
-  """Ratio, at least 1, of a count with all executions of loops to a count with each loop once.
+  """Returns the factor that corrects a total of XLA's cost analysis for loops, at least 1.
 
-  XLA's own cost analysis counts a loop once if its trip count is unknown.
+  XLA's analysis counts one iteration of every loop. The factor is the total over all iterations,
+  divided by the total over one iteration of each loop.
 
   Args:
     program: parsed program.
-    weight: count of one instruction, as a function of program, name of the computation and
-      instruction, such as `flops` or `traffic`.
+    weight: function that returns what one instruction adds to the total, such as `flops` or
+      `traffic`. Its arguments are the program, the name of the computation and the instruction.
   """
   total = once = 0.0
   for computation, instruction, times in executed(program):
@@ -100,11 +106,12 @@ def loop_factor(program: Program, weight: Callable[[Program, str, Instruction], 
 
 
 def collectives(program: Program) -> dict[str, dict[str, int]]:
-  """Collectives of a step by kind, each with `count` and the `bytes` of its results on one core.
+  """Counts a program's collectives, the operations that communicate between cores, by kind.
 
-  A start and its done count as one collective. The result of an all-reduce is as large as the
-  input of a core, that of an all-gather is the gathered array, that of a reduce-scatter is the part
-  of one core.
+  Returns for each kind, such as "all-reduce", the number of executions as `count` and the size of
+  their results on one core as `bytes`. An asynchronous collective has two instructions, start and
+  done, and counts once. The result of an all-gather is the whole gathered array; that of a
+  reduce-scatter is only the core's part of the sum.
   """
   collectives: dict[str, dict[str, int]] = {}
   for _, instruction, times in executed(program):
@@ -116,7 +123,7 @@ def collectives(program: Program) -> dict[str, dict[str, int]]:
 
 
 def costs(program: Program) -> list[Cost]:
-  """Costs of all executed instructions with an estimate, the costliest first."""
+  """Returns the costs of all executed instructions with estimated cycles, the costliest first."""
   costs = []
   for _, each, times in executed(program):
     if each.cycles:
@@ -129,7 +136,7 @@ def costs(program: Program) -> list[Cost]:
 
 
 def by_kind(costs: list[Cost]) -> dict[str, int]:
-  """Cycles of a step by kind of work, the largest first."""
+  """Sums the cycles of all costs by kind of work, such as "reductions"; the largest sum first."""
   total: Counter[str] = Counter()
   for cost in costs:
     total[cost.kind] += cost.total
@@ -137,9 +144,10 @@ def by_kind(costs: list[Cost]) -> dict[str, int]:
 
 
 def unestimated(program: Program) -> dict[str, int]:
-  """Executions of instructions that have no estimate and a result of at least 64 KiB, by opcode.
+  """Counts the executions of instructions without estimated cycles, by operation.
 
-  Collectives, control flow and instructions that move no data are left out.
+  Only results of at least 64 KiB count. Left out are collectives (communication between cores),
+  control flow, and instructions that move no data.
   """
   counts: Counter[str] = Counter()
   for _, each, times in executed(program):
@@ -155,9 +163,15 @@ def unestimated(program: Program) -> dict[str, int]:
 
 
 def flops(program: Program, computation: str, instruction: Instruction) -> float:
-  """Multiplications and additions of the convolutions and products in an instruction, at least 0.
+  """Returns the floating-point operations of one execution of an instruction.
 
-  Multiplications with padding are counted.
+  Multiplications and additions of convolutions and matrix products are counted, also inside a
+  fusion, and also where a convolution multiplies padding. Other instructions count as 0.
+
+  Args:
+    program: parsed program.
+    computation: name of the computation that contains the instruction.
+    instruction: instruction of the program.
   """
   if instruction.opcode == "convolution":
     return _convolution_flops(program, computation, instruction)
@@ -176,7 +190,13 @@ def flops(program: Program, computation: str, instruction: Instruction) -> float
 
 
 def traffic(program: Program, computation: str, instruction: Instruction) -> float:
-  """Bytes that an instruction reads and writes if all its arrays are in main memory."""
+  """Returns the bytes that an instruction reads and writes, as if all arrays were in main memory.
+
+  Args:
+    program: parsed program.
+    computation: name of the computation that contains the instruction.
+    instruction: instruction of the program.
+  """
   if instruction.opcode in _FREE | _CONTROL:
     return 0.0
   read = sum(
@@ -187,12 +207,18 @@ def traffic(program: Program, computation: str, instruction: Instruction) -> flo
 
 
 def time(program: Program, computation: str, instruction: Instruction) -> float:
-  """Estimated cycles of an instruction, as a weight for `loop_factor`; 0 without an estimate."""
+  """Returns the compiler's estimate of an instruction's clock cycles; 0 if there is no estimate.
+
+  The first two arguments are unused: the function has the signature that `loop_factor` expects.
+  """
   return float(instruction.cycles)
 
 
 def _collectives_in(program: Program, instruction: Instruction) -> list[tuple[str, int]]:
-  """Kind and result bytes of every collective in an instruction, which may be a fusion."""
+  """Returns the kind and the result's bytes of every collective that an instruction executes.
+
+  Collectives are communications between cores, such as "all-reduce"; a fusion may contain several.
+  """
   kind = instruction.opcode.removesuffix("-start")
   if kind in COLLECTIVES:
     shape = instruction.shape
@@ -206,7 +232,7 @@ def _collectives_in(program: Program, instruction: Instruction) -> list[tuple[st
 
 
 def _kind(program: Program, instruction: Instruction) -> str:
-  """Kind of work of an instruction."""
+  """Returns an instruction's kind of work, such as "reductions" or, for a few, the operation."""
   opcodes = _opcodes(program, instruction)
   if opcodes & {"convolution", "dot"}:
     return CONVOLUTIONS
@@ -218,7 +244,7 @@ def _kind(program: Program, instruction: Instruction) -> str:
 
 
 def _opcodes(program: Program, instruction: Instruction) -> set[str]:
-  """Opcode of an instruction; for a fusion, the opcodes of all fused instructions."""
+  """Returns the operation of an instruction; for a fusion, those of all fused instructions."""
   if instruction.opcode != "fusion":
     return {instruction.opcode}
   bodies = [program.computations.get(name, ()) for name in instruction.called("calls")]

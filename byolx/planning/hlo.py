@@ -1,9 +1,9 @@
-"""Parse the text of a compiled TPU program: computations, instructions and their executions.
+"""Parses the text of a compiled TPU program into computations, which are lists of instructions.
 
 The compiler schedules the program of a core as one list of instructions and annotates most of them
-with estimated cycles. A loop is one instruction that refers to the computations of its body and its
-condition. A fusion carries the cycles of all instructions that it fuses. The module `costs` derives
-totals from the parsed program. This module does not import jax.
+with estimated clock cycles. A loop is one instruction that names two other computations, the body
+and the condition. A fusion is one instruction made of several, and its cycles are those of all of
+them. The module `costs` computes totals from the parsed program. This module does not import jax.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-  """One line of a computation.
+  """One instruction of a compiled program: one line of a computation.
 
   Args:
-    name: name, unique in its computation.
+    name: name of the instruction, unique in the computation.
     shape: shape of the result as text, such as `f32[2,3]{1,0}`.
     opcode: operation, such as `fusion`.
-    operands: names of the operands.
-    attributes: text after the operands; for a constant `value=` and its value.
-    is_root: whether its result is the result of the computation.
+    operands: names of the instructions whose results are the inputs.
+    attributes: text of the line after the operands; for a constant, `value=` and the value.
+    is_root: whether the result of the instruction is the result of the computation.
   """
 
   name: str
@@ -46,16 +46,23 @@ class Instruction:
 
   @property
   def cycles(self) -> int:
-    """Cycles that the compiler estimates; 0 without an estimate."""
+    """Clock cycles that the compiler estimates for one execution; 0 if there is no estimate."""
     match = _CYCLES.search(self.attributes)
     return int(match[1]) if match else 0
 
   def called(self, *roles: str) -> list[str]:
-    """Names of the computations that the instruction calls in these roles, such as `body`."""
+    """Returns the names of the computations that the instruction calls.
+
+    Args:
+      roles: attributes that name such computations, such as `body` and `condition` of a loop.
+    """
     return [name for role, name in _CALLED.findall(self.attributes) if role in roles]
 
   def branches(self) -> list[str]:
-    """Names of the computations between which a conditional chooses."""
+    """Returns the names of a conditional's branches, which are computations; one of them runs.
+
+    For any other instruction the list is empty.
+    """
     match = _BRANCHES.search(self.attributes)
     branches = [name.strip().lstrip("%") for name in match[1].split(",")] if match else []
     return branches or self.called("true_computation", "false_computation")
@@ -63,11 +70,11 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A parsed program.
+  """A parsed program: computations, which are lists of instructions.
 
   Args:
-    computations: instructions by the name of their computation.
-    entry: name of the computation in which the program starts.
+    computations: instructions of each computation, by the computation's name.
+    entry: name of the computation with which the program starts.
   """
 
   computations: dict[str, tuple[Instruction, ...]]
@@ -78,12 +85,17 @@ class Program:
     return {name: {each.name: each for each in body} for name, body in self.computations.items()}
 
   def find(self, computation: str, name: str) -> Instruction | None:
-    """Instruction of a computation by its name; None if there is none of that name."""
+    """Returns the instruction with a name; None if the computation has no such instruction.
+
+    Args:
+      computation: name of the computation.
+      name: name of the instruction.
+    """
     return self._by_name[computation].get(name)
 
 
 def parse(text: str) -> Program:
-  """Parse the text of a compiled program, `compiled.as_text()`.
+  """Parses the text of a compiled program, as jax's `Compiled.as_text()` returns it.
 
   Raises:
     ValueError: the text has no entry computation.
@@ -107,16 +119,16 @@ def parse(text: str) -> Program:
 def executed(
   program: Program, computation: str = "", times: int = 1, loops: bool = True
 ) -> Iterator[tuple[str, Instruction, int]]:
-  """Yield every executed instruction: name of its computation, instruction, number of executions.
+  """Yields all executed instructions, with the number of executions of each.
 
-  Instructions inside fusions are not yielded. Of a conditional, only the branch with the most
-  cycles counts.
+  Each value is a tuple of the computation's name, the instruction and the number. A fusion is
+  yielded as one instruction. Of a conditional, only the branch with the most cycles is executed.
 
   Args:
     program: parsed program.
-    computation: name of the computation to start in; empty: the entry.
+    computation: name of the computation to start with; empty for the program's first one.
     times: number of executions of that computation.
-    loops: whether a loop counts as often as it runs; False counts every loop once.
+    loops: whether all iterations of a loop count; False counts one iteration of every loop.
   """
   computation = computation or program.entry
   for instruction in program.computations.get(computation, ()):
@@ -137,7 +149,7 @@ def executed(
 
 
 def unknown_loops(program: Program) -> int:
-  """Number of loops with an unknown trip count, which `executed` counts once."""
+  """Counts the loops whose number of iterations is unknown; `executed` assumes one iteration."""
   return sum(
     instruction.opcode == "while" and _trip_count(program, computation, instruction) is None
     for computation, instruction, _ in executed(program, loops=False)
@@ -145,7 +157,11 @@ def unknown_loops(program: Program) -> int:
 
 
 def size(shape: str) -> int:
-  """Bytes of an array or a tuple of arrays, without padding, from the text of its shape."""
+  """Returns the bytes of an array, or of all arrays of a tuple, without padding.
+
+  Args:
+    shape: shape as text, such as `f32[2,3]` or `(f32[2,3], s32[])`.
+  """
   bits = 0
   for kind, dims in _ARRAY.findall(shape):
     digits = re.search(r"\d+", kind)
@@ -155,13 +171,13 @@ def size(shape: str) -> int:
 
 
 def dims(shape: str) -> list[int]:
-  """Dimensions of the first array in the text of a shape."""
+  """Returns the dimensions of the first array in a shape: [2, 3] for the text `f32[2,3]{1,0}`."""
   match = _ARRAY.search(shape)
   return [int(dim) for dim in match[2].split(",") if dim] if match else []
 
 
 def parts(shape: str) -> list[str]:
-  """Texts of the shapes in a tuple."""
+  """Splits the text of a tuple's shape, such as `(f32[2,3], s32[])`, into its elements' texts."""
   parts, depth, begin = [], 0, 1
   for index, letter in enumerate(shape):
     depth += letter in "({["
@@ -173,7 +189,12 @@ def parts(shape: str) -> list[str]:
 
 
 def _instruction(head: re.Match, rest: str) -> Instruction:
-  """Parse an instruction from the match of `name = ` and the rest of the line."""
+  """Parses one line of a computation, which has the form `NAME = SHAPE OPCODE(OPERANDS), ...`.
+
+  Args:
+    head: match of `_INSTRUCTION`, the line up to `=`.
+    rest: text of the line after `=`.
+  """
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   shape, rest = rest[:end], rest[end:].lstrip()
   start = rest.index("(")
@@ -186,7 +207,7 @@ def _instruction(head: re.Match, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-  """Index at which the parenthesis that opens at `start` closes."""
+  """Returns the index of the parenthesis that closes the one at index `start` of a text."""
   depth = 0
   for match in re.compile(r"[()]").finditer(text, start):
     depth += 1 if match[0] == "(" else -1
@@ -196,7 +217,16 @@ def _closing(text: str, start: int) -> int:
 
 
 def _trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
-  """Trip count of a loop, from its annotation or the constants of its counter; None: unknown."""
+  """Returns a loop's number of iterations; None if it is unknown.
+
+  It is read from the compiler's annotation. If there is none, it is computed from the loop's
+  counter, if start, end and step of the counter are constants.
+
+  Args:
+    program: parsed program.
+    computation: name of the computation that contains the loop.
+    loop: instruction of the loop, a `while`.
+  """
   if match := _TRIPS.search(loop.attributes):
     return int(match[1])
   for name in loop.called("condition"):
@@ -215,7 +245,13 @@ def _trip_count(program: Program, computation: str, loop: Instruction) -> int | 
 
 
 def _stride(program: Program, loop: Instruction, index: int) -> int:
-  """Increment of a loop's counter; 1 if it is not a constant."""
+  """Returns the number that a loop's body adds to the counter; 1 if that is not a constant.
+
+  Args:
+    program: parsed program.
+    loop: instruction of the loop, a `while`.
+    index: position of the counter in the tuple of the loop's variables.
+  """
   for name in loop.called("body"):
     root = next((each for each in program.computations[name] if each.is_root), None)
     if root is None or root.opcode != "tuple":
@@ -228,7 +264,14 @@ def _stride(program: Program, loop: Instruction, index: int) -> int:
 
 
 def _start(program: Program, computation: str, loop: Instruction, index: int) -> int | None:
-  """Constant from which a loop's counter starts; None if it is not a constant."""
+  """Returns the first value of a loop's counter; None if it is not a constant.
+
+  Args:
+    program: parsed program.
+    computation: name of the computation that contains the loop.
+    loop: instruction of the loop, a `while`.
+    index: position of the counter in the tuple of the loop's variables.
+  """
   first = program.find(computation, loop.operands[0]) if loop.operands else None
   if first is None or first.opcode != "tuple":
     return None
@@ -236,7 +279,13 @@ def _start(program: Program, computation: str, loop: Instruction, index: int) ->
 
 
 def _constant(program: Program, computation: str, name: str) -> int | None:
-  """Whole number of a constant, also behind copies and casts; None if it is not a constant."""
+  """Returns the value of a whole-number constant, or of a copy or cast of one; otherwise None.
+
+  Args:
+    program: parsed program.
+    computation: name of the computation that contains the instruction.
+    name: name of the instruction.
+  """
   instruction = program.find(computation, name)
   while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert"):
     instruction = program.find(computation, instruction.operands[0])

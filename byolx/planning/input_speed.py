@@ -1,10 +1,11 @@
-"""`byolx bench input`: speed of a config's input by stage, and the number of TPU cores it can feed.
+"""`byolx bench input`: measures how fast images can be loaded, and how many TPU cores that feeds.
 
-All measurements use the config's images, in the order of the first epoch. The first one runs each
-stage in a loop in one thread. The second one runs the bare functions (decode, crop, resize, and the
-colour augmentations if the host applies them) on bytes in memory, which is the upper limit of any
-pipeline. The third one runs the pipeline itself, in this process and in worker processes. The last
-two alternate, because the speed of a machine changes with time.
+All measurements use the config's images, in the order of the first epoch. The first measurement
+times each stage of loading, such as decoding, in one thread. The second runs the bare functions
+without the loader: decode, crop, resize, and the colour augmentations if the host applies them. They
+read bytes in memory; their speed is the limit of any loader. The third runs the loader itself, in
+this process and in worker processes. The last two measurements alternate, because the speed of a
+machine changes with time.
 """
 
 import dataclasses
@@ -36,25 +37,25 @@ from byolx.runs import trainer
 from byolx.runs.images import build_sources
 
 SAMPLE = 512
-"""Number of records in the sample, at most; their bytes are held in memory."""
+"""Maximal number of images that are measured; their encoded bytes are held in memory."""
 
 ROUNDS = 3
-"""Number of measurements of the bare functions and of each pipeline; the report has the medians."""
+"""Number of repetitions of each measurement of images per second; the report shows the medians."""
 
 V3_CORE_FLOPS = tpu.GENERATIONS["v3"].flops
 """Peak bfloat16 operations per second of a TPU v3 core."""
 
 UTILISATION = 0.3
-"""Expected share of the peak rate that a fast train step of a ResNet reaches."""
+"""Share of a TPU's peak rate that a fast train step of a ResNet is expected to reach."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """Time of one stage of the input in one thread.
+  """Time that one stage of loading images takes in one thread.
 
   Args:
     name: name of the stage, such as decode.
-    ms_per_image: milliseconds per image, with all its views.
+    ms_per_image: milliseconds per image, for all views of the image together.
   """
 
   name: str
@@ -63,15 +64,17 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-  """Speed of the pipeline with a number of workers.
+  """Speed of the image loader with a certain number of worker processes.
+
+  The bare functions, to which it is compared, decode, crop and resize without the loader.
 
   Args:
-    workers: number of worker processes; 0 is a thread of this process.
-    images_per_second: images per second, each with all its views.
-    per_core: images per second and core in use.
-    of_limit: `per_core` relative to the bare functions in one process.
-    of_shared_limit: `images_per_second` relative to the bare functions in the same number of
-      processes at once, which share the machine's memory.
+    workers: number of worker processes; 0 means that this process loads the images.
+    images_per_second: images per second, each with all views.
+    per_core: images per second, divided by the number of cores that the workers use.
+    of_limit: `per_core`, divided by the speed of the bare functions in one process.
+    of_shared_limit: `images_per_second`, divided by the speed of the bare functions in the same
+      number of processes at once, which share the machine's memory.
   """
 
   workers: int
@@ -83,20 +86,22 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class InputReport:
-  """Result of `byolx bench input`; `dataclasses.asdict` is its JSON.
+  """Result of `byolx bench input`: speed of loading a config's images on this machine.
 
   Args:
-    source: name of the source of the images.
+    source: name of the image source.
     records: number of training images.
     size: side of a view in pixels.
-    placement: `host` or `device`, for the colour augmentations.
-    batch_size: number of images of a train step.
-    cores: number of usable cores of this machine.
-    stages: times of the stages.
-    limit_images_per_second: images per second of the bare functions in one process.
-    rates: speeds of the pipeline.
-    gflop_per_image: 1e9 floating-point operations of a train step per image.
-    tpu_v3_cores: number of TPU v3 cores that the fastest pipeline can feed at UTILISATION.
+    placement: place of the colour augmentations, `host` or `device`.
+    batch_size: number of images in a train step.
+    cores: number of CPU cores that this process may use.
+    stages: times of the stages of loading, such as decoding.
+    limit_images_per_second: images per second of the bare functions, which decode, crop and resize
+      without the loader, in one process.
+    rates: speeds of the loader, one for each measured number of worker processes.
+    gflop_per_image: floating-point operations of a train step per image, in units of 1e9.
+    tpu_v3_cores: number of TPU v3 cores that the fastest measured loader can feed, if the cores
+      train at the share UTILISATION of their peak rate.
   """
 
   source: str
@@ -113,11 +118,11 @@ class InputReport:
 
   @property
   def best(self) -> Rate:
-    """Speed of the fastest pipeline."""
+    """The highest of the loader's measured speeds."""
     return max(self.rates, key=lambda rate: rate.images_per_second)
 
   def text(self) -> str:
-    """Text of the report."""
+    """Returns the report as text, with a table of the stages and one of the loader's speeds."""
     bare = "decode, crop, resize" + (", colour" if self.placement == "host" else "")
     lines = [
       f"{self.source}: {self.records:,} records, views of {self.size} px, colours on the"
@@ -148,17 +153,17 @@ class InputReport:
 
 
 def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> InputReport:
-  """Measure the speed of a config's input.
+  """Measures how fast this machine loads a config's images.
 
   Args:
-    cfg: all fields.
-    workers: numbers of worker processes to measure; 0 is a thread of this process.
-    seconds: duration of each measurement in seconds; there are about
-      ROUNDS * (2 + 2 * len(workers)).
+    cfg: config with all fields.
+    workers: numbers of worker processes to measure; 0 means that this process loads the images.
+    seconds: duration of each measurement in seconds; the number of measurements is at most
+      1 + ROUNDS * (1 + 2 * len(workers)).
 
   Raises:
     ConfigError: there are no images, or fields contradict each other.
-    TooManyFailuresError: no record can be read.
+    TooManyFailuresError: no image can be read.
   """
   source = build_sources(cfg).train
   work = Work.of(cfg, source)
@@ -196,10 +201,11 @@ def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> In
 
 
 def step_flops_per_image(cfg: ConfigDict) -> float:
-  """Floating-point operations of a train step per image: two views, each of four forward passes.
+  """Returns the floating-point operations of a train step per image, about 8 forward passes.
 
-  One pass is the online network, one the target, and the gradient counts as two. The operations are
-  counted in the encoder's program for one image, before compilation, without heads and optimiser.
+  Each of the two views costs four passes: one of the online network, one of the target network, and
+  two for the gradient. The operations of a pass are counted in the encoder's program for one image
+  before compilation. Projector, predictor and optimiser are left out.
   """
   spec = trainer.build_encoder(cfg)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: ResNet(spec, rngs=nnx.Rngs(0))))
@@ -213,15 +219,16 @@ def step_flops_per_image(cfg: ConfigDict) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """A sample of records and the transform that the stages apply to them.
+  """Images to measure, and the transform that makes views of them.
 
   Args:
     source: training images.
-    transform: training transform.
+    transform: transform of the training images, such as crops and augmentations.
     seed: seed of the run.
-    records: numbers of the records.
-    encoded: bytes of their image files; empty where the source has pixels.
-    draws: random numbers of every record's views; empty where the transform makes no views.
+    records: indices of the measured images in `source`.
+    encoded: bytes of the file of each measured image; b"" if the source contains decoded pixels.
+    draws: random augmentation parameters of each measured image, one per view; an empty tuple if
+      the transform makes no views.
   """
 
   source: Source
@@ -233,10 +240,14 @@ class Work:
 
   @classmethod
   def of(cls, cfg: ConfigDict, source: Source) -> "Work":
-    """The first readable records of the first epoch.
+    """Takes the first readable images of the first epoch, at most SAMPLE.
+
+    Args:
+      cfg: config with all fields.
+      source: training images.
 
     Raises:
-      TooManyFailuresError: no record can be read.
+      TooManyFailuresError: no image can be read.
     """
     transform, stream = trainer.build_input(cfg, len(source.classes)), Stream(cfg.seed)
     specs = transform.specs if isinstance(transform, Views) else ()
@@ -266,17 +277,25 @@ class Work:
 
   @property
   def on_host(self) -> bool:
-    """Whether the colour work is a stage of its own: that of views, on the host."""
+    """Whether colours are augmented on the host, after cropping, and so are a stage to measure."""
     return isinstance(self.transform, Views) and not self.transform.on_device
 
   def image(self, i: int) -> np.ndarray:
-    """Decoded pixels of sample i, uint8[height, width, 3]."""
+    """Returns the decoded pixels of measured image i, uint8[height, width, 3]."""
     if self.encoded[i]:
       return decode.decode(self.encoded[i], "")
     return self.source[self.records[i]].image
 
   def crops(self, i: int, image: np.ndarray) -> list[np.ndarray]:
-    """Its views without their colour work; of another transform its large arrays."""
+    """Returns the cropped and resized views of an image, before the colour augmentations.
+
+    If the transform makes no views, the function applies all of it and returns the arrays that it
+    fills, without scalars.
+
+    Args:
+      i: index of the image in `records`.
+      image: decoded pixels of the image, uint8[height, width, 3].
+    """
     if isinstance(self.transform, Views):
       size, antialias = self.transform.size, self.transform.antialias
       return [
@@ -289,7 +308,12 @@ class Work:
     return [array for array in jax.tree.leaves(rows) if array.ndim]
 
   def colours(self, i: int, crops: list[np.ndarray]) -> list[np.ndarray]:
-    """Views of sample i after the colour augmentations, or `crops` if the device applies them."""
+    """Augments the colours of an image's views, or returns them unchanged if `on_host` is False.
+
+    Args:
+      i: index of the image in `records`.
+      crops: cropped and resized views of the image.
+    """
     if not self.on_host:
       return crops
     return [
@@ -299,7 +323,13 @@ class Work:
 
 
 def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
-  """Times of the stages, run one after the other for each image, without overlap."""
+  """Measures the time of each stage of loading, such as decoding, one stage after the other.
+
+  Args:
+    cfg: config with all fields.
+    work: images to measure.
+    seconds: duration of the whole measurement in seconds.
+  """
   count = len(work.records)
   batch_size = min(count, loader.PART_ROWS)
   first = work.crops(0, work.image(0))
@@ -336,7 +366,12 @@ def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
 
 
 def _run_bare(work: Work, seconds: float) -> float:
-  """Images per second of the bare functions in a loop."""
+  """Runs decode, crop, resize and colours in a loop without the loader; returns images per second.
+
+  Args:
+    work: images to measure.
+    seconds: duration of the measurement in seconds.
+  """
   began = time.perf_counter()
   for done in itertools.count(1):
     i = done % len(work.records)
@@ -347,7 +382,14 @@ def _run_bare(work: Work, seconds: float) -> float:
 
 
 def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float) -> float:
-  """Images per second of the pipeline after its start."""
+  """Runs the image loader and returns its images per second, without the time of its start.
+
+  Args:
+    cfg: config with all fields.
+    source: training images.
+    workers: number of worker processes; 0 means that this process loads the images.
+    seconds: duration of the measurement in seconds.
+  """
   batch_size = min(cfg.train.batch_size, loader.PART_ROWS, len(source))
   batches = loader.train_batches(
     source,
@@ -371,7 +413,10 @@ def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float)
 
 
 def _run_side_by_side(work: Work, processes: int, seconds: float) -> float:
-  """Images per second, in total, of the bare functions in several processes at once."""
+  """Runs decode, crop, resize and colours without the loader in several processes at once.
+
+  Returns the images per second of all processes together.
+  """
   context = multiprocessing.get_context("spawn")
   ready = context.Barrier(processes)
   with context.Pool(processes, _start_bare, (work, ready)) as pool:

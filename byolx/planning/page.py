@@ -1,4 +1,4 @@
-"""Output of `byolx plan`: a page for one plan, a table for several plans."""
+"""Text that `byolx plan` prints: a page for one plan, or a table for several plans."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,13 @@ _GIB = 2**30
 
 
 def page(plan: Plan, costs: int = 0) -> str:
-  """Text of one plan, followed by the page of `plan.better`.
+  """Returns a plan as a page of text: memory, speed, duration and price of a train step.
+
+  If the train step does not fit and a changed config does, the page of that config follows.
 
   Args:
-    plan: plan.
-    costs: number of the costliest instructions to list.
+    plan: plan to describe.
+    costs: number of the costliest instructions to show.
   """
   slice_, figures = plan.topology, plan.figures
   head = [
@@ -47,7 +49,10 @@ def page(plan: Plan, costs: int = 0) -> str:
 
 
 def table(plans: Sequence[Plan]) -> str:
-  """Table with one row per plan; a plan that does not fit is followed by its `better` plan."""
+  """Returns several plans as a table of text with one row per plan.
+
+  If a train step does not fit and a changed config does, a row for the changed config follows.
+  """
   shown = [row for plan in plans for row in (plan, plan.better) if row]
   head = ["config", "topology", "cores", "fits", "GiB a core", "scheduled ms", "roofline ms"]
   head += ["TFLOP", "GB", "MXU %", "memory %", "images/s", "per host", "steps", "hours"]
@@ -80,7 +85,7 @@ def table(plans: Sequence[Plan]) -> str:
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
-  """Name and text of each line about a compiled program."""
+  """Returns the lines of the page about a compiled train step, each as a name and a text."""
   figures, slice_, terms = plan.figures, plan.topology, plan.terms
   generation = slice_.generation
   seconds = plan.scheduled_seconds

@@ -1,7 +1,8 @@
-"""`byolx plan`: memory, speed, duration and price of a config's train step on a TPU slice.
+"""`byolx plan`: estimates memory, speed, duration and price of training a config on a TPU slice.
 
-The TPU compiler compiles the same step that `byolx train` runs, without a TPU and without images.
-If the step does not fit, changes of the config are compiled too, the cheapest first.
+A slice is a group of TPU chips that train together. The TPU compiler compiles the same train step
+that `byolx train` runs, without a TPU and without images. If the step needs too much memory, changes
+of the config that reduce the memory are compiled too, the cheapest first.
 """
 
 import dataclasses
@@ -28,28 +29,29 @@ SOURCE_SIZES = {
   "cifar100": (50_000, 100),
   "fashion_mnist": (60_000, 10),
 }
-"""Numbers of training images and classes, by `data.source`, of the public data sets."""
+"""Number of training images and number of classes of each public data set, by `data.source`."""
 
 HELD_OUT = {"none": 0, "last_10009": 10_009, "first_10000": 10_000}
-"""Number of validation images held out of the training images, by `data.validation`."""
+"""Number of training images that are set aside for validation, by `data.validation`."""
 
 STATES = sharding.STATES
 REMATS = tuple(KEPT)
-"""Values of `mesh.state` and `train.remat`, in order of falling memory."""
+"""Values of the fields `mesh.state` and `train.remat`, from the most memory to the least."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-  """Assumptions and options of a plan.
+  """The user's assumptions for a plan, such as the price of a core-hour, and options of the search.
 
   Args:
-    efficiency: share of the scheduled speed that a run is expected to reach, above 0 and at most 1,
-      including input, network and checkpoints; 0.59 in the paper's run (docs/plan.md: 54.1 / 92
-      ms).
-    price: price of a core-hour in USD; a core is a device as jax counts them; None: no price.
-    images, classes: numbers of training images and classes; None: from the source, see
-      `count_images`.
-    search: whether to search for changes with which a step fits.
+    efficiency: expected speed of the run, relative to the speed in the compiler's schedule, above 0
+      and at most 1. Input, network and checkpoints make a run slower than the schedule; the
+      paper's run reached 0.59 (docs/plan.md: 54.1 / 92 ms).
+    price: price of a core-hour in USD; None if the plan has no price. A core is a device as jax
+      counts them.
+    images, classes: number of training images and number of classes; None to find it by the
+      config's `data` fields.
+    search: whether to search for a changed config if a step needs too much memory.
     cache: folder of the compiler's cached estimates; None disables the cache.
   """
 
@@ -63,20 +65,22 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The compiler's estimates for one config on one slice, and numbers derived from them.
+  """Estimates for training one config on one TPU slice: memory, speed, duration and price.
 
   Args:
     config: name of the config.
-    changes: values of the fields that were changed to make the step fit.
-    topology: slice.
-    terms: assumptions and options.
-    batch_size: number of images of a step.
-    passes: number of micro-batches of a step.
-    used: number of cores that the step runs on.
-    steps: number of steps of the whole schedule.
-    figures: the compiler's estimates.
-    better: plan with the first change that fits; None if this plan fits or no change does.
-    tried: changes that were tried, in order, each with its result.
+    changes: values of the config fields that were changed to reduce the memory, by name; empty for
+      the user's own config.
+    topology: TPU slice, such as v3:16x16.
+    terms: the user's assumptions, such as the price of a core-hour.
+    batch_size: number of images in a train step.
+    passes: number of micro-batches that a train step processes one after another.
+    used: number of cores that the train step runs on.
+    steps: number of train steps of the whole training.
+    figures: the compiler's estimates for one train step on one core.
+    better: plan of the first changed config that fits the memory; None if this plan fits, or if no
+      changed config fits or was tried.
+    tried: one line for each change of the config that was tried, with the result.
   """
 
   config: str
@@ -93,46 +97,62 @@ class Plan:
 
   @property
   def flags(self) -> list[str]:
-    """Changes as arguments of `byolx train`."""
+    """The changed fields as arguments of `byolx train`, such as `--config.train.remat=block`."""
     return [f"--config.{name}={value}" for name, value in self.changes.items()]
 
   @property
   def scheduled_seconds(self) -> float | None:
-    """Scheduled seconds of a step; None, as all below, if the compiler refused the step."""
+    """Seconds of a train step in the compiler's schedule; None if the compiler refused the step."""
     cycles = self.figures.cycles
     return None if cycles is None else cycles / self.topology.generation.clock_hz
 
   @property
   def images_per_second(self) -> float | None:
-    """Images per second of the slice at the scheduled speed, which the input has to deliver."""
+    """Images per second that the slice trains on at the speed of the compiler's schedule.
+
+    The input has to deliver as many. None if the compiler refused the step.
+    """
     seconds = self.scheduled_seconds
     return self.batch_size / seconds if seconds else None
 
   @property
   def hours(self) -> float | None:
-    """Hours of the whole schedule at the scheduled speed, before the expected efficiency."""
+    """Hours of the whole training at the speed of the compiler's schedule, an optimistic estimate.
+
+    None if the compiler refused the step.
+    """
     seconds = self.scheduled_seconds
     return None if seconds is None else self.steps * seconds / 3600
 
   @property
   def core_hours(self) -> float | None:
-    """Core-hours of the whole schedule at the expected efficiency, on all cores of the slice."""
+    """Expected hours of the whole training, multiplied by the number of cores of the slice.
+
+    The expected speed is `Terms.efficiency` times the speed of the compiler's schedule. None if the
+    compiler refused the step.
+    """
     return self.hours and self.hours / self.terms.efficiency * self.topology.cores
 
   @property
   def usd(self) -> float | None:
-    """Price of `core_hours` in USD; None without `Terms.price`."""
+    """Price of the whole training in USD; None without `Terms.price` or for a refused step."""
     price = self.terms.price
     return None if price is None or self.core_hours is None else price * self.core_hours
 
   @property
   def share_of_flops(self) -> float | None:
-    """Share of the matrix units' peak rate, 0 to 1, at the scheduled speed."""
+    """Share of the TPU's peak arithmetic rate that a step reaches in the compiler's schedule.
+
+    The value is from 0 to 1; None if the compiler refused the step.
+    """
     return self._share(self.figures.flops, self.topology.generation.flops)
 
   @property
   def share_of_bandwidth(self) -> float | None:
-    """Share of the memory's peak rate, 0 to 1, at the scheduled speed."""
+    """Share of the memory's peak rate that a step reaches in the compiler's schedule.
+
+    The value is from 0 to 1; None if the compiler refused the step.
+    """
     return self._share(self.figures.bytes_accessed, self.topology.generation.bandwidth)
 
   def _share(self, amount: float | None, peak: float) -> float | None:
@@ -140,7 +160,7 @@ class Plan:
     return amount / peak / seconds if amount is not None and seconds else None
 
   def json(self, costs: int = 0) -> dict[str, Any]:
-    """All figures as JSON values, in bytes, seconds, hours and USD.
+    """Returns the plan as a dictionary for JSON, in bytes, seconds, hours and USD.
 
     Args:
       costs: number of the costliest instructions to include.
@@ -191,12 +211,12 @@ class Plan:
 
 
 def build(config: ConfigDict, topology: tpu.Topology, terms: Terms) -> trainer.Recipe:
-  """Build and check the train step of a config for a slice, without compiling it.
+  """Builds and checks the train step of a config for a TPU slice, without compiling it.
 
   Args:
-    config: all fields.
-    topology: slice.
-    terms: assumptions and options.
+    config: config with all fields.
+    topology: TPU slice, such as v3:16x16.
+    terms: the user's assumptions, of which the numbers of images and classes are used.
 
   Raises:
     ConfigError: the config cannot run on the slice, its images cannot be counted, or libtpu is not
@@ -210,16 +230,19 @@ def build(config: ConfigDict, topology: tpu.Topology, terms: Terms) -> trainer.R
 
 
 def make(recipe: trainer.Recipe, name: str, topology: tpu.Topology, terms: Terms) -> Plan:
-  """Compile a step for a slice; if it does not fit, search for a change with which it does.
+  """Compiles a train step for a TPU slice and returns its plan: memory, speed and price.
+
+  If the step needs too much memory, changed configs that need less are compiled too, until one
+  fits; its plan is `Plan.better` of the result. `Terms.search` can turn this off.
 
   Args:
-    recipe: result of `build`.
-    name: name of the config, for the page.
-    topology: slice.
-    terms: assumptions and options.
+    recipe: train step that `build` has built for the slice, with its config.
+    name: name of the config to show in the output.
+    topology: TPU slice, such as v3:16x16.
+    terms: the user's assumptions, such as the price of a core-hour.
 
   Raises:
-    ConfigError: the compiler refuses the step for another reason than its size.
+    ConfigError: the compiler refuses a step for another reason than its size.
   """
 
   def plan_of(recipe: trainer.Recipe, changes: dict[str, Any]) -> Plan:
@@ -254,10 +277,17 @@ def make(recipe: trainer.Recipe, name: str, topology: tpu.Topology, terms: Terms
 
 
 def count_images(config: ConfigDict, terms: Terms) -> tuple[int, int]:
-  """Numbers of training images and classes: from the terms, by `data.source`, or from the images.
+  """Returns the number of training images and the number of classes of a config.
+
+  A number that `terms` gives is taken from there. Otherwise it is known for public data sets, and
+  for all other sources the images are opened and counted.
+
+  Args:
+    config: config with all fields.
+    terms: the user's assumptions.
 
   Raises:
-    ConfigError: neither terms nor `data.source` give the numbers, and the images cannot be read.
+    ConfigError: the images have to be counted and cannot be read.
   """
   data = config.data
   images, classes = terms.images, terms.classes
@@ -276,7 +306,12 @@ def count_images(config: ConfigDict, terms: Terms) -> tuple[int, int]:
 
 
 def _selected(data: ConfigDict, images: int) -> int:
-  """Number of a source's training images that the fields of `data` select for training."""
+  """Returns how many training images remain after the config's selection of labels and validation.
+
+  Args:
+    data: config group `data`.
+    images: number of all training images of the data set.
+  """
   if data.label_list:
     return len(set(splits.read_list(data.label_list)))
   held_out = HELD_OUT.get(data.validation, math.ceil(data.validation_share * images))
@@ -295,13 +330,14 @@ def _count_in_source(config: ConfigDict) -> tuple[int, int]:
 
 
 def candidates(config: ConfigDict, cores: int) -> Iterator[dict[str, Any]]:
-  """Yield changes that reduce the memory of a step, the cheapest first.
+  """Yields changes of a config that reduce the memory of a train step, the cheapest first.
 
-  A sharded state and the recomputation of activations come first, because they do not change the
-  results. Micro-batches come last, because they change the batches over which BatchNorm normalises.
+  A change is a dictionary of new values by field name. Sharding the training state over the cores
+  and recomputing activations come first, because they do not change the results. Smaller
+  micro-batches come last, because BatchNorm then normalises over fewer images.
 
   Args:
-    config: config that does not fit.
+    config: config whose train step needs too much memory.
     cores: number of cores that the step runs on.
   """
   remats = [{}, *({"train.remat": name} for name in _after(REMATS, config.train.remat))]
@@ -323,11 +359,13 @@ def _after(names: tuple[str, ...], name: str) -> tuple[str, ...]:
 
 
 class _Estimate:
-  """Optimistic estimate of the memory that changes free, to skip compilations that cannot help.
+  """Estimate of how much memory a change of the config saves, to skip compilations that cannot help.
+
+  The estimate is optimistic: it should not be below what the change really saves.
 
   Args:
-    recipe: step that does not fit.
-    peak: peak memory of the step on a core in bytes.
+    recipe: train step that needs too much memory.
+    peak: peak memory of that step on a core in bytes.
     memory: memory of a core in bytes.
   """
 
@@ -342,11 +380,16 @@ class _Estimate:
     self._activations = max(0, peak - sharding.held_bytes(state))
 
   def add(self, changes: dict[str, Any], peak: int) -> None:
-    """Add the peak memory, in bytes, of the compiled step with these changes."""
+    """Records the compiled result of a change, which makes later estimates more exact.
+
+    Args:
+      changes: new values of the changed fields, by name.
+      peak: peak memory of the changed step on a core in bytes.
+    """
     self._peaks[frozenset(changes.items())] = peak
 
   def may_fit(self, changes: dict[str, Any]) -> bool:
-    """Whether the changes could free enough memory."""
+    """Returns whether a train step with these changed fields could fit the memory of a core."""
     others = {name: value for name, value in changes.items() if name != "mesh.state"}
     freed = float(self._state) if "mesh.state" in changes else 0.0
     peak = self._peaks.get(frozenset(others.items()))

@@ -1,11 +1,12 @@
-"""Data of TPU generations, names of slices, and the devices of a slice for compiling without a TPU.
+"""Clock, memory and peak rates of TPU generations, and the devices of a slice for compiling.
 
-Numbers are per device as jax counts them: a core on v2, v3, v5e and v6e; a chip on v4 and v5p,
-whose two cores work as one. Sources: [docs] cloud.google.com/tpu/docs, the page of each generation;
-[J20] Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks";
-[J23] Jouppi et al. 2023, "TPU v4". Memory is the limit that libtpu 0.0.52 prints for a program that
-does not fit. [units]: the clock is the peak rate divided by the operations of the matrix units
-per cycle, two for each cell; this rule gives the published clocks of v2, v3 and v4.
+A slice is a group of TPU chips that train together; no TPU is needed for compiling. Numbers are per
+device as jax counts them: a core on v2, v3, v5e and v6e; a chip on v4 and v5p, whose two cores work
+as one. Sources: [docs] cloud.google.com/tpu/docs, the page of each generation; [J20] Jouppi et al.
+2020, "A domain-specific supercomputer for training deep neural networks"; [J23] Jouppi et al. 2023,
+"TPU v4". The memory is the limit that libtpu 0.0.52 prints for a program that does not fit. [units]:
+the clock is computed, as the peak rate divided by the operations of all matrix units in one cycle
+(two for each cell). This computation gives the published clocks of v2, v3 and v4.
 """
 
 import dataclasses
@@ -34,20 +35,24 @@ _GOOGLE_VENDOR = "0x1ae0"
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """A TPU generation; rates and memory are per device as jax counts them.
+  """A TPU generation, such as v3, with its rates and memory per device as jax counts devices.
+
+  Google names TPUs by accelerator types such as `v3-512`. A topology is a layout of chips, such as
+  `16x16`.
 
   Args:
-    name: name, as before the colon of a topology.
-    clock_hz: cycles per second of a core.
+    name: name of the generation, such as v3.
+    clock_hz: clock cycles per second of a core.
     flops: peak bfloat16 operations per second.
     memory_bytes: bytes of memory that a program may use.
     bandwidth: peak bytes per second between memory and core.
-    devices_per_chip: number of devices of a chip as jax counts them.
-    axes: number of axes of a topology.
-    sizes: usual topology by the number in accelerator types such as `v3-512`.
-    prefix: text before the number in accelerator types.
-    counts: number that a chip adds in accelerator types: 2 where they count cores, 1 where chips.
-    options: options of libtpu for describing a topology.
+    devices_per_chip: number of jax's devices on a chip.
+    axes: number of axes of a topology, 2 or 3.
+    sizes: usual topology for each number that an accelerator type may have.
+    prefix: text before the dash in accelerator types, such as `v5litepod`.
+    counts: what one chip adds to the number in an accelerator type: 2 if the number counts cores,
+      1 if it counts chips.
+    options: further options of libtpu for the description of a topology.
   """
 
   name: str
@@ -101,12 +106,12 @@ GENERATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice of a TPU pod.
+  """A TPU slice, a group of chips that train together.
 
   Args:
-    name: name, such as v3:16x16.
-    generation: generation of its chips.
-    shape: number of chips along each axis.
+    name: name of the slice, such as v3:16x16.
+    generation: generation of the chips.
+    shape: number of chips along each axis, such as (16, 16).
   """
 
   name: str
@@ -115,17 +120,20 @@ class Topology:
 
   @property
   def chips(self) -> int:
-    """Number of chips."""
+    """Number of chips of the slice."""
     return math.prod(self.shape)
 
   @property
   def cores(self) -> int:
-    """Number of devices as jax counts them."""
+    """Number of cores of the slice, in jax's count of devices: a v4 or v5p chip is one."""
     return self.chips * self.generation.devices_per_chip
 
   @property
   def host_shape(self) -> tuple[int, int, int]:
-    """Chips of one host along three axes: 2x2x1; for one chip or eight of v5e or v6e, the slice."""
+    """Number of chips of one host along each of three axes, usually (2, 2, 1).
+
+    A slice of one chip, or of eight v5e or v6e chips, has one host with all chips.
+    """
     single = self.generation.axes == 2 and self.generation.devices_per_chip == 1
     if self.chips == 1 or (single and self.chips == 8):
       return (*self.shape, *(1,) * (3 - len(self.shape)))
@@ -133,15 +141,15 @@ class Topology:
 
   @property
   def hosts(self) -> int:
-    """Number of hosts."""
+    """Number of hosts, the machines to which the chips of the slice are attached."""
     return self.chips // math.prod(self.host_shape)
 
 
 def topology(name: str) -> Topology:
-  """Parse the name of a slice: a topology as `v3:16x16`, or an accelerator type as `v3-512`.
+  """Parses the name of a TPU slice: a layout of chips such as `v3:16x16`, or a type such as `v3-512`.
 
   Raises:
-    ConfigError: unknown generation, or a size that the generation does not have.
+    ConfigError: the generation is unknown, or it has no slice of this size.
   """
   kind, mark, rest = name.partition(":")
   if not mark:
@@ -187,7 +195,7 @@ def _by_accelerator_type(name: str) -> Topology:
 
 
 def devices(slice_: Topology) -> list[Any]:
-  """Devices of a slice for compiling; no program can run on them.
+  """Returns jax devices of a TPU slice for which programs can be compiled, but on which none can run.
 
   Raises:
     ConfigError: libtpu is not installed, or it refuses the slice.
@@ -212,7 +220,7 @@ def devices(slice_: Topology) -> list[Any]:
 
 
 def version() -> str:
-  """Version of the installed libtpu.
+  """Returns the version of the installed libtpu, the TPU compiler.
 
   Raises:
     ConfigError: libtpu is not installed.
@@ -226,9 +234,10 @@ def version() -> str:
 
 
 def quieten() -> None:
-  """Stop an installed libtpu from searching for a TPU and logging errors where there is none.
+  """Stops libtpu, the TPU compiler, from searching for a TPU and logging errors if there is none.
 
-  Must be called before jax first looks for devices. On a machine with a TPU it does nothing.
+  Must be called before jax first looks for devices. It does nothing if libtpu is not installed or
+  if the machine may have a TPU.
   """
   if importlib.util.find_spec("libtpu") and not _attached():
     for name, value in _QUIET.items():
@@ -236,6 +245,9 @@ def quieten() -> None:
 
 
 def _attached() -> bool:
-  """Whether a PCI device of Google is present: a TPU, or the network card of a cloud machine."""
+  """Returns whether the machine has a PCI device of Google, such as a TPU.
+
+  The network card of a Google Cloud machine is one too, so True does not prove a TPU.
+  """
   vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
   return any(path.read_text().strip() == _GOOGLE_VENDOR for path in vendors)

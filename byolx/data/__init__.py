@@ -1,1 +1,1 @@
-"""Images: what is on disk, how it is split, how views are drawn and made, how batches flow."""
+"""Data: reads images from disk, splits data sets, augments images, and loads batches of them."""

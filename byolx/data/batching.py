@@ -1,8 +1,8 @@
-"""Loading of batches, part by part: reads the records of a part and fills its arrays.
+"""Loads batches in parts: reads the records of a part and fills the arrays of its rows.
 
-`TrainPart` and `EvaluationPart` map the number of a part to its arrays. They are pickled into worker
-processes, and may be called in any process and in any order: `sampler` determines the records of a
-part from its number.
+A part is a number of consecutive rows of the batch of a host. `TrainPart` and `EvaluationPart` map the
+number of a part to its arrays. They are pickled into worker processes, and may be called in any process
+and in any order, because `sampler` computes the records of a part from the number alone.
 """
 
 import math
@@ -26,23 +26,23 @@ from byolx.data.unreadable import Failure, TooManyFailuresError
 Batch = dict[str, Any]
 
 _REPLACEMENTS = 1000
-"""Largest number of records to try in place of an unreadable one before an error is raised."""
+"""Largest number of records tried for one row of a batch, until one can be read, before an error."""
 
 EVALUATION_SEED = 0
 """Seed of a transform's random numbers in evaluation, the same in all runs."""
 
 _ALIGNMENT = 64
-"""Alignment of arrays in a block, bytes."""
+"""Alignment in bytes of the arrays that share one block of memory."""
 
 
 class Slot(NamedTuple):
-  """Position of one array in a block of bytes.
+  """Position, shape and dtype of one array in a block of bytes that holds several arrays.
 
   Attributes:
     name: name of the array in the batch.
     offset: first byte of the array in the block.
     shape: shape of the array, rows first.
-    dtype: type of its values.
+    dtype: numpy type of the values.
   """
 
   name: str
@@ -51,19 +51,19 @@ class Slot(NamedTuple):
   dtype: np.dtype
 
   def of(self, block: UInt8[np.ndarray, "bytes"]) -> np.ndarray:
-    """Returns the array, as a view of the block."""
+    """Returns the array as a numpy view of `block`, without a copy."""
     size = math.prod(self.shape) * self.dtype.itemsize
     return block[self.offset : self.offset + size].view(self.dtype).reshape(self.shape)
 
 
 class LoadedPart(NamedTuple):
-  """A loaded part of a batch, and the unreadable records met while loading it.
+  """A part of a batch (some of its rows), and the unreadable records met while loading it.
 
   Attributes:
-    slots: positions of the large arrays in the block.
-    block: bytes of all large arrays, or the handle of the shared memory that holds them.
-    small: the other arrays, by name.
-    failures: unreadable records, in the order of rows.
+    slots: positions in `block` of the large arrays, such as images.
+    block: bytes of all large arrays, or the handle of the shared memory that holds these bytes.
+    small: all other arrays, such as labels, by name.
+    failures: unreadable records, in the order of the rows.
   """
 
   slots: tuple[Slot, ...]
@@ -73,13 +73,13 @@ class LoadedPart(NamedTuple):
 
 
 class Allocation:
-  """Arrays of one part of a batch, to be filled row by row.
+  """Allocates the arrays of one part of a batch, which are then filled row by row.
 
-  Arrays with axes besides the rows (images, masks, boxes) are in one block of shared memory. Scalars
-  and the arrays of a NamedTuple, such as a view's random numbers, are sent through a pipe.
+  Arrays of images, masks or boxes, with axes besides the row, are in one block of shared memory. Arrays
+  of scalars and those of a NamedTuple, such as a view's random numbers, are pickled instead.
 
   Args:
-    arrays: shape and dtype of each array of one example, by name.
+    arrays: shape and dtype of each array for one example, by name.
     rows: number of rows of the part.
     buffers: shared memory of this process.
   """
@@ -102,31 +102,31 @@ class Allocation:
     }
 
   def row(self, row: int) -> Batch:
-    """Returns one row of each array, as views to be filled."""
+    """Returns row `row` of each array by name, as numpy views to be filled."""
     rows = {name: array[row, ...] for name, array in self._large.items()}
     return rows | {name: _each(lambda x: x[row, ...], x) for name, x in self._small.items()}
 
   def clear(self, row: int) -> None:
-    """Fills one row with zeros."""
+    """Fills row `row` of all arrays with zeros."""
     for array in self.row(row).values():
       _each(lambda x: x.fill(0), array)
 
   def finish(self, others: Batch, failures: tuple[Failure, ...]) -> LoadedPart:
-    """Returns the filled part, with the arrays of `others` added."""
+    """Returns the filled part, with the arrays `others` and the unreadable records `failures` added."""
     return LoadedPart(self._slots, self._sent, others | self._small, failures)
 
 
 def _each(function: Callable[[Any], Any], array: Any) -> Any:
-  """Applies a function to an array, or to each array of a NamedTuple."""
+  """Returns `function(array)`, or a NamedTuple of such results if `array` is a NamedTuple of arrays."""
   if isinstance(array, tuple) and not isinstance(array, Array):
     return type(array)(*map(function, array))
   return function(array)
 
 
 class ThreadPool:
-  """Threads of one process that fill the rows of a part in parallel.
+  """Threads of one process that fill the rows of a part of a batch in parallel.
 
-  The threads start on first use. Pickling leaves them out.
+  The threads start on first use. They are not pickled: a copy in another process starts its own.
 
   Args:
     threads: number of threads, at least 1.
@@ -145,7 +145,15 @@ class ThreadPool:
     return ThreadPool, (self._threads,)
 
   def fill(self, rows: int, fill: Callable[[range], list[Failure]]) -> tuple[Failure, ...]:
-    """Calls `fill` on ranges that cover all rows, and returns the failures in the order of rows."""
+    """Calls `fill` in parallel, on ranges that cover all rows of a part.
+
+    Args:
+      rows: number of rows of the part.
+      fill: function that fills a range of rows and returns the unreadable records it met.
+
+    Returns:
+      The unreadable records, in the order of the rows.
+    """
     if self._threads == 1 or rows == 1:
       return tuple(fill(range(rows)))
     if self._executor is None:
@@ -156,14 +164,22 @@ class ThreadPool:
     return tuple(failure for failures in self._executor.map(fill, ranges) for failure in failures)
 
   def close(self) -> None:
-    """Ends the threads."""
+    """Ends the threads; a later call of `fill` starts new ones."""
     if self._executor is not None:
       self._executor.shutdown()
       self._executor = None
 
 
 class TrainPart:
-  """Loads a part of a training batch from its number, for `loader.train_batches`."""
+  """Function that loads a part of a training batch (some of its rows), given the part's number.
+
+  Args:
+    source: training examples.
+    transform: function that fills one row of the arrays from an example.
+    seed: seed of the order of records and of all random numbers.
+    rows: numbers that determine the records of each part.
+    pool: threads that fill the rows.
+  """
 
   def __init__(self, source: Source, transform: Transform, seed: int, rows: Rows, pool: ThreadPool):
     self._source = source
@@ -194,10 +210,17 @@ class TrainPart:
     return allocation.finish({"label": label, "index": index}, failures)
 
   def _read(self, record: int, stream: Stream, failures: list[Failure]) -> tuple[Example, int]:
-    """Reads a record, or a readable one in its place, which depends on seed and record only.
+    """Reads a record; if it is unreadable, reads other records until one is readable.
+
+    The order in which other records are tried depends on the seed and on `record` only.
+
+    Args:
+      record: index of the record in the source.
+      stream: random generators of the run's seed.
+      failures: list to which the unreadable records are appended.
 
     Returns:
-      The example, and the number of the record that it comes from.
+      The example, and the index of the record that was read.
 
     Raises:
       TooManyFailuresError: too many records in a row cannot be read.
@@ -224,7 +247,14 @@ class TrainPart:
 
 
 class EvaluationPart:
-  """Loads a part of an evaluation batch from its number, for `loader.evaluation_batches`."""
+  """Function that loads a part of an evaluation batch (some of its rows), given the part's number.
+
+  Args:
+    source: examples.
+    transform: function that fills one row of the arrays from an example.
+    rows: numbers that determine the records of each part.
+    pool: threads that fill the rows.
+  """
 
   def __init__(self, source: Source, transform: Transform, rows: Rows, pool: ThreadPool):
     self._source = source
@@ -263,17 +293,17 @@ class EvaluationPart:
 
 
 def join(parts: Sequence[LoadedPart], reader: BufferReader) -> tuple[Batch, tuple[Failure, ...]]:
-  """Joins the parts of a batch, in order; a single part is not copied.
+  """Joins the parts of one batch; a single part is not copied.
 
   Args:
-    parts: all parts of one batch.
-    reader: reader of the workers' shared memory.
+    parts: all parts of the batch, in the order of its rows.
+    reader: reader of the shared memory of worker processes.
 
   Returns:
-    The batch, and the unreadable records of all parts.
+    The arrays of the batch by name, and the unreadable records of all parts.
 
   Raises:
-    OSError: a worker has ended.
+    OSError: a worker process has ended, so its memory cannot be opened.
   """
   blocks = [reader.open(part.block) for part in parts]
   batch = {}
@@ -294,12 +324,12 @@ def _concatenated(values: list[Any]) -> Any:
 
 
 def start_worker(*_) -> None:
-  """Initialises a worker process: it uses one core, and ends when its parent process does."""
+  """Sets up a worker process: OpenCV and BLAS use one thread; the process ends when its parent ends."""
   end_with_parent()
   one_thread_per_image()
   threadpoolctl.threadpool_limits(1)
 
 
 def one_thread_per_image() -> None:
-  """Turns off OpenCV's own threads: images are already loaded in parallel."""
+  """Turns off OpenCV's own threads in this process, since images are already loaded in parallel."""
   cv2.setNumThreads(0)

@@ -1,4 +1,4 @@
-"""Contact sheet of images and their views, drawn by `byolx show-views`."""
+"""Draws contact sheets: one picture with several images and their augmented views."""
 
 from collections.abc import Sequence
 
@@ -19,14 +19,13 @@ def draw_sheet(
 ) -> UInt8[np.ndarray, "height width 3"]:
   """Draws a contact sheet: one row per image, with the original and then its pairs of views.
 
-  Views are enlarged by an integer factor without interpolation, to 96 pixels or more, so that each
-  pixel of a small view is visible. Originals are resized to the same cells, with their aspect
-  ratio.
+  Views of less than 96 pixels are enlarged to 96 or more by an integer factor, without interpolation, so
+  that each pixel is visible. Originals are resized to the size of the views and keep their aspect ratio.
 
   Args:
     originals: RGB images 0..255 of any size.
-    pairs: tuples (view 1, view 2), or (view,), of each original; equally many for each original,
-      with square RGB views 0..255 of one size.
+    pairs: for each original, the same number of tuples (view 1, view 2) or (view,). All views are
+      square RGB images 0..255 of one size.
 
   Returns:
     RGB image 0..255 with a line of labels above the columns.
@@ -70,7 +69,7 @@ def _enlarge(image, factor):
 
 
 def _fit(image, cell):
-  """Resizes an image to fit a square cell, and centres it."""
+  """Resizes an image to fit a white square with sides of `cell` pixels, and returns it centred there."""
   height, width = image.shape[:2]
   scale = cell / max(height, width)
   if scale >= 1:
@@ -86,7 +85,7 @@ def _fit(image, cell):
 
 
 def _write(sheet, label, left, cell):
-  """Writes a label, centred above its column."""
+  """Writes `label` into the top line of `sheet`, centred above the column at x = left of width `cell`."""
   font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.45
   (width, _), _ = cv2.getTextSize(label, font, scale, 1)
   at = (left + (cell - width) // 2, _HEADER - 8)

@@ -1,19 +1,20 @@
-"""Decoding of JPEG, PNG, WebP and BMP files in all variants that occur in data sets.
+"""Decodes JPEG, PNG, WebP and BMP files, in all variants that occur in data sets.
 
 ImageNet, for example, has CMYK JPEGs, a PNG named `.JPEG` and EXIF-rotated photographs. The result
-is always upright uint8 RGB `h w 3`, and the error is always a `DecodeError` that names the file.
+is always upright uint8 RGB `h w 3`. If decoding fails, the error is always a `DecodeError` that names
+the file.
 
 - The format is detected from the first bytes, not from the extension; other formats are refused.
 - Grey images are repeated to three channels, palettes are looked up, and 16 bits are scaled to 8
   (round(v / 257)) rather than truncated.
 - Transparent images are composited on white.
 - CMYK and YCCK are converted without a colour profile, and inverted if Adobe's marker is present.
-- The EXIF orientation is applied. Of an animation, the first picture is decoded,
-  of an animated PNG its default picture.
+- The EXIF orientation is applied.
+- Of an animation, only the first picture is decoded; of an animated PNG, only its default picture.
 - A truncated file is an error, not a partly grey image.
 
-Plain JPEGs are decoded by OpenCV, all other files by Pillow, but PNGs of 16 bits by OpenCV if
-possible. Both give identical pixels for the files that both can decode.
+OpenCV decodes plain JPEGs and, if it can, PNGs of 16 bits; Pillow decodes all other files. Both give
+identical pixels for the JPEGs that both can decode.
 """
 
 import io
@@ -44,11 +45,11 @@ _APNG_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
 
 
 class DecodeError(ValueError):
-  """The file has no readable image. The message is `name: reason`, on one line."""
+  """Error for a file without a readable image. The message is `name: reason`, on one line."""
 
 
 def is_image_name(name: str) -> bool:
-  """Tests whether a file name has one of EXTENSIONS, in upper or lower case."""
+  """Tests whether a file name ends with the extension of an image file (EXTENSIONS), in any case."""
   return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -59,7 +60,7 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
     RGB pixels 0..255, upright, contiguous and writeable.
 
   Raises:
-    DecodeError: the file cannot be read or decoded, see `decode`.
+    DecodeError: the file cannot be read, or is not a complete image in a supported format.
   """
   return decode(read_file(path), str(path))
 
@@ -82,7 +83,7 @@ def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
   Args:
     data: bytes of the file.
-    name: name of the file in error messages.
+    name: name of the file for error messages.
 
   Returns:
     RGB pixels 0..255, upright, contiguous and writeable.
@@ -153,7 +154,11 @@ def _bmp(data: bytes) -> tuple[np.ndarray, bytes]:
 
 
 def _opened(reader: Callable[[io.BytesIO], Image.Image], data: bytes) -> Image.Image:
-  """Parses the header, and refuses images with more than MAX_PIXELS pixels."""
+  """Opens an image with a Pillow class, which parses only the header.
+
+  Raises:
+    DecodeError: the image has more than MAX_PIXELS pixels.
+  """
   image = reader(io.BytesIO(data))
   width, height = image.size
   if width * height > MAX_PIXELS:
@@ -162,7 +167,7 @@ def _opened(reader: Callable[[io.BytesIO], Image.Image], data: bytes) -> Image.I
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-  """Converts any Pillow mode to RGB; a transparent channel or colour is composited on white."""
+  """Converts a Pillow image of any mode to RGB pixels; transparent parts are composited on white."""
   if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -170,7 +175,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-  """Converts OpenCV's uint16 grey, BGR or BGRA to uint8 RGB, composited on white."""
+  """Converts uint16 pixels (grey, BGR or BGRA, from OpenCV) to uint8 RGB, composited on white."""
   if pixels.ndim == 2:
     pixels = np.repeat(pixels[..., None], 3, axis=2)
   values = pixels[..., 2::-1].astype(np.float64) / 257
@@ -181,10 +186,13 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def _jpeg_segments(data: bytes) -> tuple[bytes, bytes, bytes]:
-  """Splits a JPEG: (the file without EXIF segments, the first EXIF segment, the frame header).
+  """Removes the EXIF segments from a JPEG, and finds its frame header.
 
-  A missing segment is b"". The frame header starts with its marker, ff c0 to ff cf. The EXIF
-  segments are removed because Pillow parses them on opening, and warns about damaged ones.
+  EXIF segments are removed because Pillow parses them on opening, and warns about damaged ones.
+
+  Returns:
+    The file without EXIF segments; the contents of the first EXIF segment; and the frame header, which
+    starts with the marker ff c0 to ff cf. A missing segment is b"".
   """
   kept, exif, frame, position = [data[:2]], [], b"", 2
   while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
@@ -203,7 +211,7 @@ def _jpeg_segments(data: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _is_plain(frame: bytes) -> bool:
-  """Tests for 8 bits, one or three channels, and at most MAX_PIXELS pixels."""
+  """Tests whether a JPEG's frame header declares 8 bits, 1 or 3 channels, and at most MAX_PIXELS."""
   if len(frame) < 10:
     return False
   bits, height, width, channels = struct.unpack_from(">BHHB", frame, 4)
@@ -211,7 +219,7 @@ def _is_plain(frame: bytes) -> bool:
 
 
 def _still(data: bytes) -> bytes:
-  """Removes the chunks of an animation from a PNG, which leaves its default picture."""
+  """Returns a PNG file without the chunks of an animation, so that only the default picture is left."""
   if not any(chunk in data for chunk in _APNG_CHUNKS):
     return data
   kept, position = [data[:8]], 8
@@ -225,7 +233,7 @@ def _still(data: bytes) -> bytes:
 
 
 def _orientation(exif: bytes) -> int:
-  """Reads EXIF tag 0x0112 of the first directory, 1 to 8; 1 (upright) if missing or damaged."""
+  """Returns the orientation in an EXIF block, 1 to 8; 1 (upright) if it is missing or damaged."""
   tiff = exif.removeprefix(b"Exif\0\0")
   order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
   if order is None:
@@ -244,7 +252,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-  """Applies the EXIF orientation: 2-4 mirror or turn by 180 degrees, 5-8 also swap the axes."""
+  """Turns pixels upright by the EXIF orientation: 2-4 mirror or rotate by 180°, 5-8 also transpose."""
   if orientation >= 5:
     pixels = pixels.transpose(1, 0, 2)
   if orientation in (3, 4, 7, 8):

@@ -1,15 +1,15 @@
-"""Loader: batches, loaded in advance by threads or worker processes.
+"""Loads batches of training or evaluation data in advance, by threads or worker processes.
 
-A batch is a function of (source, transform, seed, step). `sampler` determines its records and their
-random numbers, the transform turns each example into arrays, and `batching` collects them. So batches
-do not depend on restarts, or on the number of hosts, workers, threads or devices, and every view can
-be reproduced.
+A batch is a function of (source, transform, seed, step). `sampler` computes the records of the batch and
+their random numbers, the transform turns each example into arrays, and `batching` collects the arrays.
+So batches do not depend on restarts, or on the number of hosts, workers, threads or devices, and every
+view can be reproduced.
 
-grain schedules the work. The elements of its `MapDataset` are parts of batches, not records, because
-grain's overhead per element is as large as the cost of a view of a small image. Worker processes write
-large arrays into shared memory, see `shared_memory`.
+The library grain schedules the work. It is given whole batches or, for worker processes, large parts of
+batches rather than single records, because its overhead per element is as large as the cost of a view
+of a small image. Worker processes write large arrays into shared memory (`shared_memory`).
 
-Unreadable files do not stop a run, see `unreadable`.
+A few unreadable files do not stop a run: they are replaced or left out (`unreadable`).
 """
 
 import itertools
@@ -46,10 +46,10 @@ from byolx.data.transforms import Transform
 from byolx.data.unreadable import FailureLog
 
 _SHARED_BYTES = 2**16
-"""Least bytes of an array that grain sends through its own shared memory, one file per array."""
+"""Size in bytes from which grain sends an array through its own shared memory, one file per array."""
 
 PART_ROWS = 128
-"""Approximate rows per part: worker processes load larger batches in parts, which limits memory."""
+"""Largest number of rows that a worker process loads at a time, to limit the memory it needs."""
 
 
 def train_batches(
@@ -67,31 +67,34 @@ def train_batches(
   named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
-  """Loads training batches, without an end.
+  """Returns an endless iterator over training batches, which are loaded in advance.
 
   Args:
     source: training examples.
     transform: function that fills one row of a batch from an example.
     batch_size: rows of the global batch; each host loads `batch_size / host_count` of them.
     seed: seed of the order of records and of all random numbers, 0 to 2**32 - 1.
-    start_step: number of the first batch, from 0; the step of a restored state.
+    start_step: number of the first batch, from 0; after a restart, the step of the restored state.
     workers: number of worker processes; 0 to load in this process, -1 for one per core.
-    threads: threads that fill a batch in parallel, in this process or in each worker. Decoding and
-      resizing release Python's global lock; other code does not.
+    threads: number of threads that fill a batch in parallel, in this process or in each worker.
+      Decoding and resizing release Python's global lock; other code does not.
     host_index: index of this host, 0 to host_count - 1.
-    host_count: number of hosts; each loads one block of the global batch.
-    max_failed_share: largest share of unreadable records, 0 to 1, see `unreadable`.
-    named: reasons of unreadable records already logged, see `FailureLog`.
-    prefetch: batches loaded in advance; 0 to load each one in the call of `next`.
+    host_count: number of hosts; each loads one block of rows of the global batch.
+    max_failed_share: largest share of unreadable records, 0 to 1; up to ten are accepted in any case,
+      unless it is 0.
+    named: error messages of unreadable records that were logged before, not to be logged again; new
+      ones are added.
+    prefetch: number of batches loaded in advance; 0 to load each batch in the call of `next`, except
+      that each worker process always loads at least a part of a batch in advance.
 
   Returns:
-    Iterator of dicts, to close by `close()` or a with statement. Its arrays, of b rows each, are those
-    of the transform and:
+    Iterator of dicts, to be closed by `close()` or used in a with statement. Each dict has the arrays of
+    the transform and two more, all with b = batch_size / host_count rows:
       label: int32 [b], -1 if unlabelled.
-      index: int32 [b], number of the record that was read.
+      index: int32 [b], index of the record that was read.
 
   Raises:
-    ValueError: an argument is out of range.
+    ValueError: an argument is out of range, or the source is empty.
     TooManyFailuresError: too many records cannot be read; raised by the iterator.
   """
   if not 0 <= seed < 2**32:
@@ -121,25 +124,32 @@ def evaluation_batches(
   named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
-  """Loads evaluation batches: all records once, in order.
+  """Returns an iterator over evaluation batches: all records of a source once, in order.
 
   The last batch is padded to `batch_size`. Rows of padding and of unreadable records have `mask` False,
-  label and index -1, and all other arrays 0.
+  label and index -1, and zeros in all other arrays.
 
   Args:
     source: examples.
     transform: function that fills one row of a batch from an example.
-    batch_size: rows of the global batch.
-    workers, threads, prefetch: loading options, as in `train_batches`.
-    host_index, host_count: index of this host and number of hosts, as in `train_batches`.
-    max_failed_share, named: handling of unreadable records, as in `train_batches`.
+    batch_size: rows of the global batch; each host loads `batch_size / host_count` of them.
+    workers: number of worker processes; 0 to load in this process, -1 for one per core.
+    threads: number of threads that fill a batch in parallel, in this process or in each worker.
+    host_index: index of this host, 0 to host_count - 1.
+    host_count: number of hosts; each loads one block of rows of the global batch.
+    max_failed_share: largest share of unreadable records, 0 to 1; up to ten are accepted in any case,
+      unless it is 0.
+    named: error messages of unreadable records that were logged before, not to be logged again; new
+      ones are added.
+    prefetch: number of batches loaded in advance.
 
   Returns:
-    Iterator of dicts, which closes itself at the end. Its arrays, of b rows each, are those of the
-    transform, label int32 [b], mask bool [b] and index int32 [b].
+    Iterator of dicts, which closes itself after the last batch. Each dict has the arrays of the transform
+    and three more, all with b = batch_size / host_count rows: label int32 [b], mask bool [b] and index
+    int32 [b].
 
   Raises:
-    ValueError: an argument is out of range.
+    ValueError: an argument is out of range, or the source is empty.
     TooManyFailuresError: too many records cannot be read; raised by the iterator.
   """
   _check_names(transform)
@@ -156,15 +166,15 @@ def evaluation_batches(
 def evaluation_images(
   source: Source, transform: Transform, *, workers: int = 0
 ) -> tuple[UInt8[np.ndarray, "n size size 3"], Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
-  """Loads all readable records of a source into memory, in order.
+  """Loads the images of all readable records of a source into memory, in order.
 
   Args:
     source: examples.
-    transform: transform with an array `image`, such as `Centre`.
-    workers: number of worker processes, as in `train_batches`.
+    transform: transform that fills an array `image`, such as `Centre`.
+    workers: number of worker processes; 0 to load in this process, -1 for one per core.
 
   Returns:
-    Images, labels (-1 if unlabelled) and numbers of the records.
+    Images, labels (-1 if unlabelled), and indices of the records in the source.
 
   Raises:
     ValueError: the source is empty, no record can be read, or an argument is out of range.
@@ -206,13 +216,13 @@ class Batches(Iterator[Batch]):
   """Iterator over batches loaded in advance; close it when done, or use it in a with statement.
 
   Args:
-    dataset: endless dataset of loaded parts, which starts with the first part of a batch.
-    parts: number of parts of a batch.
+    dataset: endless dataset of parts of batches, which starts with the first part of a batch.
+    parts: number of parts that make up one batch.
     failures: log of unreadable records.
     pool: threads of this process that fill the parts.
     workers: number of worker processes, at least 0.
-    prefetch: batches loaded in advance, at least 0.
-    count: number of batches; None for no end.
+    prefetch: number of batches loaded in advance, at least 0.
+    count: number of batches; None for an iterator without an end.
 
   Raises:
     ValueError: `prefetch` is negative.
@@ -251,7 +261,7 @@ class Batches(Iterator[Batch]):
     self._finalizer = weakref.finalize(self, _close_all, self._running)
 
   def __next__(self) -> Batch:
-    """Returns the next batch. An error in loading it is raised here, after closing the iterator."""
+    """Returns the next batch. An error while it was loaded is raised here, and closes the iterator."""
     if not self._running:
       raise StopIteration
     try:
@@ -265,7 +275,7 @@ class Batches(Iterator[Batch]):
     return batch
 
   def close(self) -> None:
-    """Stops threads and workers, and waits for their end; further calls do nothing."""
+    """Stops the threads and worker processes, and waits until they end; further calls do nothing."""
     self._finalizer()
 
   def __enter__(self) -> "Batches":

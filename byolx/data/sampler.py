@@ -1,12 +1,12 @@
-"""Sampler: the records of each step, and their random generators, as a function of (seed, step).
+"""Sampler: computes the records of each step, and their random generators, from seed and step alone.
 
-Epoch e visits the records in the order `epoch_order(seed, e)`. The stream of all epochs is cut into
-batches of exactly `batch_size`, across the ends of epochs. So no record is dropped or repeated:
-each is used once per epoch, whatever the batch size and the number of hosts. Each host has one
-block of each batch.
+Epoch e visits the records in the order `epoch_order(seed, e)`. The epochs are joined to one endless
+stream, which is divided into batches of exactly `batch_size` records, so a batch may cover the end of
+one epoch and the start of the next. No record is dropped or repeated: each is used once per epoch,
+whatever the batch size and the number of hosts. Each host loads one block of rows of each batch.
 
-The random numbers of a view are drawn from `Stream(seed).at(VIEW, record, epoch, view)`: Philox
-counters (draw, purpose, epoch, view) under the key (seed, record).
+The random numbers of a view are drawn from `Stream(seed).at(VIEW, record, epoch, view)`, a Philox
+generator with the key (seed, record) and the counter (draw, purpose, epoch, view).
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,22 @@ import numpy as np
 from jaxtyping import Int32
 
 VIEW, ORDER, REPLACEMENT, RANDAUGMENT = range(4)
-"""Purposes of a generator; the streams of different purposes are independent."""
+"""Purposes of random numbers; those of different purposes are independent of each other."""
 
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> Int32[np.ndarray, "count"]:
-  """Permutation of the records 0 to count - 1 in one epoch, as a read-only array."""
+  """Returns the order of the records in one epoch: a read-only permutation of 0 to count - 1."""
   order = Stream(seed).at(ORDER, 0, epoch).permutation(count).astype(np.int32)
   order.flags.writeable = False
   return order
 
 
 class Stream:
-  """Counter-based random generator with one independent stream per purpose, record, epoch and view.
+  """Random generator with an independent stream of numbers for each purpose, record, epoch and view.
 
-  One generator is reused, which is faster than creating one per stream. It is not thread-safe.
+  One numpy generator is reused for all streams, which is faster than creating a new one each time. So
+  a `Stream` must not be shared by threads.
 
   Args:
     seed: seed of the run.
@@ -41,13 +42,13 @@ class Stream:
     self._generator = np.random.Generator(np.random.Philox(key=0))
 
   def at(self, purpose: int, record: int, epoch: int = 0, view: int = 0) -> np.random.Generator:
-    """Returns the generator at the start of a stream; it is valid until the next call.
+    """Returns a generator at the start of one stream of numbers; it is valid until the next call.
 
     Args:
-      purpose: VIEW, ORDER, REPLACEMENT or RANDAUGMENT.
-      record: index of the record.
-      epoch: index of the epoch.
-      view: index of the view.
+      purpose: purpose of the numbers: VIEW, ORDER, REPLACEMENT or RANDAUGMENT.
+      record: index of the record, from 0.
+      epoch: index of the epoch, from 0.
+      view: index of the view, from 0.
     """
     self._generator.bit_generator.state = {
       "bit_generator": "Philox",
@@ -62,21 +63,21 @@ class Stream:
 
 @dataclass(frozen=True)
 class Rows:
-  """Cut of the stream of records into batches, blocks per host, and parts.
+  """Division of the endless stream of records into batches, and of each batch among the hosts.
 
-  Position p of the stream is element p % records of the order of epoch p // records. The batch of a
-  step is `batch_size` positions. It is cut into one block per host, and a block into `parts` parts,
-  which are loaded one by one.
+  The stream joins all epochs. Its position p belongs to the epoch p // records; in the order of that
+  epoch, it is the record at place p % records. Each step takes the next `batch_size` positions as its
+  batch. Each host gets one block of equal size, which it loads in `parts` parts, one by one.
 
   Attributes:
     records: number of records of the source.
     batch_size: number of rows of the global batch.
     host_index: index of this host, 0 to host_count - 1.
     host_count: number of hosts; it divides `batch_size`.
-    parts: number of parts of a block, 1 to the rows of a block.
+    parts: number of parts in which a host loads its block, from 1 to the number of rows of the block.
 
   Raises:
-    ValueError: host_index is out of range, or batch_size is not a multiple of host_count.
+    ValueError: host_index is out of range, or batch_size is not a positive multiple of host_count.
   """
 
   records: int
@@ -97,11 +98,15 @@ class Rows:
 
   @property
   def local(self) -> int:
-    """Number of rows in the block of this host."""
+    """Number of rows of each batch that this host loads."""
     return self.batch_size // self.host_count
 
   def of(self, number: int) -> range:
-    """Returns the positions of part `number` = step * parts + part."""
+    """Returns the positions, in the stream of records, of one part of a batch on this host.
+
+    Args:
+      number: number of the part, counted over all steps: step * parts + index of the part in its step.
+    """
     step, part = divmod(number, self.parts)
     first = step * self.batch_size + self.host_index * self.local
     cut = [first + (part + end) * self.local // self.parts for end in (0, 1)]

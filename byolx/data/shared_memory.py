@@ -1,12 +1,13 @@
 """Shared memory: batches that a worker process fills and the training process reads without a copy.
 
-A worker writes a batch into a memfd, memory without a name in the file system, and sends a
-`BufferHandle`. The training process maps the same memory. A flag in its last byte is cleared when the
-last array on it is deleted, and the worker then reuses the memory, because new memory pages are slow
-on first use. The memory is freed however the processes end, and does not need /dev/shm, which has
-only 64 MB in many containers.
+A worker writes a batch into a memfd (memory that has no name in the file system) and sends a
+`BufferHandle`, with which the training process maps the same memory. The last byte of the memory is a
+flag. The training process clears the flag when the last array in this memory is deleted; the worker then
+writes another batch into the memory, because new memory pages are slow on first use. The memory is
+freed however the processes end, and does not need /dev/shm, which has only 64 MB in many containers.
 
-This needs Linux. If `POSSIBLE` is False, arrays are allocated anew and grain sends them.
+This needs Linux. On other systems, `POSSIBLE` is False: each batch is a newly allocated array, which
+grain, the library that runs the workers, sends to the training process.
 """
 
 import ctypes
@@ -25,11 +26,11 @@ _FREE, _IN_USE = 0, 1  # values of the flag
 
 
 class BufferHandle(NamedTuple):
-  """Address of a uint8 array in shared memory, valid in all processes.
+  """Message by which a process tells another one where to find a uint8 array in shared memory.
 
   Attributes:
-    pid: process that owns the memory.
-    fd: file descriptor of the memory in that process; the array starts at its first byte.
+    pid: id of the process that allocated the memory.
+    fd: file descriptor of the memory in that process; the array starts at the first byte.
     shape: shape of the array.
   """
 
@@ -39,9 +40,10 @@ class BufferHandle(NamedTuple):
 
 
 class Buffers:
-  """Shared memory of the process that fills it, in as many pieces as were ever in use at once.
+  """Pieces of shared memory that this process allocates, fills and reuses.
 
-  Pickling leaves out the memory: each process has its own pieces.
+  A new piece is allocated if no free one is large enough. The pieces are not pickled: a copy in another
+  process starts with none.
   """
 
   def __init__(self):
@@ -53,9 +55,13 @@ class Buffers:
   def take(
     self, *shape: int
   ) -> tuple[UInt8[np.ndarray, "..."], UInt8[np.ndarray, "..."] | BufferHandle]:
-    """Returns an uninitialised uint8 array, and the handle to send once it is filled.
+    """Returns an uninitialised uint8 array in shared memory, and its handle for other processes.
 
-    If shared memory is not possible, the array is its own handle.
+    The handle is to be sent when the array is filled. If the system has no shared memory (`POSSIBLE` is
+    False), the array is an ordinary one, and is itself returned as the handle.
+
+    Args:
+      *shape: shape of the array.
     """
     if not POSSIBLE:
       array = np.empty(shape, np.uint8)
@@ -84,13 +90,15 @@ class BufferReader:
     self._pieces: dict[tuple[int, int], mmap.mmap] = {}
 
   def open(self, handle: UInt8[np.ndarray, "..."] | BufferHandle) -> UInt8[np.ndarray, "..."]:
-    """Returns the array of a handle; the memory is in use until the array and all its views are deleted.
+    """Returns the array that a worker process filled, without a copy.
+
+    The worker does not reuse the memory until the array and all its numpy views are deleted.
 
     Args:
-      handle: a handle, or an array, which is returned unchanged.
+      handle: handle of the array; or an array, which is returned unchanged.
 
     Raises:
-      OSError: the worker has ended.
+      OSError: the worker process has ended.
     """
     if not isinstance(handle, BufferHandle):
       return handle

@@ -1,9 +1,9 @@
-"""Selection of examples: class-balanced subsets of the labels, and held-out splits.
+"""Selects examples of a data set: class-balanced subsets of the labels, and held-out splits.
 
 The paper trains on 1 % and 10 % of the labels (section 4.1 and appendix D.1) and on other fractions
-(Figure 4). A held-out split replaces a missing test or validation split. ImageNet's validation
-images are those of the paper (appendix D.1), whatever the order of the files. All functions depend
-on labels, names and seeds alone, and read no image.
+(Figure 4). If a data set has no test or validation split, some of its training examples are held out
+instead. For ImageNet these are the images that the paper holds out (appendix D.1), whatever the order
+of the files. All functions depend on labels, names and seeds alone, and read no image.
 """
 
 import hashlib
@@ -20,17 +20,16 @@ def balanced_subset(
 ) -> Int64[np.ndarray, "k"]:
   """Draws a class-balanced subset of the labels.
 
-  Each of the C classes gets floor(k / C) of the k labels, and k mod C random classes get one more.
-  A class with fewer labels than that gives all of them, and the other classes share the remainder.
-
-  Subsets are nested: with equal labels and seed, a smaller subset is part of a larger one.
+  Of k labels and C classes, floor(k / C) examples are drawn from each class, and one more from k mod C
+  random classes. If a class has fewer examples, all of them are drawn, and the rest is drawn from the
+  other classes. Subsets are nested: with equal labels and seed, a larger subset contains a smaller one.
 
   Args:
     labels: class of each example, -1 for unlabelled examples, which are never drawn.
     amount: fraction of the examples as a float in (0, 1], or number k of labels as an int. For a
       fraction, k = round(amount * n), where n counts all examples, but at least one label per
       class present and at most all labels.
-    seed: seed of the draw of the examples, and of the classes with one more.
+    seed: seed of the random choice of the examples, and of the classes that give one more.
 
   Returns:
     Sorted indices of the subset.
@@ -68,16 +67,16 @@ def balanced_subset(
 def labelled_share(
   labels: Int[np.ndarray, "n"], candidates: Int[np.ndarray, "r"], share: float, seed: int
 ) -> Int64[np.ndarray, "k"]:
-  """Draws a class-balanced share of the labelled examples from those that are not held out.
+  """Draws a class-balanced subset of the candidates, as large as a share of all labelled examples.
 
-  The share counts all labelled examples, including held-out ones: 1 % of ImageNet are 12,812
-  images. If the share exceeds the labelled candidates, all of these are returned.
+  The share counts all labelled examples, also those held out of training: 1 % of ImageNet is 12,812
+  images. If there are fewer labelled candidates than that, all of them are returned.
 
   Args:
     labels: class of each example, -1 for unlabelled examples.
-    candidates: indices of the examples that are not held out.
-    share: share of all labelled examples, 0 < share <= 1.
-    seed: seed of the draw, as in `balanced_subset`.
+    candidates: indices of the examples to draw from, those that are not held out.
+    share: size of the subset as a share of all labelled examples, 0 < share <= 1.
+    seed: seed of the random choice of the examples.
 
   Returns:
     Indices of the drawn examples, in the order of `candidates`.
@@ -91,19 +90,20 @@ def labelled_share(
 
 
 def listed(names: Sequence[str], selection: Sequence[str]) -> Int64[np.ndarray, "k"]:
-  """Finds the examples of a list of names.
+  """Returns the indices of the examples whose names are in a list.
 
-  Full names are compared first; unless all of them match, only the parts after the last slash are.
+  First the full names are compared. If one of them is not found, all names are compared again, by their
+  parts after the last slash only.
 
   Args:
     names: name of each example.
-    selection: names to find, in any order; duplicates are ignored.
+    selection: list of names to find, in any order; duplicates are ignored.
 
   Returns:
     Sorted indices of the examples.
 
   Raises:
-    ValueError: a name of the list matches no example, or several.
+    ValueError: a name of the list matches no example, or its part after the last slash matches several.
   """
   index_of_name = {name: index for index, name in enumerate(names)}
   if all(name in index_of_name for name in selection):
@@ -126,7 +126,7 @@ def listed(names: Sequence[str], selection: Sequence[str]) -> Int64[np.ndarray, 
 
 
 def read_list(path: str | os.PathLike[str]) -> list[str]:
-  """Reads a file with one name per line; empty lines are ignored.
+  """Reads a file with one name per line, and returns the names; empty lines are ignored.
 
   Raises:
     OSError: the file cannot be read.
@@ -138,22 +138,23 @@ def read_list(path: str | os.PathLike[str]) -> list[str]:
 def stratified_holdout(
   labels: Int[np.ndarray, "n"], share: float, seed: int, names: Sequence[str] | None = None
 ) -> tuple[Int64[np.ndarray, "r"], Int64[np.ndarray, "h"]]:
-  """Holds out a share of the examples, with the same class proportions in both parts.
+  """Divides the examples into a held-out part and the remaining ones, class by class.
 
-  ceil(share * n) examples are held out, in proportion to the class sizes; the largest remainders
-  are rounded up. At least one example of each class is not held out, so fewer examples are held out
-  if classes are very small. The label -1 counts as a class.
+  Of n examples, ceil(share * n) are held out, from each class in proportion to its size; where this is
+  not a whole number, the classes with the largest remainders give one more. At least one example of
+  each class remains, so fewer examples are held out if classes are very small. The label -1 counts as
+  a class.
 
   Args:
     labels: class of each example, -1 if it is unlabelled.
     share: share of the examples held out, 0 <= share < 1.
-    seed: seed of the draw within each class.
-    names: name of each example, or None. With names, the draw within a class is by a hash of seed
-      and name: it does not depend on the order of the examples, and hardly changes when examples
-      are added.
+    seed: seed of the choice of examples within each class.
+    names: name of each example; None for a random choice. With names, the choice is by a hash of seed
+      and name: it does not depend on the order of the examples, and hardly changes when examples are
+      added.
 
   Returns:
-    (remaining, held out): sorted indices.
+    Two sorted arrays of indices: the remaining examples, and those held out.
 
   Raises:
     ValueError: the share is outside [0, 1), or the numbers of names and labels differ.
@@ -176,13 +177,13 @@ def stratified_holdout(
 
 
 IMAGENET_VALIDATION = {"last_10009": 10009, "first_10000": 10000}
-"""Number of held-out training images, by rule."""
+"""Number of ImageNet's training images that each rule of `imagenet_validation` holds out."""
 
 
 def imagenet_validation(
   names: Sequence[str], rule: str
 ) -> tuple[Int64[np.ndarray, "r"], Int64[np.ndarray, "h"]]:
-  """Holds out the validation images of ImageNet's training images.
+  """Divides ImageNet's training images into a validation split and the remaining ones.
 
   The paper holds out "the last 10009 images of the official TensorFlow ImageNet split" (appendix
   D.1). TensorFlow Datasets sorts the images by md5("train" + file name), and the last 8 of its 1024
@@ -190,13 +191,14 @@ def imagenet_validation(
 
   Args:
     names: name of each training image; folders, the part up to the last slash, are ignored.
-    rule: images held out, 'last_10009' or 'first_10000' of this order.
+    rule: name of the rule: 'last_10009' holds out the last 10009 images in the order of TensorFlow
+      Datasets, 'first_10000' the first 10000.
 
   Returns:
-    (remaining, held out): sorted indices.
+    Two sorted arrays of indices: the remaining images, and those held out.
 
   Raises:
-    ValueError: unknown rule, or too few names.
+    ValueError: the rule is unknown, or there are not more images than it holds out.
   """
   if rule not in IMAGENET_VALIDATION:
     raise ValueError(f"rule is {rule!r}; expected one of {', '.join(IMAGENET_VALIDATION)}")
@@ -219,7 +221,7 @@ def imagenet_validation(
 
 
 def _rank_in_class(class_of):
-  """Counts, for each element, the earlier elements of the same class."""
+  """Returns, for each element of `class_of`, the number of earlier elements of the same class."""
   order = np.argsort(class_of, kind="stable")
   starts = np.searchsorted(class_of[order], class_of[order])
   ranks = np.empty(len(class_of), np.int64)
@@ -228,7 +230,13 @@ def _rank_in_class(class_of):
 
 
 def _quotas(sizes, total):
-  """Held-out examples per class: proportional to its size, `total` in sum, never a whole class."""
+  """Computes the number of examples to hold out from each class, in proportion to the class sizes.
+
+  Args:
+    sizes: number of examples of each class.
+    total: number of examples to hold out in all. If classes are so small that at least one example of
+      each could not remain, fewer are held out.
+  """
   total = min(total, int((sizes - 1).sum()))
   exact = total * sizes / sizes.sum()
   quotas = np.minimum(np.floor(exact + 1e-9).astype(np.int64), sizes - 1)
@@ -240,7 +248,7 @@ def _quotas(sizes, total):
 
 
 def _ceil(value):
-  """Rounds up, with a tolerance for rounding errors such as that of 0.07 * 100."""
+  """Rounds up, but ignores tiny excesses: 0.07 * 100, which is 7.000000000000001, gives 7."""
   return math.ceil(value - 1e-9)
 
 

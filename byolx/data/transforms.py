@@ -1,7 +1,7 @@
-"""Transforms: functions from an example and its random numbers to arrays of fixed shape.
+"""Transforms: functions that turn an example into arrays of fixed shape, such as its augmented views.
 
-A transform declares the name, shape and dtype of its arrays. The loader allocates them for a whole
-batch, in shared memory if worker processes fill them, and passes one row of each to the transform. So
+A transform declares the name, shape and dtype of its arrays. The loader allocates these arrays for many
+examples at once, in shared memory where possible, and the transform fills the rows of one example. So
 views, masks, boxes and depth maps are treated alike, and all shapes are known before an image is read.
 """
 
@@ -23,7 +23,7 @@ PLACEMENTS = ("host", "device")
 
 
 class Array(NamedTuple):
-  """Declaration of an array.
+  """Shape and dtype of one array that a transform fills.
 
   Attributes:
     shape: shape for one example, without the batch axis.
@@ -35,17 +35,19 @@ class Array(NamedTuple):
 
 
 Arrays = Mapping[str, Any]
-"""Declared arrays by name, each an `Array` or a NamedTuple of `Array`."""
+"""Declared shapes and dtypes by name of the array; each is an `Array` or a NamedTuple of `Array`s."""
 
 Rows = Mapping[str, Any]
-"""Arrays of one example by name, which a transform fills; scalars are 0-d arrays."""
+"""Arrays of one example by name, to be filled by a transform; for a scalar, a 0-d array."""
 
 
 class Random(NamedTuple):
-  """Random generators of one example in one epoch, which depend on seed, record and epoch only.
+  """Source of the random numbers of one example in one epoch.
+
+  The numbers depend only on the run's seed, the record and the epoch.
 
   Attributes:
-    stream: generators of the run's seed.
+    stream: random generator with the run's seed.
     record: index of the example in its source, from 0.
     epoch: index of the epoch, from 0; 0 in evaluation.
   """
@@ -55,39 +57,39 @@ class Random(NamedTuple):
   epoch: int
 
   def generator(self, number: int = 0, purpose: int = VIEW) -> np.random.Generator:
-    """Returns a generator at the start of its stream; it is valid until the next call.
+    """Returns a random generator for one part of the example's work; it is valid until the next call.
 
     Args:
-      number: index of an independent stream, such as the index of a view.
-      purpose: VIEW or RANDAUGMENT of `byolx.data.sampler`.
+      number: index of an independent stream of random numbers, such as the index of a view.
+      purpose: purpose of the numbers, VIEW or RANDAUGMENT of `byolx.data.sampler`.
     """
     return self.stream.at(purpose, self.record, self.epoch, number)
 
 
 @runtime_checkable
 class Transform(Protocol):
-  """Interface of transforms, which are pickled into worker processes.
+  """Interface of transforms: objects that fill arrays from one example; workers get a pickled copy.
 
-  A transform fills one row of its declared arrays from one example. The loader adds `label` (int32, -1
-  if unlabelled), `index` (int32, index of the record) and, in evaluation, `mask` (bool, False for
-  padding), so a transform does not declare these.
+  The loader itself adds `label` (int32, -1 if unlabelled), `index` (int32, index of the record) and, in
+  evaluation, `mask` (bool, False for padding and unreadable records), so a transform does not declare
+  these.
   """
 
   @property
   def arrays(self) -> Arrays:
-    """Shape and dtype of each array."""
+    """Shape and dtype of each array that the transform fills, by name."""
 
   def __call__(self, example: Example, random: Random, rows: Rows) -> None:
-    """Fills the rows, for example by `rows["image"][...] = pixels`.
+    """Fills the arrays of one example, for example by `rows["image"][...] = pixels`.
 
     Args:
       example: image and label.
-      random: random generators of the example.
+      random: source of the example's random numbers.
       rows: uninitialised arrays of one example, by name.
     """
 
   def preview(self) -> "Transform":
-    """Returns the transform for `views.png`, which shows its uint8 arrays [size, size, 3]."""
+    """Returns a variant for pictures of the views, with all augmentation done on the host."""
     return self
 
 
@@ -104,17 +106,17 @@ def empty_rows(arrays: Arrays) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Views(Transform):
-  """Transform to augmented views of an image, one per distribution (appendix C).
+  """Transform that makes augmented views of an image, one for each distribution (appendix C).
 
-  The arrays are `view1`, `view2`, ..., uint8 [size, size, 3]. With placement "device" there are also
-  `draws1`, `draws2`, ..., the random numbers (`Draws`) of the views.
+  It fills the arrays `view1`, `view2`, ..., uint8 [size, size, 3]. With placement "device" it also fills
+  `draws1`, `draws2`, ..., the random numbers (`Draws`) with which the train step augments the views.
 
   Args:
-    specs: distributions of the views, at least one; two for BYOL.
+    specs: distributions from which the augmentations are drawn, one per view; two for BYOL.
     size: side of a view, pixels, at least 1.
-    placement: "host" for the whole augmentation here; "device" for the crop only, with the rest in
-      the train step (`on_device.apply_device`).
-    antialias: True to antialias when a crop shrinks.
+    placement: place of the augmentation: "host" to do all of it here; "device" to only crop and resize
+      here, and leave the rest to the train step (`on_device.apply_device`).
+    antialias: whether to antialias where a crop shrinks.
 
   Raises:
     ValueError: an argument is out of range.
@@ -135,12 +137,12 @@ class Views(Transform):
 
   @property
   def on_device(self) -> bool:
-    """True if everything after the crop is applied in the train step."""
+    """Whether the train step applies the whole augmentation after the crop."""
     return self.placement == "device"
 
   @property
   def brightness_rule(self) -> str:
-    """Brightness rule of all views, see `ViewSpec`."""
+    """Brightness rule of the first view, "additive" or "multiplicative"; the config sets one for all views."""
     return self.specs[0].brightness_rule
 
   @property
@@ -176,15 +178,16 @@ class Views(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Centre(Transform):
-  """Transform to the centre crop that evaluation uses, see `resizing.evaluation_view`.
+  """Transform that resizes an image and crops its centre, for evaluation (appendix C).
 
-  The array is `image`, uint8 [size, size, 3].
+  It fills the array `image`, uint8 [size, size, 3].
 
   Args:
     size: side of the crop, pixels; 224 in the paper.
     resize: shorter side of the image before the crop, pixels, at least `size`; 256 in the paper.
-    rule: "paper" or "reference", see `resizing.evaluation_view`.
-    antialias: True to antialias when the image shrinks.
+    rule: name of the rule: "paper" resizes the image, then crops it; "reference", as in the authors'
+      code, crops first and then resizes the crop.
+    antialias: whether to antialias where the image shrinks.
 
   Raises:
     ValueError: an argument is out of range.
@@ -219,19 +222,19 @@ def make_view(
   antialias: bool,
   on_host: bool = True,
 ) -> Draws:
-  """Computes one view of an image, which depends on seed, record, epoch and view only.
+  """Draws the augmentation of one view of an image, and writes the augmented view to `out`.
 
   Args:
     image: RGB image 0..255 of any size.
-    spec: distribution of the view.
-    random: random generators of the example.
+    spec: distribution from which the augmentation is drawn.
+    random: source of the example's random numbers.
     view: index of the view, from 0.
     out: array for the view.
-    antialias: True to antialias when the crop shrinks.
-    on_host: False to apply only the crop here.
+    antialias: whether to antialias where the crop shrinks.
+    on_host: whether to apply the whole augmentation; if False, the image is only cropped and resized.
 
   Returns:
-    Random numbers of the view, without those of RandAugment.
+    Random numbers of the view, except those of RandAugment.
   """
   drawn = draw(spec, random.generator(view), *image.shape[:2])
   crop_and_resize(image, drawn.crop, len(out), antialias, out)

@@ -1,8 +1,8 @@
-"""Log and limit of unreadable records: each is logged once, and too many of them stop the run.
+"""Logs unreadable records, and stops the run if there are too many of them.
 
 Large data sets often have a few damaged files, which should not stop a run of several days. The
-loader replaces an unreadable record by another one, or leaves it out of an evaluation, and reports
-it here.
+loader replaces an unreadable record by another one in training, leaves it out of an evaluation, and
+reports it to a `FailureLog`.
 """
 
 import logging
@@ -15,14 +15,14 @@ from jaxtyping import Int32
 logger = logging.getLogger("byolx")
 
 TOLERATED = 10
-"""Number of unreadable records that never stops a run, unless data.max_failed_share is 0."""
+"""Up to this number of unreadable records, a run continues, unless data.max_failed_share is 0."""
 
 MIN_SEEN = 100
-"""Number of distinct records, or all of a smaller source, seen before the share is checked."""
+"""Number of distinct records to be seen (or all of a smaller source) before their share is checked."""
 
 
 class TooManyFailuresError(ValueError):
-  """The share of unreadable records exceeds data.max_failed_share."""
+  """Error: the share of unreadable records exceeds data.max_failed_share."""
 
 
 class Failure(NamedTuple):
@@ -38,23 +38,25 @@ class Failure(NamedTuple):
 
 
 class FailureLog:
-  """Logs each unreadable record once, to the logger `byolx`, and raises if there are too many.
+  """Logs why records cannot be read, each reason once, and raises an error if there are too many.
 
-  The log runs in the main process, on the failures of each batch, in the order of the batches. So
-  the counts do not depend on the number of workers, and a record is logged when its batch is used.
-  Each iterator and each host has its own counts. Logged reasons are added to `named`, which the
-  iterators of a run share.
+  The main process calls `add` for each batch that is used, in order. So the counts do not depend on the
+  number of worker processes. Each iterator over batches, and each host, counts for itself. The set
+  `named` can be shared by several iterators, so that none of them repeats a message.
 
-  There are too many unreadable records if they exceed `TOLERATED` and `max_failed_share` of the
-  distinct records seen, once `MIN_SEEN` records or the whole source were seen. With a share of 0,
-  the first unreadable record is too many.
+  There are too many unreadable records if their number exceeds `TOLERATED`, and also the share
+  `max_failed_share` of the distinct records seen. This is checked as soon as `MIN_SEEN` distinct
+  records, or all records of the source, were seen. If `max_failed_share` is 0, the first unreadable
+  record raises the error.
 
   Args:
     name: name of the source.
     records: number of records of the source.
     max_failed_share: largest share of unreadable records, 0 to 1; the field data.max_failed_share.
-    consequence: description in the log of the treatment of an unreadable record.
-    named: reasons already logged, which are not logged again; new reasons are added.
+    consequence: words for the log that tell how the loader treats an unreadable record, such as "it
+      is left out".
+    named: reasons already logged, which are not logged again; new reasons are added. None for an
+      empty set.
 
   Raises:
     ValueError: the share is outside [0, 1].
@@ -78,11 +80,11 @@ class FailureLog:
     self._named = set() if named is None else named
 
   def add(self, index: Int32[np.ndarray, "b"], failures: Sequence[Failure]) -> None:
-    """Adds one batch.
+    """Counts the records of one batch, and logs the unreadable ones to the logger `byolx`.
 
     Args:
-      index: record of each row of the batch, -1 for a row without a record.
-      failures: unreadable records of the batch.
+      index: index of the record in each row of the batch, -1 for a row without a record.
+      failures: unreadable records met while loading the batch.
 
     Raises:
       TooManyFailuresError: there are too many unreadable records.

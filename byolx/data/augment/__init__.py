@@ -1,1 +1,1 @@
-"""Augmentation: random numbers of views, and their application on the host or on the device."""
+"""Augmentation: draws the random numbers of a view, and applies them on the host or on the device."""

@@ -1,8 +1,9 @@
-"""Distributions of views, and the random numbers of a view (appendix C, Table 6).
+"""Distributions of augmentations, and the random numbers of one view (appendix C, Table 6).
 
-All random numbers of a view are drawn first: `draw` samples a `Draws` from a `ViewSpec`, one of the
-paper's distributions T and T'. The rest of the augmentation is a pure function of the image and these
-numbers. `resizing.crop_and_resize` cuts the crop. The colour operations exist twice:
+A view is an augmented copy of an image. All its random numbers are drawn first: `draw` samples a
+`Draws` from a `ViewSpec`, which describes one of the paper's distributions T and T'. The rest of the
+augmentation is a pure function of the image and these numbers. `resizing.crop_and_resize` crops the
+image. The colour operations exist twice, with one function for each:
 `on_host.apply_host` (numpy and OpenCV) and `on_device.apply_device` (jnp, inside the jitted step); their
 results differ by at most one grey level.
 """
@@ -27,7 +28,7 @@ _TRIES = {"one_draw": 1, "retry": 10}
 
 
 def check_brightness_rule(rule: str) -> None:
-  """Checks the name of a brightness rule.
+  """Checks that `rule` is the name of a brightness rule, 'additive' or 'multiplicative'.
 
   Raises:
     ValueError: `rule` is not one of `BRIGHTNESS_RULES`.
@@ -42,7 +43,9 @@ def _check_choice(name, value, choices):
 
 @dataclass(frozen=True)
 class ViewSpec:
-  """Distribution of views; the defaults are T of Table 6, and `ViewsSpec.view2` is T'.
+  """Distribution from which the augmentation of a view is drawn.
+
+  The defaults are the distribution T of Table 6; `ViewsSpec.view2` is T'.
 
   Attributes:
     crop_probability: probability of a random crop; otherwise the whole image is used.
@@ -54,15 +57,16 @@ class ViewSpec:
     flip_probability: probability of a left-right flip.
     jitter_probability: probability of the colour jitter: brightness, contrast, saturation and hue, in
       random order.
-    brightness, contrast, saturation: largest relative change m of each, in [0, 1]: a factor sampled
-      uniformly in [1 - m, 1 + m]. Brightness is changed by an addend in [-m, m] if its rule is
-      'additive'.
+    brightness, contrast, saturation: largest relative change m of each property, in [0, 1]. A factor
+      is sampled uniformly in [1 - m, 1 + m]. If `brightness_rule` is 'additive', a number in [-m, m]
+      is added to all values instead of the factor of brightness.
     hue: largest hue shift as a share of the colour circle, in [0, 0.5].
     grayscale_probability: probability of the conversion to grey.
     blur_probability: probability of a Gaussian blur.
     blur_sigma: range of the blur's standard deviation, pixels, sampled uniformly.
     solarise_probability: probability of solarisation, x -> x if x < 0.5 else 1 - x.
-    brightness_rule: 'additive', as in the authors' code, or 'multiplicative'.
+    brightness_rule: name of the rule for a change of brightness by d: 'additive' for x + d, as in the
+      authors' code, or 'multiplicative' for x * (1 + d).
     randaugment: settings of RandAugment, applied last and on the host only (appendix D.2); None for no
       RandAugment.
 
@@ -114,7 +118,7 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class ViewsSpec:
-  """The config group `views`: both distributions, and their common settings (Table 6)."""
+  """Config group `views`: the distributions of both views, and the settings they share (Table 6)."""
 
   size: int = field(224, "side of a view, in pixels", at_least(4), encoder=True)
   crop_rule: str = field(
@@ -155,16 +159,17 @@ class Draws(NamedTuple):
 
   Attributes:
     crop: top, left, height and width of the crop, pixels of the source image.
-    flip: True for a left-right flip.
-    jitter: True for the colour jitter.
+    flip: whether the view is flipped left to right.
+    jitter: whether the colour jitter is applied.
     order: order of the colour jitter's operations, a permutation of `BRIGHTNESS`, `CONTRAST`,
       `SATURATION` and `HUE`.
-    brightness: addend or factor of the brightness, by `ViewSpec.brightness_rule`.
+    brightness: number added to all values if `ViewSpec.brightness_rule` is 'additive'; their factor
+      if it is 'multiplicative'.
     contrast, saturation: factors of contrast and saturation.
     hue: shift of the hue, as a share of the colour circle.
-    grayscale: True for the conversion to grey.
+    grayscale: whether the view is converted to grey.
     sigma: standard deviation of the blur, pixels; 0 for no blur.
-    solarise: True for solarisation, which inverts values of at least 0.5.
+    solarise: whether the view is solarised: values of at least 0.5 are inverted.
   """
 
   crop: Int32[np.ndarray | Array, "*b 4"]
@@ -181,14 +186,14 @@ class Draws(NamedTuple):
 
 
 def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int) -> Draws:
-  """Samples the random numbers of one view.
+  """Samples all random numbers of one view and returns them.
 
-  The number of random values does not depend on their use. So a change of one probability or strength
-  in the specification does not change the other random numbers of the same seed.
+  The generator always gives the same number of values, whether or not they are used. So with the same
+  seed, a change of one probability or strength in `spec` does not change the other random numbers.
 
   Args:
-    spec: distribution of the view.
-    rng: generator, called once.
+    spec: distribution to sample from.
+    rng: random generator; it is called once.
     height: height of the image, pixels.
     width: width of the image, pixels.
 
@@ -222,7 +227,14 @@ def draw(spec: ViewSpec, rng: np.random.Generator, height: int, width: int) -> D
 
 
 def _draw_crop(spec, height, width, u_top, u_left, u_shapes):
-  """Computes (top, left, height, width) of a crop from uniform numbers, two of `u_shapes` per try."""
+  """Computes the top, left, height and width of a crop, in pixels, from uniform random numbers.
+
+  Args:
+    spec: distribution of the view.
+    height, width: size of the image, pixels.
+    u_top, u_left: uniform numbers for the position of the crop.
+    u_shapes: uniform numbers for the area and the aspect ratio, two for each try.
+  """
   low, high = spec.crop_area
   narrow, wide = spec.crop_aspect
   retry = spec.crop_rule == "retry"
@@ -243,10 +255,10 @@ def _draw_crop(spec, height, width, u_top, u_left, u_shapes):
 
 
 def blur_radius(size: int) -> int:
-  """Radius of the blur's kernel, pixels; the kernel has 2 * radius + 1 taps on each axis.
+  """Returns the radius of the blur's kernel in pixels; the kernel has 2 * radius + 1 taps on each axis.
 
-  The rule is that of the authors' code. It gives the paper's 23 x 23 kernel for views of 224 pixels, and
-  no blur for views below 20 pixels.
+  The formula is that of the authors' code. It gives the paper's 23 x 23 kernel for views of 224 pixels,
+  and no blur for views below 20 pixels.
 
   Args:
     size: side of the view, pixels.

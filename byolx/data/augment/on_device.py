@@ -1,8 +1,9 @@
 """Flip, colour jitter, grayscale, blur and solarise of batches on the device, in jnp.
 
-Appendix C of the paper. The results equal those of `on_host` to one grey level. Each operation has
-one parameter per image, with a neutral value, so one jitted program serves a batch whose images
-need different operations in different orders. Its cost is mostly memory traffic:
+Appendix C of the paper. The results differ from those of `on_host` by at most one grey level. Each
+operation has one parameter per image, and one value of it changes nothing (the neutral value). So one
+jitted program serves a batch whose images need different operations in different orders. Most of the
+cost is memory traffic, which these choices reduce:
 
 - Images are stored as planes, one per channel; a TPU lays out `b h w 3` in the same way.
 - Saturation and hue commute. So the jitter is two steps of brightness or contrast, and a change of
@@ -39,44 +40,46 @@ Planes = tuple[Array, Array, Array]  # red, green, blue: Float[Array, "b h w"]
 def brightness(
   x: Float[Array, "b *c h w"], amount: Float[Array, "b"], rule: str = "additive"
 ) -> Float[Array, "b *c h w"]:
-  """Brightness: x + amount, or x * amount with the rule 'multiplicative'; clipped to [0, 1].
+  """Changes the brightness of images to x + amount, or x * amount, clipped to [0, 1].
 
   Args:
     x: images in [0, 1].
-    amount: amount of each image; neutral 0 if additive, 1 if multiplicative.
-    rule: 'additive' or 'multiplicative'.
+    amount: number added to each image, or its factor.
+    rule: name of the rule: 'additive' for x + amount, or 'multiplicative' for x * amount.
   """
   amount = _per_image(amount, x)
   return jnp.clip(x * amount if rule == "multiplicative" else x + amount, 0, 1)
 
 
 def contrast(x: Float[Array, "b *c h w"], factor: Float[Array, "b"]) -> Float[Array, "b *c h w"]:
-  """Contrast: factor * (x - mean) + mean, clipped to [0, 1]; the neutral factor is 1.
+  """Changes the contrast of images to factor * (x - mean) + mean, clipped to [0, 1].
 
-  The mean is that of each image and channel.
+  Each image has its own factor, and each channel of an image its own mean. A factor of 1 changes nothing.
   """
   factor = _per_image(factor, x)
   return jnp.clip(factor * x + (1 - factor) * x.mean(axis=(-2, -1), keepdims=True), 0, 1)
 
 
 def saturation(x: Float[Array, "b 3 h w"], factor: Float[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Multiplies the saturation of HSV by `factor`, clipped to 1; neutral 1."""
+  """Multiplies the saturation (HSV) of each image by its factor, and clips it to 1."""
   return jnp.stack(_change_hsv(_planes(x), factor, jnp.zeros_like(factor)), axis=1)
 
 
 def hue(x: Float[Array, "b 3 h w"], shift: Float[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Adds `shift` to the hue of HSV in [0, 1), modulo 1; neutral 0."""
+  """Adds a shift to the hue (HSV) of each image; the whole colour circle is 1."""
   return jnp.stack(_change_hsv(_planes(x), jnp.ones_like(shift), shift), axis=1)
 
 
 def grayscale(x: Float[Array, "b 3 h w"], selected: Bool[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Replaces all channels of the selected images by the luma 0.2989 r + 0.5870 g + 0.1140 b."""
+  """Converts the selected images to grey: each channel becomes 0.2989 r + 0.5870 g + 0.1140 b."""
   luma = sum(weight * x[:, c : c + 1] for c, weight in enumerate(_LUMA))
   return jnp.where(_per_image(selected, x), luma, x)
 
 
 def blur(x: Float[Array, "b 3 h w"], sigma: Float[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Gaussian blur with 2 * blur_radius(h) + 1 taps per axis and zero padding, clipped to [0, 1].
+  """Blurs images with a Gaussian kernel and zero padding, and clips the result to [0, 1].
+
+  The kernel has 2 * blur_radius(h) + 1 taps on each axis.
 
   Args:
     x: square images in [0, 1].
@@ -88,7 +91,7 @@ def blur(x: Float[Array, "b 3 h w"], sigma: Float[Array, "b"]) -> Float[Array, "
 
 
 def solarise(x: Float[Array, "b 3 h w"], selected: Bool[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Solarises the selected images: x where x < 0.5, and 1 - x elsewhere."""
+  """Solarises the selected images: values x of at least 0.5 become 1 - x."""
   return jnp.where(_per_image(selected, x), jnp.minimum(x, 1 - x), x)
 
 
@@ -99,8 +102,9 @@ def apply_device(
 
   Args:
     views: resized crops, from `resizing.crop_and_resize`.
-    draws: random numbers of each view, batched; the crops in it are not used.
-    brightness_rule: 'additive' or 'multiplicative', as in the `ViewSpec`; static under jit.
+    draws: random numbers of each view, batched; its field `crop` is not used.
+    brightness_rule: name of the rule, 'additive' for x + d or 'multiplicative' for x * d; static
+      under jit.
 
   Returns:
     Views, float32 in [0, 1].
@@ -123,7 +127,7 @@ def apply_device(
 def normalise(
   x: Float[Array, "*b 3"], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Float[Array, "*b 3"]:
-  """Normalises images per channel, (x - mean) / std, after the augmentations.
+  """Normalises augmented images channel by channel: returns (x - mean) / std.
 
   Args:
     x: images in [0, 1].
@@ -144,10 +148,11 @@ def network_input(
 
   Args:
     images: images, uint8 0..255 or floating-point in [0, 1]; uint8 crops if `draws` is given.
-    mean, std: mean and standard deviation of each channel, as in `normalise`.
+    mean, std: mean and standard deviation of each channel, for values in [0, 1].
     dtype: data type of the result.
-    draws: random numbers for `apply_device`; None if the images are augmented already.
-    brightness_rule: 'additive' or 'multiplicative', as in `apply_device`.
+    draws: random numbers of the augmentation (`apply_device`); None if the images are not to be
+      augmented here.
+    brightness_rule: name of the augmentation's rule for brightness, 'additive' or 'multiplicative'.
 
   Returns:
     Normalised images of the given dtype.
@@ -160,12 +165,12 @@ def network_input(
 
 
 def _jitter(planes: Planes, draws: Draws, brightness_rule: str) -> Planes:
-  """Applies the four colour operations, in the order drawn for each image.
+  """Applies brightness, contrast, saturation and hue, in the order drawn for each image.
 
-  Only saturation and hue commute. So the sequence HSV, step, HSV, step, HSV covers every order: a
-  step is brightness or contrast, and HSV changes saturation and hue. Saturation and hue are each
-  applied in the HSV change after as many steps as precede them in the drawn order. All other
-  parameters are neutral.
+  Only saturation and hue commute. So the sequence HSV, step, HSV, step, HSV covers every order: "step"
+  is a change of brightness or contrast, "HSV" one of saturation and hue. Saturation is applied in the
+  first, second or third HSV change if zero, one or two steps precede it in the drawn order; hue
+  likewise. In the other changes the parameters have the value that changes nothing.
   """
   neutral_brightness = 1.0 if brightness_rule == "multiplicative" else 0.0
   position = jnp.argsort(draws.order, axis=1)  # position of each operation in the order
@@ -186,7 +191,7 @@ def _jitter(planes: Planes, draws: Draws, brightness_rule: str) -> Planes:
 
 
 def _change_hsv(planes: Planes, factor: Float[Array, "b"], shift: Float[Array, "b"]) -> Planes:
-  """Changes saturation and hue in one pass, without a conversion to HSV.
+  """Multiplies the saturation by `factor` and adds `shift` to the hue, without a conversion to HSV.
 
   V is the largest channel, and V * S is the difference of the largest and the smallest channel
   (`spread`). At hue h, in sixths of the circle, a channel is V - V * S + V * S * clip(f(h), 0, 1),
@@ -217,7 +222,13 @@ def _change_hsv(planes: Planes, factor: Float[Array, "b"], shift: Float[Array, "
 def _blur_and_mirror(
   x: Float[Array, "b 3 s s"], sigma: Float[Array, "b"], mirror: Bool[Array, "b"]
 ) -> Float[Array, "b 3 s s"]:
-  """Blurs by two banded matrices per image; the column matrix also mirrors the image."""
+  """Blurs each image, and mirrors it left to right if selected, by two matrix products.
+
+  Args:
+    x: square images in [0, 1].
+    sigma: standard deviation of each image's kernel in pixels; 0 for no blur.
+    mirror: whether to mirror each image; its matrix for the columns does this too.
+  """
   size = x.shape[2]
   rows = _blur_matrix(size, sigma, jnp.zeros_like(mirror))
   columns = _blur_matrix(size, sigma, mirror)
@@ -229,7 +240,10 @@ def _blur_and_mirror(
 def _blur_matrix(
   size: int, sigma: Float[Array, "b"], mirror: Bool[Array, "b"]
 ) -> Float[Array, "b size size"]:
-  """Weights of each pixel of a line (last axis) in each pixel of the blurred line."""
+  """Returns the matrix of each image that blurs a line of `size` pixels, mirrored if selected.
+
+  Element [b, i, j] is the weight of pixel j of the line in pixel i of the blurred line.
+  """
   radius = blur_radius(size)
   line = jnp.arange(size)
   source = jnp.where(mirror[:, None], size - 1 - line, line)
@@ -247,5 +261,5 @@ def _planes(x: Float[Array, "b 3 h w"]) -> Planes:
 
 
 def _per_image(parameter: Array, x: Array) -> Array:
-  """Reshapes [b] so that it broadcasts against x [b ...]."""
+  """Reshapes a parameter per image, shape [b], so that it broadcasts against images x [b ...]."""
   return jnp.reshape(parameter, (-1,) + (1,) * (x.ndim - 1))

@@ -1,8 +1,8 @@
 """Flip, colour jitter, grayscale, blur and solarise of single views on the host (numpy, OpenCV).
 
-Appendix C of the paper, in the order and arithmetic of the reference. Each operation maps a float32
-image in [0, 1] to a new one, clipped to [0, 1]; `apply_host` chains them for the `Draws` of one
-view. `on_device` has the same functions for batches, in jnp.
+Appendix C of the paper, in the order and arithmetic of the authors' code. Each operation maps a
+float32 image in [0, 1] to another one; `apply_host` applies them in turn, with the random numbers of one
+view (`Draws`). `on_device` has the same functions for batches, in jnp.
 """
 
 import cv2
@@ -25,13 +25,19 @@ _LUMA = np.tile(np.array([0.2989, 0.5870, 0.1140], np.float32), (3, 1))
 def brightness(
   x: Float32[np.ndarray, "h w 3"], amount: float, rule: str = "additive"
 ) -> Float32[np.ndarray, "h w 3"]:
-  """Brightness: x + amount, or x * amount with the rule 'multiplicative'; clipped to [0, 1]."""
+  """Changes the brightness of an image: x + amount, or x * amount, clipped to [0, 1].
+
+  Args:
+    x: image in [0, 1].
+    amount: number added to all values, or their factor.
+    rule: name of the rule: 'additive' for x + amount, or 'multiplicative' for x * amount.
+  """
   y = x * np.float32(amount) if rule == "multiplicative" else x + np.float32(amount)
   return y.clip(0, 1, out=y)
 
 
 def contrast(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.ndarray, "h w 3"]:
-  """Contrast: factor * (x - mean) + mean, clipped to [0, 1]; mean over the image, per channel."""
+  """Changes the contrast of an image: factor * (x - channel's mean) + mean, clipped to [0, 1]."""
   red, green, blue, _ = cv2.mean(x)
   rest = 1 - factor
   y = cv2.transform(
@@ -45,7 +51,7 @@ def contrast(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.ndarr
 
 
 def saturation(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.ndarray, "h w 3"]:
-  """Multiplies the saturation of HSV by `factor`, clipped to 1."""
+  """Multiplies the saturation (HSV) of an image by `factor`, and clips it to 1."""
   hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV)
   s = hsv[..., 1]
   np.minimum(s * np.float32(factor), 1, out=s)
@@ -53,21 +59,22 @@ def saturation(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.nda
 
 
 def hue(x: Float32[np.ndarray, "h w 3"], shift: float) -> Float32[np.ndarray, "h w 3"]:
-  """Adds `shift` to the hue of HSV in [0, 1), modulo 1."""
+  """Adds `shift` to the hue (HSV) of an image; the whole colour circle is 1."""
   hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV)
   hsv[..., 0] += np.float32(_DEGREES * (shift % 1))  # OpenCV wraps hues above 360, not below 0
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
 def grayscale(x: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
-  """Replaces all channels by the luma 0.2989 r + 0.5870 g + 0.1140 b."""
+  """Converts an image to grey: each channel becomes 0.2989 r + 0.5870 g + 0.1140 b."""
   return cv2.transform(x, _LUMA)
 
 
 def blur(x: Float32[np.ndarray, "h w 3"], sigma: float) -> Float32[np.ndarray, "h w 3"]:
-  """Gaussian blur with 2 * blur_radius(h) + 1 taps per axis and zero padding.
+  """Blurs an image with a Gaussian kernel and zero padding, and clips the result to [0, 1].
 
-  Taps below 1e-7 of the central one are left out, for speed.
+  The kernel has 2 * blur_radius(h) + 1 taps on each axis. Taps smaller than 1e-7 times the central one
+  are left out, for speed.
 
   Args:
     x: image in [0, 1].
@@ -84,7 +91,7 @@ def blur(x: Float32[np.ndarray, "h w 3"], sigma: float) -> Float32[np.ndarray, "
 
 
 def solarise(x: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
-  """Solarises an image: x where x < 0.5, and 1 - x elsewhere."""
+  """Solarises an image: values x of at least 0.5 become 1 - x."""
   return np.minimum(x, 1 - x)
 
 
@@ -95,11 +102,11 @@ def apply_host(
 
   Args:
     view: resized crop, from `resizing.crop_and_resize`.
-    draws: random numbers of this view, not batched; its crop is not used.
-    brightness_rule: 'additive' or 'multiplicative', as in the `ViewSpec`.
+    draws: random numbers of this view, not batched; the field `crop` is not used.
+    brightness_rule: name of the rule, 'additive' for x + d or 'multiplicative' for x * d.
 
   Returns:
-    View 0..255, rounded; `view` itself if no operation applies.
+    The augmented view, values 0..255; `view` itself if `draws` asks for no operation.
 
   Raises:
     ValueError: unknown brightness rule.

@@ -1,13 +1,13 @@
 """RandAugment, the augmentation of the supervised baselines: N random operations of one magnitude.
 
 Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the paper cites RandAugment without N, M or
-the operations; torchvision's defaults are used here. As in `distribution`, all random numbers are
-drawn first: `draw` maps a `RandAugment` to the `Operations` of one view, and `apply` is a pure
-function of the view and its operations.
+the operations; torchvision's defaults are used here. All random numbers are drawn first: `draw`
+samples the `Operations` of one view with the settings in a `RandAugment`. `apply` is then a pure
+function of the view and these operations.
 
-Each operation maps a uint8 image to a new one and equals Pillow's operation bit for bit, which is
-the one that torchvision uses for PIL images (its operations on tensors differ). Operations on
-single values are look-up tables of OpenCV, for speed; shears and rotations call Pillow.
+Each operation maps a uint8 image to another one. The result equals Pillow's bit for bit, and
+torchvision uses Pillow for PIL images (its operations on tensors differ). Operations that change each
+value by itself are look-up tables of OpenCV, for speed; shears and rotations call Pillow.
 """
 
 import functools
@@ -37,28 +37,28 @@ OPERATIONS = (
   "autocontrast",
   "equalize",
 )
-"""Names of the operations, in the order of `Operations.index`."""
+"""Names of the operations; `Operations.index` has indices of this tuple."""
 
 INTERPOLATIONS = ("nearest", "bilinear")
 
 _RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
 _LEVELS = np.arange(256)
 _BLOCK = 2**14
-"""Number of float32 values per block of a blend, small enough for the processor's cache."""
+"""Number of values that `_blend_images` blends at a time; as float32 they fit the processor's cache."""
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
 @dataclass(frozen=True)
 class RandAugment:
-  """Number and magnitude of the operations of a view; the defaults are torchvision's.
+  """Settings of RandAugment: number and magnitude of operations; the defaults are torchvision's.
 
   Attributes:
     operations: number N of operations, at least 1, drawn with replacement and applied in turn.
-    magnitude: magnitude M, 0 to bins - 1, not necessarily an integer; each operation has the
-      magnitudes linspace(0, largest, bins).
-    bins: number of magnitudes, at least 2.
-    interpolation: interpolation of shears and rotations in `apply`, 'nearest' or 'bilinear'.
+    magnitude: magnitude M, 0 to bins - 1, not necessarily an integer; 0 gives the weakest form of
+      each operation, bins - 1 the strongest.
+    bins: number of whole magnitudes, 0 to bins - 1; at least 2.
+    interpolation: name of the interpolation of shears and rotations, 'nearest' or 'bilinear'.
 
   Raises:
     ValueError: a field is outside its range.
@@ -84,13 +84,13 @@ class RandAugment:
 
 
 class Operations(NamedTuple):
-  """Random numbers of one view; a batch of views has a leading axis.
+  """Operations drawn for one view; for a batch of views, each array has a leading axis.
 
   Attributes:
     index: indices of the operations in `OPERATIONS`, in the order of their application.
-    strength: signed argument of each operation: shear in pixels per pixel, translation as a share
-      of the side, rotation in degrees, factor of brightness, color, contrast and sharpness, bits of
-      posterize, threshold of solarize; 0 for an operation without an argument.
+    strength: signed argument of each operation: pixels per pixel of a shear, share of the side of a
+      translation, degrees of a rotation, factor of brightness, color, contrast or sharpness, number
+      of bits of posterize, or threshold of solarize; 0 for an operation without an argument.
   """
 
   index: Int32[np.ndarray, "*b n"]
@@ -98,14 +98,15 @@ class Operations(NamedTuple):
 
 
 def draw(spec: RandAugment, rng: np.random.Generator) -> Operations:
-  """Draws the operations of one view: the 14 operations and both signs are equally likely.
+  """Draws the operations of one view and returns them.
 
-  The generator is always called once, for 2 N uniform numbers. So the operations of a seed do not
-  depend on the magnitude, and a larger N only appends operations.
+  The 14 operations are equally likely, and so are both signs of their arguments. The generator is
+  called once, for 2 N uniform numbers, where N is the number of operations. So with the same seed, the
+  operations drawn do not depend on the magnitude, and a larger N only appends operations.
 
   Args:
-    spec: number and magnitude of the operations.
-    rng: generator of the view.
+    spec: number N and magnitude of the operations.
+    rng: random generator of the view.
   """
   u = rng.random((spec.operations, 2))
   index = (u[:, 0] * len(OPERATIONS)).astype(np.int32)
@@ -114,9 +115,9 @@ def draw(spec: RandAugment, rng: np.random.Generator) -> Operations:
 
 @functools.lru_cache(maxsize=64)
 def _strengths(spec: RandAugment) -> Float32[np.ndarray, "2 14"]:
-  """Table of the arguments of all operations: row 0 for the sign +, row 1 for the sign -.
+  """Computes the argument of each of the 14 operations: row 0 for the sign +, row 1 for the sign -.
 
-  The values are those of torchvision's `RandAugment._augmentation_space`.
+  The values are those of torchvision's `RandAugment._augmentation_space`, at the magnitude in `spec`.
   """
   m = spec.magnitude / (spec.bins - 1)
   table = np.empty((2, len(OPERATIONS)), np.float32)
@@ -147,12 +148,12 @@ def _strengths(spec: RandAugment) -> Float32[np.ndarray, "2 14"]:
 def apply(
   view: UInt8[np.ndarray, "s s 3"], operations: Operations, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """Applies the operations to a view, in their order.
+  """Applies the drawn operations to a view, one after another.
 
   Args:
     view: square RGB image 0..255 with any strides; it is not modified.
     operations: operations of this view, not batched.
-    interpolation: 'nearest' or 'bilinear', as in the `RandAugment`.
+    interpolation: name of the interpolation of shears and rotations, 'nearest' or 'bilinear'.
 
   Returns:
     The augmented view; `view` itself if all operations are the identity.
@@ -199,11 +200,11 @@ def identity(view: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
 def shear_x(
   view: UInt8[np.ndarray, "h w 3"], shear: float, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Shears horizontally: the pixel at (x, y) is taken from (x + shear * y, y).
+  """Shears the view horizontally: the pixel at (x, y) is taken from (x + shear * y, y).
 
-  Coordinates are those of Pillow's `Image.transform(AFFINE)`, where the centre of the first pixel
-  is (0.5, 0.5). The top edge is fixed, as in the RandAugment of torchvision (centre [0, 0]) and in
-  AutoAugment; a rotation, in contrast, keeps the centre fixed.
+  Pixels from outside the view are black. Coordinates are those of Pillow's `Image.transform(AFFINE)`,
+  where the centre of the first pixel is (0.5, 0.5). The top edge stays in place, as in the RandAugment
+  of torchvision (centre [0, 0]) and in AutoAugment.
   """
   return _affine(view, (1, shear, 0, 0, 1, 0), interpolation)
 
@@ -211,12 +212,18 @@ def shear_x(
 def shear_y(
   view: UInt8[np.ndarray, "h w 3"], shear: float, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Shears vertically, with a fixed left edge: from (x, y + shear * x); see `shear_x`."""
+  """Shears the view vertically: the pixel at (x, y) is taken from (x, y + shear * x).
+
+  The left edge stays in place. Pixels from outside the view are black.
+  """
   return _affine(view, (1, 0, 0, shear, 1, 0), interpolation)
 
 
 def translate_x(view: UInt8[np.ndarray, "h w 3"], share: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Moves the view right by a share of its width, truncated to whole pixels as in torchvision."""
+  """Moves the view to the right by `share` times its width; a negative share moves it to the left.
+
+  The distance is truncated to whole pixels, as in torchvision. The pixels that are left free are black.
+  """
   height, width = view.shape[:2]
   out = np.zeros((height, width, 3), np.uint8)
   target, source = _moved(share, width)
@@ -225,7 +232,10 @@ def translate_x(view: UInt8[np.ndarray, "h w 3"], share: float) -> UInt8[np.ndar
 
 
 def translate_y(view: UInt8[np.ndarray, "h w 3"], share: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Moves the view down by a share of its height, truncated to whole pixels as in torchvision."""
+  """Moves the view down by `share` times its height; a negative share moves it up.
+
+  The distance is truncated to whole pixels, as in torchvision. The pixels that are left free are black.
+  """
   height, width = view.shape[:2]
   out = np.zeros((height, width, 3), np.uint8)
   target, source = _moved(share, height)
@@ -236,7 +246,10 @@ def translate_y(view: UInt8[np.ndarray, "h w 3"], share: float) -> UInt8[np.ndar
 def rotate(
   view: UInt8[np.ndarray, "h w 3"], degrees: float, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Rotates counter-clockwise about the centre (w / 2, h / 2), as Pillow's `Image.rotate`."""
+  """Rotates the view counter-clockwise about its centre, as Pillow's `Image.rotate`.
+
+  Pixels from outside the view are black.
+  """
   _check_interpolation(interpolation)
   return np.array(Image.fromarray(view).rotate(degrees, _RESAMPLING[interpolation]))
 
@@ -249,7 +262,7 @@ def _affine(view, matrix, interpolation):
 
 
 def _moved(share, side):
-  """Slices (target, source) of a move by a share of a line of `side` pixels."""
+  """Returns the slices (target, source) that move a line of `side` pixels by `share` times its length."""
   # Rounded before the truncation: the float32 share of a move by 5 pixels may give 4.9999998.
   pixels = int(round(share * side, 4))
   kept = max(0, side - abs(pixels))
@@ -258,28 +271,29 @@ def _moved(share, side):
 
 
 # ------------------------------------------------------------------------------------------------
-# Blends with a degenerate image, as in Pillow's ImageEnhance: factor 1 is the view, 0 the other.
+# Blends with a degenerate image, as in Pillow's ImageEnhance: factor 1 gives the view, factor 0 the
+# degenerate image.
 # ------------------------------------------------------------------------------------------------
 
 
 def brightness(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Blend with black: factor * x, clipped and truncated to whole grey levels."""
+  """Changes the brightness: multiplies all values by `factor`, clipped and truncated to 0..255."""
   return cv2.LUT(view, _blend(np.float32(0), _LEVELS.astype(np.float32), factor))
 
 
 def color(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Blend with the grey view: luma + factor * (x - luma), with the luma of each pixel."""
+  """Changes the saturation: luma + factor * (x - luma), where luma is the grey value of the pixel."""
   return _blend_images(cv2.cvtColor(_luma(view), cv2.COLOR_GRAY2RGB), view, factor)
 
 
 def contrast(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Blend with grey: mean + factor * (x - mean), with the rounded mean luma of the view."""
+  """Changes the contrast: mean + factor * (x - mean), with the view's mean luma, rounded."""
   mean = np.float32(int(_luma(view).mean() + 0.5))
   return cv2.LUT(view, _blend(mean, _LEVELS.astype(np.float32), factor))
 
 
 def sharpness(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Blend with the smoothed view: smooth + factor * (x - smooth).
+  """Changes the sharpness: smooth + factor * (x - smooth), where `smooth` is the smoothed view.
 
   The smoothing kernel is 3x3, with weight 5/13 in the centre and 1/13 elsewhere. The outermost
   pixels are not smoothed, so they do not change.
@@ -291,7 +305,10 @@ def sharpness(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarr
 
 
 def _blend_images(degenerate, view, factor):
-  """Blends two uint8 images in blocks of rows, since large float32 temporaries are slow."""
+  """Computes degenerate + factor * (view - degenerate) of two uint8 images, as uint8.
+
+  Works on a few rows at a time, since large temporary arrays in float32 are slow.
+  """
   out = np.empty(view.shape, np.uint8)
   rows = 1 + _BLOCK // view[0].size
   for start in range(0, len(view), rows):
@@ -303,7 +320,7 @@ def _blend_images(degenerate, view, factor):
 
 
 def _blend(degenerate, x, factor):
-  """degenerate + factor * (x - degenerate), clipped and truncated to uint8, as `Image.blend`."""
+  """Computes degenerate + factor * (x - degenerate), truncated and clipped to uint8 as Pillow does."""
   y = x - degenerate
   y *= np.float32(factor)
   y += degenerate
@@ -311,7 +328,7 @@ def _blend(degenerate, x, factor):
 
 
 def _luma(view):
-  """Luma of ITU-R 601-2, as rounded by Pillow: (19595 r + 38470 g + 7471 b + 2^15) >> 16."""
+  """Returns each pixel's luma (ITU-R 601-2) as in Pillow, (19595 r + 38470 g + 7471 b + 2^15) >> 16."""
   return np.asarray(Image.fromarray(view).convert("L"))
 
 
@@ -321,7 +338,7 @@ def _luma(view):
 
 
 def posterize(view: UInt8[np.ndarray, "h w 3"], bits: int) -> UInt8[np.ndarray, "h w 3"]:
-  """Keeps the highest `bits` bits of each value.
+  """Keeps the highest `bits` bits of each value, and sets the others to 0.
 
   Raises:
     ValueError: `bits` is not from 1 to 8.
@@ -332,16 +349,16 @@ def posterize(view: UInt8[np.ndarray, "h w 3"], bits: int) -> UInt8[np.ndarray, 
 
 
 def solarize(view: UInt8[np.ndarray, "h w 3"], threshold: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Inverts bright values: x where x < threshold, and 255 - x elsewhere.
+  """Inverts bright values: values x of at least `threshold` become 255 - x.
 
-  Magnitude 0 is the threshold 255, which is not the identity: white becomes black, as in
+  The magnitude 0 of RandAugment gives the threshold 255. Even then white becomes black, as in
   torchvision.
   """
   return cv2.LUT(view, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS).astype(np.uint8))
 
 
 def autocontrast(view: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-  """Stretches the range of each channel to 0..255; a constant channel does not change."""
+  """Stretches the values of each channel to the range 0..255; a constant channel does not change."""
   table = np.empty((1, 256, 3), np.uint8)
   for channel, column in enumerate(cv2.split(view)):
     low, high, _, _ = cv2.minMaxLoc(column)

@@ -1,4 +1,4 @@
-"""Bicubic crop and resize, with or without antialiasing, and the view of evaluation."""
+"""Bicubic cropping and resizing, with or without antialiasing, for training and for evaluation."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from byolx.data.augment.distribution import _check_choice
 
 EVALUATION_RULES = ("paper", "reference")
 _BLOCK = 8
-"""Output rows per matrix product of a resize: fewer need more calls, more multiply more zeros."""
+"""Number of output rows per matrix product: fewer rows need more calls, more multiply more zeros."""
 
 
 def crop_and_resize(
@@ -23,10 +23,10 @@ def crop_and_resize(
   antialias: bool,
   out: UInt8[np.ndarray, "size size 3"] | None = None,
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """Cuts a crop out of an image and resizes it, bicubic, to a square.
+  """Crops an image and resizes the crop to a square, with bicubic interpolation.
 
   The kernel is Keys' with a = -0.5 and half-pixel centres. Weights outside the crop are dropped and
-  the others normalised. Without antialiasing, as in the reference, the result is that of
+  the others normalised. Without antialiasing, as in the authors' code, the result is that of
   `jax.image.resize(patch, method='cubic', antialias=False)`, clipped and rounded. With
   antialiasing, the kernel widens if the crop shrinks. The result is then that of Pillow's BICUBIC,
   which also clips and rounds between the horizontal and the vertical pass.
@@ -35,8 +35,8 @@ def crop_and_resize(
     image: RGB image 0..255.
     crop: top, left, height and width of the crop in pixels, inside the image.
     size: side of the result in pixels, at least 1.
-    antialias: True to antialias when the crop shrinks.
-    out: array for the result; None to allocate one.
+    antialias: whether to antialias where the crop shrinks.
+    out: array for the result; None to allocate an array.
 
   Returns:
     RGB image 0..255; `out` if it is given.
@@ -59,16 +59,19 @@ def crop_and_resize(
 def evaluation_view(
   image: UInt8[np.ndarray, "h w 3"], size: int, resize: int, rule: str, antialias: bool = False
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """Makes the view of an image for evaluation (appendix C), bicubic as in `crop_and_resize`.
+  """Resizes and crops an image for evaluation (appendix C), with bicubic interpolation.
 
   Args:
     image: RGB image 0..255 of any size.
     size: side of the view in pixels, 224 in the paper.
     resize: length of the resized shorter side in pixels, 256 in the paper; at least `size`.
-    rule: order of resize and crop. 'paper' resizes the shorter side to `resize`, then cuts out the
-      central square of side `size`. 'reference' cuts out the central square whose side is
-      size / resize of the shorter side, then resizes it to `size`.
-    antialias: True to antialias when the image shrinks; the reference never antialiases.
+    rule: name of the rule. 'paper' resizes the shorter side to `resize`, then cuts out the central
+      square of side `size`. 'reference', as in the authors' code, cuts out the central square whose
+      side is size / resize times the shorter side, then resizes this square to `size`.
+    antialias: whether to antialias where the image shrinks; the authors' code never does.
+
+  Returns:
+    RGB image 0..255.
 
   Raises:
     ValueError: `resize` is less than `size`, `size` is not positive, or the rule is unknown.
@@ -90,7 +93,14 @@ def evaluation_view(
 
 
 def _resize(image, rows, columns, antialias, out=None):
-  """Applies two matrices of `_resize_weights` to a uint8 image; writes to `out` if it is given."""
+  """Resizes a uint8 image by a matrix for its rows and one for its columns.
+
+  Args:
+    image: image to resize.
+    rows, columns: matrices from `_resize_weights`.
+    antialias: whether to round between the two passes, as Pillow does.
+    out: array for the result; None to allocate an array.
+  """
   if antialias:  # Pillow's order of the passes, with 8 bits between them
     first, second, image = columns, rows, cv2.transpose(image)
   else:
@@ -110,13 +120,13 @@ def _resize(image, rows, columns, antialias, out=None):
 
 
 def _to_uint8(x, out=None):
-  """Clips to [0, 255] and rounds, ties upwards as in Pillow. Overwrites x."""
+  """Clips x to [0, 255] and rounds it to uint8, ties upwards as in Pillow. Overwrites x."""
   cv2.threshold(x, 0, 0, cv2.THRESH_TOZERO, x)
   return cv2.convertScaleAbs(x, out, beta=1e-4)
 
 
 def _multiply(blocks, x, slot):
-  """Multiplies a banded matrix, given as blocks of rows, by x [n, m]."""
+  """Multiplies a banded matrix, given as a tuple of `_Block`, by x [n, m], in scratch buffer `slot`."""
   out = _scratch.floats(slot, blocks[-1].stop, x.shape[1])
   for block in blocks:
     np.matmul(block.weights, x[block.low : block.high], out=out[block.start : block.stop])
@@ -124,7 +134,7 @@ def _multiply(blocks, x, slot):
 
 
 class _Scratch(threading.local):
-  """Buffers of a thread, reused between images because newly allocated memory is slow."""
+  """Two buffers per thread, reused between images because newly allocated memory is slow."""
 
   _MAX_FLOATS = 2**23  # larger arrays are not kept, which limits the memory of a thread
 
@@ -132,7 +142,7 @@ class _Scratch(threading.local):
     self._slots = [np.empty(0, np.float32), np.empty(0, np.float32)]
 
   def floats(self, slot: int, *shape: int) -> np.ndarray:
-    """Returns an uninitialised array, valid until the next call with this slot."""
+    """Returns an uninitialised float32 array; the next call with the same slot, 0 or 1, may reuse it."""
     count = math.prod(shape)
     if count > self._MAX_FLOATS:
       return np.empty(shape, np.float32)
@@ -145,12 +155,12 @@ _scratch = _Scratch()
 
 
 class _Block(NamedTuple):
-  """Rows of a banded matrix.
+  """A few consecutive rows of a banded matrix, without the columns in which all weights are 0.
 
   Attributes:
     start, stop: range of the rows.
-    low, high: range of the columns with nonzero weights.
-    weights: weights of these rows and columns.
+    low, high: range of the columns that may have nonzero weights.
+    weights: elements of the matrix in these rows and columns.
   """
 
   start: int
@@ -164,7 +174,10 @@ class _Block(NamedTuple):
 def _resize_weights(
   source: int, target: int, first: int, count: int, antialias: bool
 ) -> tuple[_Block, ...]:
-  """Rows first to first + count - 1 of the matrix that resizes `source` pixels to `target`."""
+  """Computes the matrix that resizes a line of `source` pixels to `target` pixels, as blocks of rows.
+
+  Only the rows `first` to `first + count - 1` are computed, for that part of the resized line.
+  """
   scale = source / target
   stretch = max(scale, 1.0) if antialias else 1.0
   centre = (np.arange(first, first + count) + 0.5) * scale - 0.5
@@ -186,7 +199,7 @@ def _resize_weights(
 
 
 def _keys(x):
-  """Keys' cubic convolution kernel (1981) with a = -0.5, Catmull-Rom, for distances x >= 0."""
+  """Evaluates Keys' cubic kernel (1981), with a = -0.5 (Catmull-Rom), at distances x >= 0."""
   near = (1.5 * x - 2.5) * x * x + 1
   far = ((-0.5 * x + 2.5) * x - 4) * x + 2
   return np.where(x < 1, near, np.where(x < 2, far, 0.0))

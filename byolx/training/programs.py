@@ -78,8 +78,7 @@ class Kept:
     self._loading: dict[str, concurrent.futures.Future] = {}
 
   def path(self, name: str) -> Path | None:
-    """Returns the path of the manifest that describes a compiled program, whether or not the file
-    exists.
+    """Returns the path of the manifest, a file that describes a compiled program; it may not exist.
 
     Args:
       name: name of the program, such as `step`.

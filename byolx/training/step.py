@@ -1,5 +1,4 @@
-"""The train step, which runs one optimiser step of any task, and its compilation for a mesh of
-devices."""
+"""The train step of every task, and the function that compiles it for a mesh of devices."""
 
 import functools
 from collections.abc import Callable
@@ -29,8 +28,7 @@ def train_step(
   batch: Batch,
   key: Array,
 ) -> tuple[TrainState, Scalars]:
-  """Runs one optimiser step: gradients of all micro-batches, one update, one call of
-  `task.after_update`.
+  """Runs one optimiser step: gradients of all micro-batches, an update, and `task.after_update`.
 
   The function changes none of its arguments: batch statistics and target network change in a copy
   of the model.

@@ -88,8 +88,7 @@ class Setting:
 
   @property
   def distributions(self) -> tuple[ViewSpec, ViewSpec]:
-    """The distributions T and T' of random views: the config groups views.view1 and views.view2
-    (Table 6)."""
+    """Distributions T and T' of random views, from the fields views.view1 and views.view2 (Table 6)."""
     views = self.config.views
     rules = {"crop_rule": views.crop_rule, "brightness_rule": views.brightness_rule}
     return ViewSpec(**views.view1, **rules), ViewSpec(**views.view2, **rules)
@@ -177,8 +176,7 @@ class Task(Protocol):
     return False
 
   def init(self, rngs: nnx.Rngs) -> nnx.Module:
-    """Builds a new model; each encoder in it is an attribute named `encoder` of the model or of a
-    part."""
+    """Builds a new model, in which each encoder is an attribute named `encoder`."""
 
   def loss(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
     """Computes the loss of one batch or micro-batch; the call may update the model's batch statistics.
@@ -206,10 +204,10 @@ class Task(Protocol):
     return {}
 
   def warning(self, scalars: Mapping[str, float]) -> str | None:
-    """Checks the scalars of one logged step, and returns a warning to print, such as one about a
-    collapse.
+    """Checks the scalars of one logged step, and returns a warning to print if they look wrong.
 
-    It is called after the warm-up only, until it has returned the first warning.
+    For example, BYOL warns of collapsed projections. The method is called after the warm-up only,
+    and no more once it has returned a warning.
 
     Args:
       scalars: scalars of the step, by name.

@@ -1,1 +1,1 @@
-"""Configs, processes, meshes, signals, files: what every wing stands on."""
+"""Modules on which all other packages build: configs, processes, meshes, signals, files."""

@@ -1,7 +1,7 @@
-"""Configs: the error, flat configs, and the stored config of a checkpoint.
+"""Configs: the error class, flattening, and the config that is stored with a checkpoint.
 
-The fields with defaults and checks are in `byolx.runs.schema`; config files and overrides are loaded by
-`byolx.runs.config`.
+The fields with defaults and checks are in `byolx.runs.schema`; config files and overrides are
+loaded by `byolx.runs.config`.
 """
 
 import json
@@ -13,15 +13,18 @@ from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
-  """An unknown field, an impossible value or combination of values; the message is one line."""
+  """Raised for an unknown config field, or for values that are impossible alone or together; its
+  message is one line."""
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Flattens a nested config to values by dotted name; lists become tuples.
+  """Flattens a nested config to a dictionary of values by dotted names, such as `optim.name`.
+
+  Lists become tuples.
 
   Args:
     config: nested config.
-    prefix: prefix of all names.
+    prefix: text put before all names, such as `optim.`.
   """
   flat = {}
   for key, value in config.items():
@@ -33,19 +36,20 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[st
 
 
 def plain(value: Any) -> Any:
-  """Converts a tuple to a list, as JSON does; other values are returned unchanged."""
+  """Converts a tuple to a list, as JSON does; returns any other value unchanged."""
   return list(value) if isinstance(value, tuple | list) else value
 
 
 def stored(path: str | Path) -> dict[str, Any] | None:
-  """Reads the stored config of a checkpoint, without checking its fields.
+  """Reads the config that was stored with a checkpoint, without checking its fields.
 
   Args:
     path: workdir, folder of checkpoints, or folder of one checkpoint.
 
   Returns:
-    The flat config in the newest readable record; without one, that of the workdir's config.json, and
-    without this, None.
+    The config as values by dotted name, from the newest readable checkpoint. If this checkpoint has
+    no config, or none is readable, it is read from the workdir's config.json. None if there is no
+    such file.
 
   Raises:
     ConfigError: the config.json is not a JSON object.
@@ -70,13 +74,24 @@ def stored(path: str | Path) -> dict[str, Any] | None:
 
 
 def file_of(path: Path) -> Path | None:
-  """Finds the config.json of a workdir, given the workdir, its checkpoints or one of them."""
+  """Finds the config.json of a workdir.
+
+  Args:
+    path: workdir, its folder of checkpoints, or the folder of one checkpoint.
+
+  Returns:
+    Path of the file; None if there is none.
+  """
   files = [folder / "config.json" for folder in (path, *path.absolute().parents[:2])]
   return next((file for file in files if file.is_file()), None)
 
 
 def _records(path: Path) -> list[Path]:
-  """Paths of the checkpoints' records, newest first; `path` as in `stored`."""
+  """Returns the paths of the record.json files of checkpoints, those of the latest steps first.
+
+  Args:
+    path: workdir, folder of checkpoints, or folder of one checkpoint.
+  """
   if (path / "record").is_dir():
     return [path / "record" / "record.json"]
   inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path

@@ -1,11 +1,11 @@
-"""Multi-process runs: start, agreement on small values, barriers and a common end.
+"""Multi-process runs: start, exchange of small values, barriers, and the end of all processes together.
 
 Every process runs the same program on its own devices and its own rows of each batch. Process 0 is
 the writer: only it writes files and prints. Arrays are exchanged by the devices, inside jitted
-functions. The functions of this module use the coordination service of `jax.distributed` instead, a
-small key-value store in process 0, and use no device.
+functions. The functions of this module use no device. They use the coordination service of
+`jax.distributed`, a small key-value store in process 0.
 
-When one process ends, `peers` ends all the others.
+When one process ends, the module `peers` ends all the others.
 """
 
 import json
@@ -44,11 +44,12 @@ __all__ = [
 ]
 
 PEER_TIMEOUT, START_TIMEOUT = 30.0, 300.0
-"""Defaults in seconds, see `initialise`."""
+"""Default time limits of `initialise`, in seconds: without a heartbeat from another process, and
+for the start of all processes."""
 
 
 class DistributedError(RuntimeError):
-  """The connection to the coordinator could not be made."""
+  """Raised if this process cannot connect to process 0, or if process 0 cannot listen on its port."""
 
 
 _group: Group | None = None
@@ -62,7 +63,7 @@ def initialise(
   peer_timeout: float = PEER_TIMEOUT,
   start_timeout: float = START_TIMEOUT,
 ) -> None:
-  """Connects this process to the others of the run; call it before jax initialises its devices.
+  """Connects this process to the others of the run; must be called before jax initialises its devices.
 
   jax's SIGTERM handler is not installed, because it would hide the signal from Python's handlers.
 
@@ -72,9 +73,9 @@ def initialise(
       the environment (SLURM, Open MPI, Kubernetes).
     processes: number of processes.
     process: index of this process, in 0 to processes - 1.
-    peer_timeout: seconds without a heartbeat after which a process counts as lost.
-    start_timeout: seconds to wait for the other processes; after that, this process exits with
-      code 1.
+    peer_timeout: seconds without a heartbeat after which another process counts as lost.
+    start_timeout: seconds to wait for the other processes at the start. After that, this process
+      exits with code 1.
 
   Raises:
     ValueError: only some of the three arguments are given, one is invalid, or none is given and no
@@ -130,7 +131,7 @@ def _connect(
 
 
 def _check_port(port: int) -> None:
-  """Checks that process 0 can listen on a port: jax may crash if it cannot."""
+  """Raises DistributedError if process 0 cannot listen on a port; jax itself may crash in this case."""
   dualstack = socket.has_dualstack_ipv6()
   family = socket.AF_INET6 if dualstack else socket.AF_INET
   try:
@@ -141,9 +142,13 @@ def _check_port(port: int) -> None:
 
 @contextmanager
 def _deadline(seconds: float, message: str) -> Iterator[None]:
-  """Exits the process with code 1 if the block takes longer than `seconds`.
+  """Context manager that ends this process with exit code 1 if its block takes too long.
 
   A timer thread does it, because jax's wait for the other processes cannot be interrupted.
+
+  Args:
+    seconds: longest time that the block may take.
+    message: error message printed before the exit.
   """
 
   def end() -> None:
@@ -175,21 +180,20 @@ def is_writer() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Waits, without a time limit, until every process has called it with the same name."""
+  """Waits, without a time limit, until every process has called `barrier` with the same name."""
   if _group:
     number = _group.next_call(name)
     _group.client.wait_at_barrier(f"{ROOT}/barrier/{name}/{number}", NO_TIMEOUT_MS)
 
 
 def agree(value: Any) -> Any:
-  """Returns the writer's value on every process.
+  """Returns, on every process, the value that process 0 passes.
 
   All processes must call `agree`, `barrier` and `any_process` in the same order, each process from
   one thread only.
 
   Args:
-    value: the value to send on the writer, serialisable as JSON; ignored on the other processes,
-      which wait for the writer's.
+    value: value to return, serialisable as JSON. The values that other processes pass are ignored.
   """
   if not _group:
     return value
@@ -201,7 +205,11 @@ def agree(value: Any) -> Any:
 
 
 def any_process(flag: bool) -> bool:
-  """Returns True on every process if any of them passes True; waits until all have called it."""
+  """Returns True on every process if any process passes True; waits until all have called it.
+
+  Args:
+    flag: value of this process.
+  """
   if not _group:
     return flag
   key = f"{ROOT}/any/{_group.next_call('any')}/"
@@ -212,13 +220,15 @@ def any_process(flag: bool) -> bool:
 
 
 class Soon:
-  """A request that any process may make, answered by True at the same call on every process.
+  """A request, such as to stop, that any process may make and that all processes grant at the same
+  call.
 
-  Every process calls it equally often, for example after every step. After a process has requested
-  (`soon(True)`), one later call returns True on all processes; all other calls return False.
-  Watching threads in the background agree on that call, which takes about a second. The caller
-  waits only if it makes its next call during the agreement. A request in the last second of a loop
-  may get no answer, as no call is left: use `any_process` after the loop.
+  Every process calls the object equally often, for example after every step. After one process has
+  requested, by `soon(True)`, one later call returns True on all processes; all other calls return
+  False. Threads in the background agree on that call, which takes about a second. The caller waits
+  only if it makes its next call during the agreement. A request in the last second of a loop may
+  not be granted, because no call is left: use `any_process` after the loop. If there is only one
+  process, each call returns its argument.
 
   Args:
     name: name of the request, the same on every process.
@@ -249,13 +259,13 @@ class Soon:
       return True
 
   def negotiate(self, entries: dict[str, str]) -> None:
-    """Agrees on the call that returns True; runs in the watching thread.
+    """Agrees with the other processes on the call that returns True; runs in a background thread.
 
-    Each process publishes its number of calls and holds its lock, so that it makes no further call.
-    The agreed call is the one after the largest number of calls.
+    Each process publishes how often it has called the object, and holds a lock so that it makes no
+    further call. The agreed call is the one after the largest of these numbers.
 
     Args:
-      entries: all entries of the key-value store below WATCH.
+      entries: all entries of the key-value store whose keys begin with `peers.WATCH`.
     """
     if self._agreed_call is not None:
       return
@@ -278,8 +288,8 @@ def leave(code: int, reason: str) -> None:
 
   Args:
     code: exit code of all processes.
-    reason: end of the line that the other processes print, after the name of this process, such as
-      `failed: no such file`. This process does not print it.
+    reason: text that the other processes print after the name of this process, such as `failed: no
+      such file`. This process does not print it.
   """
   if _group:
     _group.publish_end({"code": code, "reason": f"{_group.name(_group.index)} {reason}"})
@@ -287,17 +297,18 @@ def leave(code: int, reason: str) -> None:
 
 
 def await_reason() -> None:
-  """Waits, after an error, until it is known whether another process has ended.
+  """Waits, after an error, until it is known whether another process has ended and so caused the error.
 
-  If one has, its end may be the cause of the error: this process prints that reason and exits. If
-  none has ended after the time limit of a lost process, the function returns.
+  If another process has ended, this process prints why and exits. If none has ended within the time
+  after which a process counts as lost, the function returns.
   """
   if _group and _group.over.wait(_group.peer_timeout + 3):
     threading.Event().wait()  # the watching thread is about to end this process
 
 
 def finish() -> None:
-  """Waits for all processes and disconnects, so that no process counts as lost at a normal end."""
+  """Waits for all processes and disconnects this one, so that no process counts as lost at a normal
+  end."""
   global _group
   if _group:
     barrier("finish")
@@ -309,5 +320,6 @@ def finish() -> None:
 
 
 def prefix() -> str:
-  """Returns the beginning of this process's lines, such as `process 1: `; empty if it is alone."""
+  """Returns the text that begins each line that this process prints, such as `process 1: `; empty
+  if the run has only one process."""
   return _group.prefix if _group else ""

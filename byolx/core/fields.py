@@ -1,4 +1,4 @@
-"""Fields of configs: their declaration in dataclasses, and checks of their values.
+"""Config fields: how a dataclass declares them, and checks of their values.
 
 A group of fields is a frozen dataclass in the module that uses it:
 
@@ -18,7 +18,8 @@ _KEY = "byolx.field"
 
 Number = int | float
 Check = Callable[[Any], str | None]
-"""Function of a value: None if it is possible, else a description of the expected values."""
+"""Function that checks a value: it returns None if the value is possible, else a description of the
+values that are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Field:
 
   Args:
     default: value of the field if neither a file nor an override sets it.
-    meaning: short description, for `byolx fields`.
-    check: check of a value of the default's type.
-    free: True if no result depends on the field, so it may change when a run is resumed.
-    encoder: True if the field determines, with the encoder's arrays, the function of an encoder.
+    meaning: short description, which `byolx fields` prints.
+    check: function that returns None if a value is possible, else a description of the values that
+      are. The value already has the type of the default.
+    free: whether the field may change when a run is resumed, because no result depends on it.
+    encoder: whether the field belongs to a pretrained encoder: with another value, the encoder's
+      arrays would compute another function.
   """
 
   default: Any
@@ -48,7 +51,17 @@ def field(
   free: bool = False,
   encoder: bool = False,
 ) -> Any:
-  """Declares a config field in a dataclass; arguments as in `Field`."""
+  """Declares a config field, as an attribute of a dataclass.
+
+  Args:
+    default: value of the field if neither a file nor an override sets it.
+    meaning: short description, which `byolx fields` prints.
+    check: function that returns None if a value is possible, else a description of the values that
+      are.
+    free: whether the field may change when a run is resumed, because no result depends on it.
+    encoder: whether the field belongs to a pretrained encoder: with another value, the encoder's
+      arrays would compute another function.
+  """
   declared = Field(default, meaning, check, free, encoder)
   return dataclasses.field(default=default, metadata={_KEY: declared})
 
@@ -57,10 +70,10 @@ def fields_of(group: Any) -> dict[str, Field]:
   """Returns the config fields of a dataclass by name, in the order of declaration.
 
   These are the attributes declared by `field`. If the default of another attribute is a dataclass
-  instance, its fields are included with dotted names, and its values as their defaults.
+  instance, the fields of that instance are included with dotted names, with its values as defaults.
 
   Args:
-    group: frozen dataclass, or an instance of one, whose values then are the defaults.
+    group: frozen dataclass, or an instance of one, whose values are then returned as the defaults.
   """
   declared_fields = {}
   for attribute in dataclasses.fields(group):
@@ -74,36 +87,45 @@ def fields_of(group: Any) -> dict[str, Field]:
 
 
 def at_least(minimum: Number) -> Check:
-  """Check: a finite number, at least the minimum."""
+  """Returns a check that accepts finite numbers of at least `minimum`."""
   return lambda x: (
     None if math.isfinite(x) and x >= minimum else f"a finite number of at least {minimum}"
   )
 
 
 def whole(minimum: int) -> Check:
-  """Check: an integer, at least the minimum; for elements of lists, whose type is not checked."""
+  """Returns a check that accepts integers of at least `minimum`.
+
+  It is used for the elements of lists, whose type is not checked otherwise.
+  """
   return lambda x: (
     None if isinstance(x, int) and x >= minimum else f"a whole number of at least {minimum}"
   )
 
 
 def above(minimum: Number) -> Check:
-  """Check: a finite number above the minimum."""
+  """Returns a check that accepts finite numbers above `minimum`."""
   return lambda x: None if math.isfinite(x) and x > minimum else f"a finite number above {minimum}"
 
 
 def between(low: Number, high: Number) -> Check:
-  """Check: a number in [low, high]."""
+  """Returns a check that accepts numbers in [low, high]."""
   return lambda x: None if low <= x <= high else f"a number from {low} to {high}"
 
 
 def one_of(*choices: str) -> Check:
-  """Check: one of the choices."""
+  """Returns a check that accepts only the given texts."""
   return lambda x: None if x in choices else f"one of {', '.join(choices)}"
 
 
 def interval(low: Number, high: Number, top: str = "") -> Check:
-  """Check: two increasing numbers in [low, high]; `top` is the meaning of `high`, for messages."""
+  """Returns a check that accepts a pair of numbers in [low, high], the first at most the second.
+
+  Args:
+    low: least possible number.
+    high: largest possible number.
+    top: meaning of `high` in the message for other values; empty to leave it out.
+  """
   return lambda pair: (
     None
     if len(pair) == 2 and low <= pair[0] <= pair[1] <= high
@@ -112,7 +134,12 @@ def interval(low: Number, high: Number, top: str = "") -> Check:
 
 
 def each(check: Check, length: int | None = None) -> Check:
-  """Check: a list whose elements all pass a check; `length` is its length, None for any."""
+  """Returns a check that accepts a list if another check accepts each element.
+
+  Args:
+    check: check of one element.
+    length: number of elements that the list must have; None for any number.
+  """
 
   def check_all(values: Sequence[Any]) -> str | None:
     if length is not None and len(values) != length:

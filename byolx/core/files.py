@@ -1,11 +1,11 @@
-"""Atomic writes: a file is replaced as a whole, or not at all."""
+"""Atomic writes: a file is either replaced as a whole or left unchanged."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-  """Writes a file, or leaves the old one unchanged if the write fails.
+  """Writes a file; if the write fails, the old file is left unchanged.
 
   Args:
     path: file to write; its parent folders are created.

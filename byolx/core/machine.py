@@ -1,4 +1,4 @@
-"""CPU cores of this machine, and the lifetime of worker processes."""
+"""Number of usable CPU cores, and the end of worker processes whose parent process has ended."""
 
 import multiprocessing
 import os
@@ -12,9 +12,9 @@ def usable_cores() -> int:
 
 
 def end_with_parent() -> None:
-  """Ends this worker process as soon as its parent process has ended, for any reason.
+  """Makes this worker process end as soon as its parent process has ended, for any reason.
 
-  A killed parent cannot stop its workers: they would wait for ever and hold their shared memory.
+  Without this, the workers of a killed parent would wait for ever and hold their shared memory.
   Does nothing in a process that `multiprocessing` did not start.
   """
   parent = multiprocessing.parent_process()

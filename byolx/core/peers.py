@@ -1,9 +1,9 @@
-"""Failure detection between the processes of a run: when one ends, all the others end.
+"""Detects when a process of a multi-process run ends, and then ends all the others.
 
-A thread in each process watches the others through the key-value store of `jax.distributed`. A
-process that failed writes an end record, with its reason and exit code, into the store; a process
-that was killed sends no more heartbeats. In both cases the others print the name of that process
-and exit at once.
+A thread in each process watches the other processes through the key-value store of
+`jax.distributed`, which process 0 runs. A process that failed writes an end record, with its reason
+and exit code, into the store; a process that was killed sends no more heartbeats. In both cases the
+other processes print the name of the ended process and exit at once.
 """
 
 import ctypes
@@ -19,7 +19,8 @@ from typing import Any, NoReturn, Protocol
 import jax
 
 EXIT_LOST = 75
-"""Exit code after the loss of another process; as after SIGTERM, the same command resumes the run."""
+"""Exit code of a process that exits because another process of the run is lost. The same command
+then resumes the run from its last checkpoint."""
 
 ROOT, WATCH, END = "byolx", "byolx/watch/", "byolx/watch/end"
 NO_TIMEOUT_MS = 10 * 24 * 3600 * 1000
@@ -28,22 +29,26 @@ ends the wait much earlier."""
 
 
 class Request(Protocol):
-  """A request on which the watching threads agree, see `distributed.Soon`."""
+  """A request that all processes grant at the same time, such as `distributed.Soon`."""
 
   negotiating: bool
 
   def negotiate(self, entries: dict[str, str]) -> None:
-    """Takes all entries of the store below WATCH."""
+    """Takes one step towards an agreement with the other processes; called by the watching thread.
+
+    Args:
+      entries: all entries of the key-value store whose keys begin with WATCH.
+    """
 
 
 class Group:
-  """The processes of a run, seen from this one, with the threads that watch the others.
+  """The processes of a run, with the threads by which this process watches the others.
 
   Args:
-    client: client of jax's coordination service.
+    client: client of jax's coordination service, which is a key-value store.
     index: index of this process, in 0 to count - 1.
     count: number of processes.
-    peer_timeout: seconds without a heartbeat after which a process counts as lost.
+    peer_timeout: seconds without a heartbeat after which another process counts as lost.
   """
 
   def __init__(self, client: Any, index: int, count: int, peer_timeout: float):
@@ -64,20 +69,25 @@ class Group:
       thread.start()
 
   def name(self, index: int) -> str:
-    """Returns a process's name for messages, such as `process 1 (host-b)`."""
+    """Returns the name of a process for messages, such as `process 1 (host-b)`."""
     return f"process {index} ({self.hosts[index]})"
 
   @property
   def prefix(self) -> str:
-    """Beginning of this process's lines."""
+    """Text that begins each line that this process prints, such as `process 1: `."""
     return f"process {self.index}: "
 
   def print_error(self, reason: str) -> None:
-    """Prints why this process ends, to stderr."""
+    """Prints to stderr why this process ends."""
     print(f"byolx: error: {self.prefix}{reason}", file=sys.stderr, flush=True)
 
   def next_call(self, kind: str) -> int:
-    """Returns the number of earlier calls of a kind, which every process makes in the same order."""
+    """Returns how often `next_call` was called before with the same `kind`, to number calls of one
+    kind.
+
+    Every process makes the calls of a kind in the same order, so a call has the same number on all
+    processes.
+    """
     self.calls[kind] = self.calls.get(kind, -1) + 1
     return self.calls[kind]
 
@@ -104,9 +114,10 @@ class Group:
           self.end_lost(other)
 
   def _watch_store(self) -> None:
-    """Detects the loss of process 0, which runs the store.
+    """Ends this process if process 0, which runs the key-value store, is lost.
 
-    It needs a thread of its own, as a call to the store may then never return to the other thread.
+    This runs in a thread of its own, because the other watching thread may then wait for ever for
+    the store.
     """
     while not self.over.wait(1.0):
       if time.monotonic() - self.last_contact > self.peer_timeout:
@@ -125,25 +136,36 @@ class Group:
     self.leave(EXIT_LOST, readers=self.count - 1)
 
   def end_with(self, end_record: dict) -> NoReturn:
-    """Ends this process because another process has published an end record."""
+    """Ends this process because another process has ended and stored an end record.
+
+    Args:
+      end_record: the other process's reason and exit code.
+    """
     self.print_error(end_record["reason"])
     self.leave(end_record["code"], readers=self.count - ("lost" in end_record))
 
   def publish_end(self, end_record: dict) -> None:
-    """Stores why this process ends, for the others; does nothing if a record is already stored."""
+    """Stores an end record, by which all other processes learn that this process ends, and why.
+
+    Does nothing if a record is already stored.
+
+    Args:
+      end_record: reason and exit code.
+    """
     try:
       self.client.key_value_set(END, json.dumps(end_record))
     except jax.errors.JaxRuntimeError:
       return  # a record is stored already, or process 0 is gone
 
   def leave(self, code: int, readers: int) -> NoReturn:
-    """Ends this process.
+    """Ends this process with an exit code.
 
-    Process 0, which runs the store, first waits up to 5 s for the others to read the end record.
+    Process 0, which runs the key-value store, first waits up to 5 s, until the other processes have
+    read the end record and are leaving too.
 
     Args:
       code: exit code.
-      readers: number of processes that read the end record, process 0 included.
+      readers: number of processes that process 0 waits for, itself included.
     """
     self.over.set()
     try:
@@ -162,9 +184,13 @@ class Group:
 
 
 def explain_aborts(group: Group, address: str) -> None:
-  """Prints which process was lost before jax aborts.
+  """Makes this process print that process 0 is lost, if jax aborts for that reason.
 
-  If process 0 disappears, jax aborts this process at once and without naming process 0.
+  If process 0 disappears, jax aborts this process at once, and its message does not name process 0.
+
+  Args:
+    group: processes of the run.
+    address: address HOST:PORT on which process 0 listens.
   """
   libc = ctypes.CDLL(None)
 

@@ -1,8 +1,8 @@
-"""Sharding: the mesh, and all shardings of the library.
+"""Sharding: the mesh of devices, and how all arrays of the library are placed on it.
 
-The devices of the mesh are ordered by process, with equally many of each process. So the devices of a
-process hold the rows that it loads, one contiguous block of the batch, and a global batch has the same
-rows in the same order for any number of processes.
+The devices of the mesh are ordered by process, with equally many of each process. So the devices of
+a process hold the rows that this process loads, which are consecutive rows of the batch, and a
+global batch has the same rows in the same order for any number of processes.
 """
 
 import collections
@@ -26,18 +26,20 @@ from byolx.core.machine import usable_cores
 
 DATA, FSDP = "data", "fsdp"
 LEAST_TO_CUT = 2**16
-"""Least number of elements of a sharded array. Smaller arrays are replicated: their exchange costs more
-than it saves, and a sharded stem kernel makes the TPU compiler choose a slow layout (docs/plan.md)."""
+"""Least number of elements of an array that is sharded over the `fsdp` axis. Smaller arrays are
+replicated: their exchange costs more than it saves, and a sharded stem kernel makes the TPU
+compiler choose a slow layout (docs/plan.md)."""
 MOST_PIECES = 64
-"""Largest default number of devices over which a state is sharded: with more, the shards of most
-kernels would be smaller than a tile of a TPU's memory, 8 x 128."""
+"""Largest default number of devices over which a state is sharded. With more, each device's part of
+most kernels would be smaller than a tile of a TPU's memory, 8 x 128."""
 
 LEAST_IMAGES_PER_CORE = 16
-"""Least number of images of a pass per device of a CPU, see `split_cpu`."""
+"""Least number of images of a forward pass for each of the jax devices into which a CPU is split."""
 
 
 def find_devices(config: ConfigDict) -> list[jax.Device]:
-  """Returns all devices, after splitting a CPU into several as the config requires (`split_cpu`)."""
+  """Returns all jax devices of a run; first splits a CPU into several devices as the config
+  requires."""
   images = config.train.micro_batch or config.train.batch_size
   split_cpu(images // distributed.count(), config.mesh.cpu_devices)
   return jax.devices()
@@ -46,13 +48,13 @@ def find_devices(config: ConfigDict) -> list[jax.Device]:
 def split_cpu(images: int, devices: int = 0) -> None:
   """Splits a CPU into several jax devices; has no effect once jax has initialised its devices.
 
-  With small convolutions, several devices with a part of the batch each are faster than one device
-  with several threads per operation. If `XLA_FLAGS` sets the number of host devices, that is used.
+  With small convolutions, several devices that each compute a part of the batch are faster than one
+  device with several threads per operation. Does nothing if `XLA_FLAGS` sets the number of devices.
 
   Args:
-    images: images of one forward pass in this process.
-    devices: number of devices; 0 for the largest divisor of `images` that is at most the number of
-      cores and leaves at least LEAST_IMAGES_PER_CORE images per device.
+    images: number of images of one forward pass in this process.
+    devices: number of devices. 0 for the largest divisor of `images` that is at most the number of
+      cores and leaves at least LEAST_IMAGES_PER_CORE images per device, or 1 if there is none.
   """
   most = min(usable_cores(), images // LEAST_IMAGES_PER_CORE)
   count = devices or next(n for n in range(max(1, most), 0, -1) if images % n == 0)
@@ -63,19 +65,21 @@ def split_cpu(images: int, devices: int = 0) -> None:
 
 
 def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mesh:
-  """Makes the mesh, with the axes `data` and `fsdp`.
+  """Makes the mesh of devices, with the axes `data` and `fsdp`.
 
-  A batch is sharded over both axes, a state over `fsdp`. The axes are Auto, because gathers over the
-  batch axis raise with Explicit axes, jax's default.
+  A batch is sharded over both axes, a state over `fsdp` only. The axes are Auto, because gathers
+  over the batch axis raise an error with Explicit axes, jax's default.
 
   Args:
     count: number of devices, equally many of each process; 0 for all.
-    fsdp: number of neighbouring devices over which a state is sharded, see `in_pieces`; a divisor of
-      the number of devices.
-    devices: devices to choose from, attached or not; empty for all attached devices.
+    fsdp: number of neighbouring devices over which a state is sharded; must divide the number of
+      devices.
+    devices: devices to choose from, attached to this machine or only described; empty for all
+      attached devices.
 
   Raises:
-    ValueError: there are fewer devices, or they cannot be divided evenly.
+    ValueError: there are fewer than `count` devices, they are not equally many of each process, or
+      their number cannot be divided by `fsdp`.
   """
   devices = list(devices) or jax.devices()
   chosen = choose_devices(devices, count)
@@ -87,19 +91,20 @@ def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mes
 
 
 def default_fsdp(devices: int) -> int:
-  """Returns the largest divisor of the number of devices that is at most MOST_PIECES."""
+  """Returns the default of `mesh.fsdp`: the largest divisor of the number of devices up to
+  MOST_PIECES."""
   return max(n for n in range(1, MOST_PIECES + 1) if devices % n == 0)
 
 
 def choose_devices(devices: Sequence[Any], count: int) -> list[Any]:
-  """Chooses devices, equally many of each process, ordered by process.
+  """Returns some of the given devices, equally many of each process, ordered by process.
 
   Args:
     devices: devices to choose from.
-    count: number of devices; 0 for all.
+    count: number of devices to choose; 0 for all.
 
   Raises:
-    ValueError: there are fewer devices, or the processes do not have equally many.
+    ValueError: there are fewer than `count` devices, or the processes cannot give equally many.
   """
   if count > len(devices):
     raise ValueError(f"mesh.data={count}: expected at most the {len(devices)} devices there are")
@@ -116,7 +121,7 @@ def choose_devices(devices: Sequence[Any], count: int) -> list[Any]:
 
 
 def check_rows(processes: Sequence[int]) -> None:
-  """Checks that an order of devices keeps the order of the rows of a batch.
+  """Checks that the devices of a mesh are ordered by process, so that rows of a batch keep their order.
 
   Args:
     processes: index of the process of each device, in the order of the mesh.
@@ -134,19 +139,25 @@ def check_rows(processes: Sequence[int]) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Sharding of an array that is whole on every device."""
+  """Returns the sharding of an array that every device holds as a whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def by_example(mesh: Mesh) -> NamedSharding:
-  """Sharding of an array whose first axis is sharded over all devices."""
+  """Returns the sharding of an array whose first axis is divided over all devices."""
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def in_pieces(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-  """Sharding of an array over `fsdp`, along its largest axis that can be divided evenly.
+  """Returns the sharding of an array over the mesh axis `fsdp`, along the array's largest divisible
+  axis.
 
-  Arrays with fewer than LEAST_TO_CUT elements, or without such an axis, are replicated.
+  An axis is divisible if its size is a multiple of the number of devices along `fsdp`. Arrays
+  without such an axis, and arrays with fewer than LEAST_TO_CUT elements, are replicated.
+
+  Args:
+    mesh: mesh with the axes `data` and `fsdp`.
+    shape: shape of the array.
   """
   count = mesh.shape[FSDP]
   divisible = [size if size % count == 0 else 0 for size in shape]
@@ -157,12 +168,12 @@ def in_pieces(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 
 STATES = ("replicated", "zero", "full")
-"""Placements of the train state, from the one with the most memory per device to the least."""
+"""Placements of the train state, ordered by their memory per device, the largest first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-  """The config group `mesh`: devices, and placement of the state on them."""
+  """The config group `mesh`: number of devices, and placement of the train state on them."""
 
   state: str = field(
     "replicated",
@@ -191,24 +202,30 @@ class MeshSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Placement of a training state on a mesh.
+  """Placement of a training state on a mesh of devices.
 
   Args:
     mesh: mesh with the axes `data` and `fsdp`.
-    state: "replicated" for a whole state on every device. "zero" for parameters on every device, and
-      the optimiser's state, the target network and gradients sharded over `fsdp` (as ZeRO, stage 2,
-      arXiv:1910.02054). "full" for sharded parameters too, gathered in the compute type for their use.
+    state: name of the placement. "replicated": every device holds the whole state. "zero": every
+      device holds all parameters, but optimiser state, target network and gradients are sharded
+      over `fsdp` (as in ZeRO, stage 2, arXiv:1910.02054). "full": parameters are sharded too, and
+      gathered in the compute type where they are used.
   """
 
   mesh: Mesh
   state: str = "replicated"
 
   def of_params(self, tree: Any) -> Any:
-    """Returns the shardings of the trained parameters, as a tree like that of arrays or shapes."""
+    """Returns the shardings of the trained parameters, as a tree like the given tree of arrays or
+    shapes."""
     return self._of(tree, self.state == "full")
 
   def of_rest(self, tree: Any) -> Any:
-    """Returns the shardings of target, statistics, optimiser state or gradients, as a tree."""
+    """Returns the shardings of all arrays other than trained parameters, as a tree like the given one.
+
+    Args:
+      tree: arrays or shapes of target network, statistics, optimiser state or gradients.
+    """
     return self._of(tree, self.state != "replicated")
 
   def _of(self, tree: Any, sharded: bool) -> Any:
@@ -217,11 +234,11 @@ class Layout:
 
 
 def lay_out(spec: MeshSpec, devices: Sequence[Any]) -> Layout:
-  """Makes the mesh of a config, with the placement of the state on it.
+  """Makes the mesh of devices that a config requires, and the placement of the train state on it.
 
   Args:
     spec: config group `mesh`.
-    devices: all devices of the run, attached or not.
+    devices: all devices of the run, attached to this machine or only described.
 
   Raises:
     ValueError: the devices cannot be divided as the config requires.
@@ -236,7 +253,11 @@ def lay_out(spec: MeshSpec, devices: Sequence[Any]) -> Layout:
 
 
 def held_bytes(tree: Any) -> int:
-  """Returns the bytes per device of a tree of arrays, or of shapes with shardings."""
+  """Returns the number of bytes that each device holds of a tree of arrays.
+
+  Args:
+    tree: arrays, or shapes with shardings.
+  """
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
@@ -247,7 +268,11 @@ _in_use: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def using(layout: Layout) -> Iterator[None]:
-  """Sets the layout that `gathered` and `summed` use inside the context."""
+  """Context manager that sets the placement of the train state for `gathered` and `summed`.
+
+  Args:
+    layout: placement of the train state on a mesh.
+  """
   token = _in_use.set(layout)
   try:
     yield
@@ -256,7 +281,11 @@ def using(layout: Layout) -> Iterator[None]:
 
 
 def gathered(x: Any) -> Any:
-  """Gathers an array that may be sharded, so that it is whole on every device; see `using`."""
+  """Returns an array that every device holds as a whole, from an array that may be sharded.
+
+  Inside `using(layout)` only; elsewhere, and if the train state is replicated, the array is
+  returned unchanged.
+  """
   layout = _in_use.get()
   if layout is None or layout.state == "replicated":
     return x
@@ -264,13 +293,15 @@ def gathered(x: Any) -> Any:
 
 
 def summed(gradient: Callable[..., Any], shape: Sequence[int], *rows: Any) -> Any:
-  """Computes the gradient of a weight, summed over all examples, sharded if gradients are.
+  """Computes the gradient of a weight, summed over all examples, and shards it if gradients are
+  sharded.
 
-  By default, XLA's partitioner sums whole gradients on every device and then slices them. Here each
-  device computes the gradient of its rows, and one reduce-scatter over `fsdp` both sums and slices.
+  By default, XLA's partitioner sums whole gradients on every device and then selects each device's
+  part. Here each device computes the gradient of its rows, and one reduce-scatter over `fsdp` both
+  sums and divides the gradients. Whether gradients are sharded is set by `using`.
 
   Args:
-    gradient: function from rows of examples to the gradient, a sum over these rows.
+    gradient: function that takes rows of examples and returns the gradient, summed over these rows.
     shape: shape of the gradient.
     *rows: arguments of `gradient`, arrays whose first axis is sharded by example.
   """
@@ -297,14 +328,18 @@ def summed(gradient: Callable[..., Any], shape: Sequence[int], *rows: Any) -> An
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
-  """Puts each process's block of rows on its devices, as global arrays sharded by example.
+  """Puts the rows of a batch that each process has loaded on its devices, as arrays sharded by example.
 
   Args:
-    batch: rows of this process, by name.
+    batch: arrays with the rows of this process, by name.
     mesh: mesh of the run.
 
+  Returns:
+    Global arrays, which have the rows of all processes, by name.
+
   Raises:
-    ValueError: the order of the mesh's devices would change the order of the rows.
+    ValueError: the devices of the mesh are not ordered by process, so that rows would change their
+      order.
   """
   _check_mesh(mesh)
   sharding = by_example(mesh)
@@ -312,7 +347,13 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
 
 
 def prefetch(batches: Iterator[Any], mesh: Mesh, ahead: int = 2) -> Iterator[Any]:
-  """Puts batches on the mesh, `ahead` of them in advance."""
+  """Yields batches as arrays on the devices, and sends later batches to the devices in advance.
+
+  Args:
+    batches: batches with the rows of this process.
+    mesh: mesh of the run.
+    ahead: number of batches that are sent in advance.
+  """
   sent: collections.deque[Any] = collections.deque()
   for batch in batches:
     sent.append(put_batch(batch, mesh))

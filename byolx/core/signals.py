@@ -1,4 +1,5 @@
-"""Graceful stops: SIGTERM and Ctrl-C become a stop request, and a stopped run raises StoppedError."""
+"""Graceful stops: SIGTERM and Ctrl-C become a request to stop, and a stopped run raises
+StoppedError."""
 
 import contextlib
 import signal
@@ -6,11 +7,11 @@ from typing import Any
 
 
 class StoppedError(RuntimeError):
-  """Raised after a signal has stopped a run and its state is saved.
+  """Raised when a signal has stopped a run and the run's state is saved.
 
   Args:
     signal_name: name of the signal, such as SIGTERM; empty if another process received it.
-    progress: end of the message: when the run stopped and which part of it is saved.
+    progress: end of the error message: when the run stopped, and which part of its state is saved.
   """
 
   def __init__(self, signal_name: str, progress: str):
@@ -19,18 +20,18 @@ class StoppedError(RuntimeError):
 
 
 class Stop:
-  """Context manager that turns SIGTERM and SIGINT into a stop request.
+  """Context manager that turns the signals SIGTERM and SIGINT into a request to stop.
 
   A second signal of the same kind goes to the handler that was installed before. Outside of the
-  main thread it does nothing, because Python handles signals in the main thread only.
+  main thread the context manager does nothing, because Python handles signals in the main thread
+  only.
 
   Args:
-    at_once: end of the message of a StoppedError, which the signal handler then raises at once. If
-      empty, the handler raises nothing: it stores the signal's name in `name`, and the caller checks
-      it.
+    at_once: end of the message of a StoppedError, which is raised as soon as a signal arrives. If
+      empty, no error is raised: the signal's name is stored in `name`, which the caller must check.
 
   Attributes:
-    name: name of the last signal received, such as SIGTERM; empty before a signal.
+    name: name of the last signal received, such as SIGTERM; empty if none has been received.
   """
 
   def __init__(self, at_once: str = ""):

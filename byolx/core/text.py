@@ -1,26 +1,27 @@
-"""Text for messages: durations, shortened lists, errors in one line, tables."""
+"""Text for messages: formats durations, long lists, errors and tables."""
 
 from collections.abc import Container, Sequence
 
 
 def first_few(differences: list[str], most: int = 3) -> str:
-  """Joins the first `most` differences, and adds the number of the remaining ones, if any."""
+  """Joins the first `most` differences to one text, and adds the number of the remaining ones, if
+  any."""
   more = len(differences) - most
   return "; ".join(differences[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
 def one_line(error: BaseException) -> str:
-  """Returns an error's text in one line, or its type's name if it has no text.
+  """Returns an error's text in one line, or the name of the error's type if the text is empty.
 
-  A text above 300 characters keeps its first 120, which mostly name the attempted operation, and its
-  last 180, which mostly name the cause.
+  Of a text above 300 characters, the first 120 are kept, which mostly name the attempted operation,
+  and the last 180, which mostly name the cause.
   """
   text = " ".join(str(error).split()) or type(error).__name__
   return text if len(text) <= 300 else f"{text[:120]} ... {text[-180:]}"
 
 
 def duration(seconds: float) -> str:
-  """Formats a duration in seconds, such as `2 h 05 min`, `3 min 20 s` or `12 s`."""
+  """Formats a number of seconds as text, such as `2 h 05 min`, `3 min 20 s` or `12 s`."""
   seconds = round(seconds)
   if seconds >= 3600:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
@@ -28,11 +29,11 @@ def duration(seconds: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
-  """Rows as columns of equal width, two spaces apart.
+  """Formats rows of text as a table, whose columns are aligned and two spaces apart.
 
   Args:
     rows: cells of every row, all rows equally long.
-    right: numbers of the columns that are aligned to the right, from 0.
+    right: indices, from 0, of the columns that are aligned to the right.
   """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join(

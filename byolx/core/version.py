@@ -1,3 +1,3 @@
-"""The version of byolx, as checkpoints and prepared sets record it."""
+"""Version number of byolx, which checkpoints and prepared data sets store."""
 
 VERSION = "0.1.0"

@@ -1,7 +1,7 @@
 """Batch normalisation with separate statistics for each view (docs/fidelity.md, `model.bn_group`).
 
-The views of a batch are one interleaved batch of the network: row b * views + v is view v of image b.
-Each view is normalised by its own statistics, taken over the whole global batch or over groups of it.
+All views of the images are rows of one batch: row b * views + v is view v of image b. Each view is
+normalised by its own statistics, taken over the whole global batch or over groups of images in it.
 Under `jax.jit`, XLA inserts the all-reduce that makes the statistics of a sharded batch global.
 """
 
@@ -26,11 +26,11 @@ class BatchNorm(nnx.Module):
     channels: number of channels, the size of the last axis.
     decay: decay rate of the running averages in [0, 1), applied once per view and forward pass.
     eps: constant added to the variance.
-    group: images per group of statistics; 0 for the whole batch. Consecutive images of the batch
-      form a group (small batches within a large one, Table 16).
-    debias: division of the running averages by 1 - decay^updates, as in haiku. Without it, they
-      start at mean 0 and variance 1, as in torch.
-    scale_init: initial value of gamma.
+    group: number of consecutive images that share statistics (small batches within a large one,
+      Table 16); 0 for the whole batch.
+    debias: whether the running averages start at 0 and are divided by 1 - decay^updates, as in
+      haiku. If False, they start at mean 0 and variance 1, as in torch.
+    scale_init: initial value of the scale gamma.
     dtype: type of the output.
   """
 
@@ -59,13 +59,13 @@ class BatchNorm(nnx.Module):
   def __call__(
     self, x: Float[Array, "*b c"], *, train: bool, views: int = 1
   ) -> Float[Array, "*b c"]:
-    """Normalises by the statistics of the batch, or by the running averages.
+    """Normalises a batch by its own statistics in training, else by the running averages.
 
     Args:
       x: batch of any type, rows first and channels last; row b * views + v is view v of image b.
-      train: True to use the statistics of the batch and update the running averages with them, False
-        to use the running averages.
-      views: number of interleaved views, at least 1.
+      train: whether to use the statistics of the batch, and to update the running averages with
+        them. If False, the running averages are used.
+      views: number of views per image in the batch, at least 1.
 
     Returns:
       Normalised batch in the type `dtype`.
@@ -90,7 +90,7 @@ class BatchNorm(nnx.Module):
     return y
 
   def averages(self) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
-    """Returns the running mean and variance in float32; 0 and 1 before the first update."""
+    """Returns the running mean and variance in float32, which are 0 and 1 before the first update."""
     if not self.debias:
       return self.mean[...], self.var[...]
     updated = self.updates[...] > 0
@@ -98,7 +98,12 @@ class BatchNorm(nnx.Module):
     return self.mean[...] / weight, jnp.where(updated, self.var[...] / weight, 1.0)
 
   def _record(self, moments: Float[Array, "g v 2 c"]) -> None:
-    """Updates the running averages once per view, in order, with the mean over the groups."""
+    """Updates the running averages with the statistics of one batch, once per view, in order.
+
+    Args:
+      moments: mean and variance of each group of images and view; they are averaged over the
+        groups.
+    """
     views = moments.shape[1]
     weights = (1.0 - self.decay) * self.decay ** np.arange(views)[::-1, None, None]
     new = jnp.sum(np.float32(weights) * jnp.mean(moments, 0), 0)
@@ -119,7 +124,20 @@ def _by_batch(
   eps: float,
   dtype: np.dtype,
 ) -> tuple[Float[Array, "*b c"], Float[Array, "g v 2 c"]]:
-  """Normalises by the statistics of each group and view; returns mean and variance as well."""
+  """Normalises a batch by the statistics of each group of images and view.
+
+  Args:
+    x: batch, with row b * views + v for view v of image b.
+    scale: scale gamma of each channel.
+    offset: offset beta of each channel.
+    group: number of consecutive images that share statistics.
+    views: number of views per image.
+    eps: constant added to the variance.
+    dtype: type of the normalised batch.
+
+  Returns:
+    The normalised batch, and the mean and variance of each group and view.
+  """
   rows, space, channels = x.shape[0], tuple(range(1, x.ndim - 1)), x.shape[-1]
   wide = x.astype(jnp.float32)
   # The mean of each row comes first, so that only small arrays are reshaped into groups and views.
@@ -148,10 +166,16 @@ def _normalise(
   inverse: Float[Array, "b *ones c"],
   offset: Float[Array, "c"],
 ) -> Float[Array, "b *s c"]:
-  """(x - mean) * inverse + offset in float32, with a gradient that sums two large arrays.
+  """Computes (x - mean) * inverse + offset in float32, with a gradient that sums two large arrays.
 
-  jax's own gradient sums three, because it does not see that the gradients of offset and mean are the
-  same sum times a factor.
+  The gradient that jax derives sums three, because jax does not see that the gradients of offset
+  and mean are the same sum times a factor.
+
+  Args:
+    x: batch.
+    mean: mean that is subtracted from each row.
+    inverse: scale divided by the standard deviation, for each row.
+    offset: offset of each channel.
   """
   return _affine(x, mean, inverse, offset)
 

@@ -1,4 +1,4 @@
-"""BYOL's networks: online encoder, projector, predictor; target encoder, projector (Figure 8)."""
+"""BYOL's networks: online encoder, projector and predictor; target encoder and projector (Figure 8)."""
 
 import dataclasses
 from typing import NamedTuple
@@ -23,20 +23,24 @@ class BYOLSpec:
   """Specification of BYOL's networks.
 
   Args:
-    encoder: specification of the residual network f; its normalisation and initialisers are also used
-      in projector, predictor and probe.
+    encoder: specification of the ResNet f. Projector and predictor use its normalisation and its
+      initialiser too; the probe uses its initialiser.
     projection_size: size of the projection z and of the prediction q(z).
-    projector_hidden, projector_depth: hidden size and number of linear layers of the projector g.
-    predictor_hidden, predictor_depth: hidden size and number of linear layers of the predictor q.
-    output_bias: True for a bias in the last layer of g and q.
-    predictor: False to use the projection as prediction (Table 19).
-    target: "ema" for a target network, a moving average of the online network; "stop_gradient" or
-      "online" for the online projection, with or without a stopped gradient (sg(theta) and theta in
-      Table 19).
-    target_init: "own_key" for a target with random weights of its own; "online" for a copy of the
-      online network.
-    classes: number of classes of the online probe; 0 for no probe.
-    network: the user's own encoder, see `task.Setting`; None for the ResNet.
+    projector_hidden, projector_depth: size of the hidden layers and number of linear layers of the
+      projector g.
+    predictor_hidden, predictor_depth: size of the hidden layers and number of linear layers of the
+      predictor q.
+    output_bias: whether the last layers of g and q have a bias.
+    predictor: whether there is a predictor; if False, the projection is used as prediction (Table
+      19).
+    target: name of the target of the prediction (Table 19). "ema" is the projection of a target
+      network, which is a moving average of the online network. "stop_gradient" and "online" are the
+      online projection, with and without a stopped gradient (sg(theta) and theta in the paper).
+    target_init: name of the target network's initial weights: "own_key" for random weights of its
+      own, "online" for a copy of the online network's.
+    classes: number of classes of the online probe, a linear classifier; 0 for no probe.
+    network: function that makes the user's own encoder, which replaces the ResNet f; None to use
+      the ResNet.
   """
 
   encoder: ResNetSpec
@@ -65,17 +69,17 @@ class BYOLSpec:
 
 
 class Outputs(NamedTuple):
-  """Outputs of a branch: representation y and projection z, both float32."""
+  """Outputs for a batch of images: representation y of the encoder and projection z, both float32."""
 
   representation: Float[Array, "b d"]
   projection: Float[Array, "b p"]
 
 
 class Branch(nnx.Module):
-  """Encoder f and projector g, of the online or the target network.
+  """The encoder f and the projector g, either of the online network or of the target network.
 
   Args:
-    spec: specification of the networks.
+    spec: specification of BYOL's networks.
     rngs: random keys of the kernels.
   """
 
@@ -99,13 +103,14 @@ class Branch(nnx.Module):
 
 
 class BYOL(nnx.Module):
-  """BYOL's online and target networks, with a linear probe.
+  """BYOL's online and target networks, with a linear probe on the online representation.
 
-  `online`, `predictor` and `probe` are trained by gradients. `target` moves towards `online` after each
-  optimiser step, see `follow`. Parts that the specification leaves out are None.
+  `online`, `predictor` and `probe` are trained by gradients. `target` moves towards `online` when
+  `follow` is called, after each optimiser step. `predictor`, `target` and `probe` are None if the
+  specification has none.
 
   Args:
-    spec: specification of the networks.
+    spec: specification of BYOL's networks.
     rngs: random keys of the kernels.
   """
 
@@ -139,19 +144,22 @@ class BYOL(nnx.Module):
       nnx.update(self.target, jax.tree.map(jnp.copy, nnx.state(self.online)))
 
   def predict(self, z: Float[Array, "b p"], *, train: bool, views: int = 1) -> Float[Array, "b p"]:
-    """Computes the prediction q(z), float32; without a predictor, returns z."""
+    """Computes the float32 prediction q(z) from projections z; without a predictor, returns z."""
     if self.predictor is None:
       return z
     prediction = self.predictor(z, train=train, views=views).astype(jnp.float32)
     return checkpoint_name(prediction, OUTPUTS)
 
   def follow(self, tau: Float[Array, ""], *, statistics: bool = False) -> None:
-    """Updates the target's parameters: xi <- xi + (1 - tau) * (theta - xi) (Algorithm 1, line 11).
+    """Moves the target network towards the online network, parameters theta (Algorithm 1, line 11).
+
+    Each parameter xi of the target becomes xi + (1 - tau) * (theta - xi). Does nothing if there is
+    no target network.
 
     Args:
       tau: decay rate, in [0, 1].
-      statistics: True to update BatchNorm's running averages in the same way. If False, they come from
-        the target's own forward passes.
+      statistics: whether BatchNorm's running averages are moved in the same way. If False, the
+        target network updates them in its own forward passes.
     """
     if self.target is None:
       return

@@ -1,4 +1,4 @@
-"""Classifier: an encoder with linear heads on its representation (appendices D and E)."""
+"""Classifier: an encoder with linear classifiers (heads) on its representation (appendices D and E)."""
 
 import dataclasses
 
@@ -15,14 +15,15 @@ from byolx.models.resnet import ResNetSpec
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierSpec:
-  """Specification of a classifier.
+  """Specification of a classifier: an encoder with one or more linear heads on its representation.
 
   Args:
-    encoder: specification of the residual network f.
+    encoder: specification of the ResNet f.
     classes: number of classes, which is the number of logits of each head.
     heads: number of linear heads, at least 1.
     head_init: initialiser of the heads' kernels.
-    network: the user's own encoder, see `task.Setting`; None for the ResNet.
+    network: function that makes the user's own encoder, which replaces the ResNet f; None to use
+      the ResNet.
   """
 
   encoder: ResNetSpec
@@ -33,7 +34,7 @@ class ClassifierSpec:
 
 
 class Classifier(nnx.Module):
-  """Encoder with linear heads, from images to logits.
+  """Network that computes logits from images: an encoder with one or more linear heads.
 
   Args:
     spec: specification of the classifier.
@@ -47,12 +48,14 @@ class Classifier(nnx.Module):
   def __call__(
     self, x: Float[Array, "b h w 3"], *, train: bool, frozen: bool = False
   ) -> Float[Array, "b n c"]:
-    """Computes the logits of each of the n heads.
+    """Computes the logits [b, n, c] of each of the n heads.
 
     Args:
       x: normalised images.
-      train: True to normalise by the statistics of this batch and to update the running averages.
-      frozen: True to stop the gradient before the encoder, and to ignore `train`.
+      train: whether BatchNorm uses the statistics of this batch and updates the running averages.
+        If False, it uses the running averages.
+      frozen: whether the encoder is frozen: no gradient reaches it, and it uses the running
+        averages whatever `train` is.
     """
     y = self.encoder(x, train=train and not frozen)
     return self.heads(jax.lax.stop_gradient(y) if frozen else y)

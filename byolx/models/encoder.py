@@ -1,4 +1,4 @@
-"""The encoder of a model: a ResNet, or the user's own NNX module."""
+"""Builds the encoder of a model: a ResNet, or the user's own NNX module."""
 
 from collections.abc import Callable
 
@@ -9,23 +9,26 @@ from byolx.models.resnet import ResNet, ResNetSpec
 from byolx.models.roles import Role
 
 Network = Callable[[nnx.Rngs], nnx.Module]
-"""The user's own encoder: makes a module with `features` (int) that is called as
-`module(x, train=..., views=...)` on normalised images [b, h, w, 3] and returns [b, features]."""
+"""Function that makes the user's own encoder from random keys: an NNX module with `features` (int)
+that is called as `module(x, train=..., views=...)` on normalised images [b, h, w, 3] and returns
+[b, features]."""
 
 
 def build(spec: ResNetSpec, network: Network | None, rngs: nnx.Rngs) -> nnx.Module:
-  """Builds the ResNet of a specification, or the user's own encoder.
+  """Builds the encoder: the ResNet of a specification, or the user's own network.
 
-  Parameters of the user's encoder that have no role get one by their shape: arrays of two or more axes
-  are kernels, all others biases, which take neither weight decay nor LARS's trust ratio.
+  A parameter's role decides whether it gets weight decay and LARS's trust ratio. Parameters of the
+  user's network that have no role get one by their shape: arrays of two or more axes are kernels,
+  which get both; all others are biases, which get neither.
 
   Args:
     spec: specification of the ResNet.
-    network: function that makes the user's encoder; None for the ResNet.
+    network: function that makes the user's own encoder, which replaces the ResNet; None to build
+      the ResNet.
     rngs: random keys of the parameters.
 
   Raises:
-    ConfigError: the user's encoder has no `features`.
+    ConfigError: the user's encoder has no attribute `features`.
   """
   if network is None:
     return ResNet(spec, rngs=rngs)

@@ -1,5 +1,8 @@
-"""Small networks on top of a representation: the projector g and the predictor q (appendix A, Table
-14a), and linear classifiers (appendix D)."""
+"""Small networks on top of a representation.
+
+These are the projector g and the predictor q (appendix A, Table 14a), and linear classifiers
+(appendix D).
+"""
 
 import itertools
 
@@ -15,7 +18,7 @@ from byolx.models.roles import Role
 
 
 class MLP(nnx.Module):
-  """Linear layers, with batch normalisation and ReLU after each one but the last.
+  """Multi-layer perceptron: linear layers, with batch normalisation and ReLU after all but the last.
 
   Args:
     spec: specification of the encoder, whose normalisation, initialiser and compute type are used.
@@ -23,7 +26,7 @@ class MLP(nnx.Module):
     hidden: size of the hidden layers, which have a bias.
     outputs: size of the output vectors.
     depth: number of linear layers, at least 1 (1 is a single linear layer, appendix G.1).
-    output_bias: True for a bias in the last layer, as in the pseudo-code of appendix J.2; the
+    output_bias: whether the last layer has a bias, as in the pseudo-code of appendix J.2; the
       reference implementation has none.
     rngs: random keys of the kernels.
   """
@@ -52,14 +55,16 @@ class MLP(nnx.Module):
 
 
 class Heads(nnx.Module):
-  """Several linear classifiers on one representation, computed in float32.
+  """Several linear classifiers on the same representation, computed in float32.
+
+  All classifiers start with the same random kernel and with biases of 0.
 
   Args:
     inputs: size of the representation.
     classes: number of classes.
     count: number of classifiers.
-    kernel_init: initialiser of the kernels, which all start with the same values.
-    rngs: random key of the kernels.
+    kernel_init: initialiser of the kernel.
+    rngs: random key of the kernel.
   """
 
   def __init__(

@@ -1,4 +1,4 @@
-"""Linear and convolution layers, with a role for each parameter and the reference's initialisers."""
+"""Linear and convolution layers, with a role for each parameter and the reference's initialiser."""
 
 import math
 from collections.abc import Callable
@@ -18,11 +18,11 @@ Initializer = Callable[..., Array]
 
 
 def uncorrected(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-  """Initialiser: a normal distribution truncated at two standard deviations, times 1/sqrt(fan_in).
+  """Returns an initial kernel: a normal distribution, truncated and multiplied by 1/sqrt(fan_in).
 
-  Truncation reduces the standard deviation to 0.88/sqrt(fan_in). The reference (haiku's default) does
-  not correct this, and neither does this function; `nnx.initializers.lecun_normal` does
-  (docs/fidelity.md, `model.kernel_init`).
+  The normal distribution is truncated at two standard deviations. Truncation reduces the standard
+  deviation to 0.88/sqrt(fan_in). The reference (haiku's default) does not correct this, and neither
+  does this function; `nnx.initializers.lecun_normal` does (docs/fidelity.md, `model.kernel_init`).
 
   Args:
     key: random key.
@@ -43,7 +43,7 @@ class Linear(nnx.Module):
     inputs: size of the input vectors.
     outputs: size of the output vectors.
     rngs: random key of the kernel.
-    bias: True for a bias, which starts at 0.
+    bias: whether the layer has a bias, which starts at 0.
     kernel_init: initialiser of the kernel.
     dtype: type of the products and of the output.
   """
@@ -71,21 +71,23 @@ class Linear(nnx.Module):
 
 
 class Conv(nnx.Module):
-  """Convolution with a square kernel and no bias, because a normalisation follows each one.
+  """Convolution with a square kernel; it has no bias, because a normalisation follows.
 
   Args:
     inputs: number of input channels.
     outputs: number of output channels.
     kernel: size of the kernel on each axis, in pixels.
     rngs: random key of the kernel.
-    stride: stride of both axes.
-    dilation: dilation of both axes.
-    padding: rule of the padding. "same" is TensorFlow's rule, which puts an odd pixel of padding at
-      the right and bottom. "torch" pads all sides equally, for weights that were trained with torch.
+    stride: stride on both axes.
+    dilation: dilation on both axes.
+    padding: name of the padding rule. "same" is TensorFlow's rule, which puts an odd pixel of
+      padding at the right and bottom. "torch" pads all sides equally, for weights that were trained
+      with torch.
     kernel_init: initialiser of the float32 kernel.
     dtype: type of the products and of the output.
-    products: True to compute a 1x1 kernel as a matrix product, which is faster on a CPU but slower on
-      a TPU (docs/plan.md); None for True if jax's default backend is a CPU.
+    products: whether a convolution with a 1x1 kernel is computed as a matrix product, which is
+      faster on a CPU but slower on a TPU (docs/plan.md); None to do so if jax's default backend is
+      a CPU.
   """
 
   def __init__(
@@ -129,13 +131,13 @@ class Conv(nnx.Module):
 def window_padding(
   kernel: int, stride: int, dilation: int, padding: str, size: int
 ) -> tuple[int, int]:
-  """Returns the number of padding pixels before and after an axis.
+  """Returns the numbers of padding pixels before and after an image on one axis.
 
   Args:
     kernel: size of the window on this axis, in pixels.
     stride: stride of the window.
     dilation: dilation of the window.
-    padding: rule of the padding, "same" or "torch", see `Conv`.
+    padding: name of the padding rule: "same", TensorFlow's, or "torch", equal on both sides.
     size: size of the image on this axis, in pixels.
   """
   reach = dilation * (kernel - 1) + 1

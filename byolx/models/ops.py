@@ -1,14 +1,15 @@
-"""Convolutions and matrix products in a compute type, with weight gradients in the weight's type.
+"""Convolutions and matrix products that compute in one type and return gradients in the weight's type.
 
-With jax's own rules, the gradient of a weight that was cast to bfloat16 is rounded to bfloat16, and is
-then summed over the devices of a mesh in bfloat16. Here the products have the compute type, but the
-gradient of a float32 weight stays in float32, in which the matrix unit sums it, and is summed over
-the devices in float32.
+With jax's own rules, the gradient of a weight that was cast to bfloat16 is rounded to bfloat16, and
+is then summed over the devices of a mesh in bfloat16. Here the factors of a product have the
+compute type, such as bfloat16, but the gradient of a float32 weight is float32, in each device's
+product and in the sum over the devices.
 
-The gradient of a strided convolution with respect to its input is computed in phases: for stride s,
-the input pixels s*t + a of one phase a depend only on every s-th tap of the kernel, so each phase is a
-small dense convolution. The usual rule inserts zeros between the pixels of the output's gradient, and
-so multiplies s^2 times as many numbers (docs/plan.md, "What each change predicted and gave").
+The gradient of a convolution of stride s > 1 with respect to its input is computed in s phases per
+axis. Phase a is the set of input pixels s*t + a. They depend only on every s-th tap of the kernel,
+so the gradient of each phase is a small dense convolution. The usual rule inserts zeros between the
+pixels of the output's gradient, and so multiplies s^2 times as many numbers (docs/plan.md, "What
+each change predicted and gave").
 """
 
 import functools
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 from byolx.core import sharding
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
-"""Padding in pixels: (before, after) for height, then for width."""
+"""Padding of an image, in pixels: (before, after) for the height, then for the width."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _FILTER = ("CHWN", "IHWO", "HWNC")  # sums over examples, so that the result has a kernel's shape
@@ -31,12 +32,12 @@ _FILTER = ("CHWN", "IHWO", "HWNC")  # sums over examples, so that the result has
 def matmul(
   x: Float[Array, "*b c"], kernel: Float[Array, "c d"], dtype: DTypeLike
 ) -> Float[Array, "*b d"]:
-  """Computes x @ kernel.
+  """Computes x @ kernel in a given type, with a gradient of the kernel in the kernel's own type.
 
   Args:
     x: vectors along the last axis.
-    kernel: matrix; its gradient has its type.
-    dtype: type of both factors and of the result.
+    kernel: matrix.
+    dtype: type to which both factors are cast, and type of the result.
   """
   return x.astype(dtype) @ _cast(kernel, dtype)
 
@@ -70,18 +71,20 @@ def convolve(
   dilation: int,
   dtype: DTypeLike,
 ) -> Float[Array, "b i j d"]:
-  """Computes a two-dimensional convolution.
+  """Computes a two-dimensional convolution in a given type.
+
+  The gradient of the kernel has the kernel's own type.
 
   Args:
     x: images with c channels.
-    kernel: kernel of k x l taps, with c input and d output channels; its gradient has its type.
-    stride: stride of both axes, at least 1.
-    pads: number of zero pixels around the image, (before, after) for height and width.
+    kernel: kernel of k x l taps, with c input and d output channels.
+    stride: stride on both axes, at least 1.
+    pads: numbers of zero pixels around the image, (before, after) for the height and the width.
     dilation: dilation of the kernel on both axes; must be 1 for a gradient at a stride above 1.
-    dtype: type of both factors and of the result.
+    dtype: type to which images and kernel are cast, and type of the result.
 
   Raises:
-    ValueError: in the gradient, both stride and dilation are above 1.
+    ValueError: a gradient is computed with both stride and dilation above 1.
   """
   return _convolve(x.astype(dtype), _cast(kernel, dtype), stride, pads, dilation)
 
@@ -106,7 +109,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _cast(kernel: Array, dtype: DTypeLike) -> Array:
-  """Casts a kernel to the compute type, and gathers it if it is sharded."""
+  """Casts a kernel to the compute type; if it is sharded, each device gets the whole of it."""
   return sharding.gathered(kernel.astype(dtype))
 
 
@@ -119,10 +122,21 @@ def _convolve(x: Array, kernel: Array, stride: int, pads: Pads, dilation: int) -
 def _input_gradient(
   dy: Array, kernel: Array, size: tuple[int, ...], stride: int, pads: Pads, dilation: int
 ) -> Array:
-  """Computes the gradient with respect to the input, in phases a = 0 ... s - 1 if the stride s > 1.
+  """Computes the gradient of a convolution with respect to its input.
 
-  dx[s t + a] = sum_j dy[t + (a + lo - b) / s - j] kernel[s j + b], with b = (a + lo) mod s and lo the
-  padding before the image.
+  For a stride s > 1, it is computed in phases a = 0 ... s - 1, the input pixels s t + a:
+
+    dx[s t + a] = sum_j dy[t + (a + lo - b) / s - j] kernel[s j + b],
+
+  with b = (a + lo) mod s and lo the padding before the image.
+
+  Args:
+    dy: gradient of the output.
+    kernel: kernel of the convolution.
+    size: height and width of the input.
+    stride: stride of the convolution.
+    pads: padding of the input, (before, after) for the height and the width.
+    dilation: dilation of the kernel.
   """
   transposed = jnp.swapaxes(kernel, 2, 3)
   if stride == 1:
@@ -149,11 +163,19 @@ def _input_gradient(
 def _phase(
   a: int, size: int, taps: int, outputs: int, stride: int, low: int
 ) -> tuple[int, int, int]:
-  """Describes one phase of one axis, the input pixels a, a + stride, ...
+  """Computes kernel tap and padding for one phase of one axis: the input pixels a, a + stride, ...
+
+  Args:
+    a: index of the phase, in 0 to stride - 1.
+    size: size of the input on this axis.
+    taps: size of the kernel on this axis.
+    outputs: size of the output on this axis.
+    stride: stride of the convolution.
+    low: padding before the image on this axis.
 
   Returns:
-    First tap of the kernel, and padding of the output's gradient before and after, which is negative
-    if pixels are removed.
+    The kernel's first tap that the phase uses, and the padding of the output's gradient before and
+    after it, which is negative if pixels are removed.
   """
   first = (a + low) % stride
   count = len(range(first, taps, stride))
@@ -165,7 +187,17 @@ def _phase(
 def _phase_gradient(
   dy: Array, transposed: Array, stride: int, row: tuple[int, int, int], column: tuple[int, int, int]
 ) -> Array:
-  """Computes the gradient of the input pixels in one phase of rows and one phase of columns."""
+  """Computes the gradient of a strided convolution for the input pixels of one phase on each axis.
+
+  A phase of an axis is the set of every `stride`-th input pixel, from the phase's first one.
+
+  Args:
+    dy: gradient of the output.
+    transposed: kernel with input and output channels exchanged.
+    stride: stride of the convolution.
+    row: phase of the height: first tap of the kernel, and padding of `dy` before and after.
+    column: phase of the width, in the same form.
+  """
   taps = transposed[row[0] :: stride, column[0] :: stride]
   if 0 in taps.shape:  # a kernel smaller than its stride skips the pixels of this phase
     b, h, w, _ = dy.shape
@@ -177,9 +209,20 @@ def _phase_gradient(
 def _kernel_gradient(
   x: Array, dy: Array, shape: tuple[int, ...], stride: int, pads: Pads, dilation: int, dtype
 ) -> Array:
-  """Computes the gradient with respect to the kernel, as a convolution that sums over examples.
+  """Computes the gradient of a convolution with respect to its kernel.
 
-  dkernel[i] = sum_n,o x[n, s o + dilation i - lo] dy[n, o], for each tap i.
+    dkernel[i] = sum_n,o x[n, s o + dilation i - lo] dy[n, o], for each tap i,
+
+  with the example n, the output pixel o, the stride s, and the padding lo before the image.
+
+  Args:
+    x: input images.
+    dy: gradient of the output.
+    shape: shape of the kernel.
+    stride: stride s of the convolution.
+    pads: padding of the images, (before, after) for the height and the width.
+    dilation: dilation of the kernel.
+    dtype: type of the gradient.
   """
   around = tuple(
     (low, dilation * (taps - 1) + (outputs - 1) * stride + 1 - size - low)

@@ -1,23 +1,27 @@
-"""Rematerialisation policies: names of intermediate values, and the names that each policy keeps."""
+"""Rematerialisation policies: to save memory, the backward pass computes some values again.
+
+The networks give names to intermediate values. A policy is the set of names whose values the
+forward pass stores for the backward pass.
+"""
 
 CONVOLUTION = "convolution"
-"""Outputs of convolutions and linear layers."""
+"""Name given to the outputs of convolutions and linear layers."""
 
 BLOCK = "block"
-"""Outputs of the stem and of residual blocks."""
+"""Name given to the outputs of a ResNet's stem and of its residual blocks."""
 
 STAGE = "stage"
-"""Outputs of the stem and of stages."""
+"""Name given to the outputs of a ResNet's stem and of its stages."""
 
 VIEWS = "views"
-"""Input images of the networks, after augmentation and normalisation."""
+"""Name given to the networks' input images, after augmentation and normalisation."""
 
 MOMENTS = "moments"
-"""Batch statistics of `BatchNorm`: small, but costly to compute again, as they are reduced over all
-devices."""
+"""Name given to the batch statistics of `BatchNorm`. They are small, but costly to compute again,
+because they are reduced over all devices."""
 
 OUTPUTS = "outputs"
-"""Representations, projections and predictions."""
+"""Name given to representations, projections and predictions."""
 
 ALWAYS_KEPT = (VIEWS, MOMENTS, OUTPUTS)
 
@@ -28,6 +32,6 @@ KEPT = {
   "block": (*ALWAYS_KEPT, BLOCK),
   "stage": (*ALWAYS_KEPT, STAGE),
 }
-"""Names of the values that the forward pass keeps for the backward pass, for each value of the config
-field `train.remat`. All other values are computed again in the backward pass. With `none`, all values
-that the backward pass needs are kept."""
+"""Rematerialisation policies by name, the values of the config field `train.remat`. A policy is the
+names of the values that the forward pass stores for the backward pass; all other values are
+computed again. With `none`, all values that the backward pass needs are stored."""

@@ -1,7 +1,7 @@
 """Residual encoders f: ResNet v1, post-activation (appendix A, Architecture; Table 9).
 
 The stride of a bottleneck block is that of its 3x3 convolution. Each stage starts with a block that
-has a projection shortcut. A width multiplier scales all numbers of channels.
+has a projection shortcut, a 1x1 convolution. A width multiplier scales all numbers of channels.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from byolx.models.remat import BLOCK, STAGE
 
 
 class Stem(NamedTuple):
-  """Stem of a network.
+  """First layers of a ResNet, called the stem.
 
   Attributes:
-    kernel: side of the first convolution's kernel, pixels.
+    kernel: side of the first convolution's kernel, in pixels.
     stride: stride of the first convolution.
-    pool: True for a 3x3 max pool of stride 2 after it.
+    pool: whether a 3x3 max pool of stride 2 follows the first convolution.
   """
 
   kernel: int
@@ -42,12 +42,13 @@ STEMS = {
 
 
 class Stages(NamedTuple):
-  """Stages of a network.
+  """Stages of a ResNet, each a sequence of residual blocks with equally many output channels.
 
   Attributes:
     blocks: number of residual blocks of each stage.
     channels: number of output channels of each stage.
-    bottleneck: True for blocks of 1x1, 3x3 and 1x1 convolutions, False for two 3x3 convolutions.
+    bottleneck: whether a block has 1x1, 3x3 and 1x1 convolutions; if False, it has two 3x3
+      convolutions.
   """
 
   blocks: tuple[int, ...]
@@ -68,20 +69,21 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class ResNetSpec:
-  """The config group `model`: specification of one residual network.
+  """The config group `model`: specification of a ResNet.
 
-  The inner convolutions of a bottleneck block have a quarter of its output channels. With a dilation
-  above 1, the stride of the last stage is 1 (appendix E.4). Parameters, statistics and gradients of
-  weights are float32 for any `dtype`.
+  The inner convolutions of a bottleneck block have a quarter of the block's output channels. With a
+  `dilation` above 1, the stride of the last stage is 1 (appendix E.4). Parameters, statistics and
+  gradients of weights are float32 for any `dtype`.
 
   Args:
     kernel_init: initialiser of kernels, or its name in the config.
     dtype: compute type, or its name in the config.
-    products: True to compute 1x1 convolutions as matrix products, see `layers.Conv`; not a config
-      field.
+    products: whether 1x1 convolutions are computed as matrix products; None to do so if jax's
+      default backend is a CPU. Not a config field.
 
   Raises:
-    ValueError: the fields of the stages do not go together, or are set for a predefined architecture.
+    ValueError: `blocks`, `channels` and `strides` do not have one number per stage each, or are set
+      although `arch` is not "custom".
   """
 
   arch: str = field(
@@ -173,36 +175,36 @@ class ResNetSpec:
 
   @property
   def stages(self) -> Stages:
-    """Stages of the network, with channels multiplied by the width."""
+    """Numbers of blocks and of output channels of each stage, with channels multiplied by `width`."""
     custom = Stages(self.blocks, self.channels, self.bottleneck)
     stages = ARCHITECTURES.get(self.arch, custom)
     return stages._replace(channels=tuple(self._widen(size) for size in stages.channels))
 
   @property
   def stage_strides(self) -> tuple[int, ...]:
-    """Stride of the first block of each stage."""
+    """Stride of each stage's first block; the last one is not used if `dilation` is above 1."""
     return self.strides or (1, *(2,) * (len(self.stages.blocks) - 1))
 
   @property
   def stem_width(self) -> int:
-    """Number of output channels of the first convolution."""
+    """Number of output channels of the first convolution, with `width` applied."""
     return self._widen(self.stem_channels)
 
   @property
   def initializer(self) -> Initializer:
-    """Initialiser of all kernels."""
+    """Initialiser of all kernels, as a function."""
     return INITIALIZERS[self.kernel_init] if isinstance(self.kernel_init, str) else self.kernel_init
 
   def _widen(self, channels: int) -> int:
-    """Channels times the width, rounded to a multiple of 4, at least 4."""
+    """Multiplies a number of channels by `width`, and rounds to a multiple of 4 that is at least 4."""
     return max(4, 4 * round(channels * self.width / 4))
 
   def norm(self, channels: int, scale_init: float = 1.0) -> BatchNorm:
-    """Builds a normalisation layer with the settings of this network.
+    """Builds a batch normalisation with the settings of this specification.
 
     Args:
       channels: number of channels.
-      scale_init: initial scale gamma.
+      scale_init: initial value of the scale gamma.
     """
     return BatchNorm(
       channels,
@@ -215,12 +217,12 @@ class ResNetSpec:
     )
 
   def conv(self, inputs: int, outputs: int, kernel: int, *, rngs: nnx.Rngs, **options) -> Conv:
-    """Builds a convolution with the settings of this network.
+    """Builds a convolution with the settings of this specification.
 
     Args:
       inputs: number of input channels.
       outputs: number of output channels.
-      kernel: side of the kernel, pixels.
+      kernel: side of the kernel, in pixels.
       rngs: random key of the kernel.
       **options: other arguments of `layers.Conv`, such as `stride`.
     """
@@ -241,12 +243,13 @@ class Block(nnx.Module):
   """Residual block: convolutions, a shortcut, and a ReLU after their sum.
 
   Args:
-    spec: specification of the network.
+    spec: specification of the ResNet.
     inputs: number of input channels.
     outputs: number of output channels.
-    stride: stride of the first 3x3 convolution, and of the projection shortcut.
+    stride: stride of the first 3x3 convolution, and of the shortcut.
     dilation: dilation of the 3x3 convolutions.
-    first: True for the first block of a stage, which has a projection shortcut.
+    first: whether the block is the first of its stage; its shortcut is then a 1x1 convolution, else
+      the input itself.
     rngs: random keys of the kernels.
   """
 
@@ -289,10 +292,10 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-  """Encoder f: images to the representation y, the mean-pooled features of the last stage.
+  """Encoder f: computes the representation y of an image, the mean over the last stage's pixels.
 
   Args:
-    spec: specification of the network.
+    spec: specification of the ResNet.
     rngs: random keys of the kernels.
   """
 
@@ -324,18 +327,29 @@ class ResNet(nnx.Module):
   def __call__(
     self, x: Float[Array, "b h w 3"], *, train: bool, views: int = 1
   ) -> Float[Array, "b d"]:
-    """Computes the representation y, in the compute type; arguments as in `stages`."""
+    """Computes the representation y [b, d] of each image, in the compute type.
+
+    Args:
+      x: normalised images; row b * views + v of the batch is view v of image b.
+      train: whether BatchNorm uses the statistics of this batch and updates the running averages.
+        If False, it uses the running averages.
+      views: number of views per image in the batch.
+    """
     return jnp.mean(self.stages(x, train=train, views=views)[-1], axis=(1, 2))
 
   def stages(
     self, x: Float[Array, "b h w 3"], *, train: bool, views: int = 1
   ) -> tuple[Float[Array, "b _ _ _"], ...]:
-    """Computes the feature maps of the stem and of each stage, for dense prediction.
+    """Computes the feature maps of the stem (the first layers) and of each stage, for dense prediction.
 
     Args:
-      x: normalised images; several views are interleaved as `BatchNorm` requires.
-      train: True to normalise by the statistics of this batch and to update the running averages.
-      views: number of interleaved views.
+      x: normalised images; row b * views + v of the batch is view v of image b.
+      train: whether BatchNorm uses the statistics of this batch and updates the running averages.
+        If False, it uses the running averages.
+      views: number of views per image in the batch.
+
+    Returns:
+      The feature maps [b, height, width, channels], from the stem's to the last stage's.
     """
     x = jax.nn.relu(self.stem_norm(self.stem(x.astype(self.spec.dtype)), train=train, views=views))
     if STEMS[self.spec.stem].pool:

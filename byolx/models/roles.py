@@ -1,15 +1,15 @@
 """Roles of parameters, by which the optimiser selects weight decay and LARS's trust ratio.
 
-Every trainable variable has its role as metadata, such as `nnx.Param(value, role=Role.NORM)`; names of
-parameters have no effect. Biases and normalisation parameters get neither weight decay nor the trust
-ratio (appendix A, Optimization).
+Every trainable variable has its role as metadata, such as `nnx.Param(value, role=Role.NORM)`; names
+of parameters have no effect. By default, biases and parameters of normalisations get neither weight
+decay nor the trust ratio (appendix A, Optimization).
 """
 
 import enum
 
 
 class Role(enum.Enum):
-  """Role of one trainable array."""
+  """Role of a trainable parameter: kernel, bias, or scale or offset of a normalisation."""
 
   KERNEL = "kernel"
   BIAS = "bias"
@@ -17,5 +17,5 @@ class Role(enum.Enum):
 
   @property
   def adapted(self) -> bool:
-    """Whether weight decay and LARS's trust ratio apply to the parameter."""
+    """Whether a parameter with this role gets weight decay and LARS's trust ratio, by default."""
     return self is Role.KERNEL

@@ -1,4 +1,4 @@
-"""Persistent cache of compiled programs: a later start loads them instead of compiling."""
+"""Cache of compiled programs on disk: a restarted run loads its programs and need not compile them."""
 
 import contextlib
 import dataclasses
@@ -15,15 +15,15 @@ from byolx.core.fields import field
 from byolx.training import programs
 
 SECONDS_PER_MEGABYTE = {"cpu": 8.0, "gpu": 15.0, "tpu": 40.0}
-"""Rough compile time of a ResNet's train step on one core, in seconds per megabyte of its lowered text,
-by the platform that it is compiled for. The value for GPUs is a guess."""
+"""Rough time to compile a ResNet's train step on one CPU core, by the platform that it is compiled
+for, in seconds per megabyte of the lowered program's text. The value for GPUs is a guess."""
 
 _folders_set_here: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileSpec:
-  """The config group `compile`."""
+  """The config group `compile`: the folder of the cache of compiled programs."""
 
   cache: str = field(
     "../compiled",
@@ -33,18 +33,18 @@ class CompileSpec:
 
 
 def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
-  """Sets up the compile cache of a run and starts loading its train step in the background.
+  """Sets up the compile cache of a run and starts loading the compiled train step in the background.
 
-  It is fast, and so is called before images are opened and networks are traced. A config with an
-  invalid mesh raises no error here, but when the experiment is built.
+  The call returns at once, so it can be made before images are opened and networks are traced. A
+  config with an invalid mesh raises no error here, but later, when the run is built.
 
   Args:
     config: config of the run, with all fields.
     workdir: folder of the run.
-    source: digest of the file that defines the user's own task; empty without one.
+    source: checksum of the file that defines the user's own task; empty if the task is built in.
 
   Returns:
-    The run's stored programs; an empty store if the mesh is invalid.
+    The store of the run's compiled programs. It is empty if the mesh is invalid.
   """
   keep_in(config.compile.cache, workdir)
   try:
@@ -59,8 +59,8 @@ def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
 def keep_in(folder: str, workdir: Path) -> None:
   """Sets the folder where jax stores compiled programs and looks for them.
 
-  A damaged program is compiled again. If the user has set a folder (JAX_COMPILATION_CACHE_DIR), that
-  setting is left as it is.
+  A damaged program is compiled again. If the user has set a folder (JAX_COMPILATION_CACHE_DIR), the
+  user's setting is left as it is.
 
   Args:
     folder: path of the cache, relative to the workdir or absolute; empty for no cache.
@@ -81,9 +81,10 @@ def keep_in(folder: str, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
-  """Context manager that turns the cache off.
+  """Context manager that turns jax's compilation cache off.
 
-  It is for programs that are compiled for other devices: jax could not load them again.
+  It is used while programs are compiled for devices that this machine does not have, because jax
+  could not load such programs from the cache.
   """
   folder = jax.config.jax_compilation_cache_dir
   _use(None)
@@ -106,9 +107,9 @@ def compile_aloud(
   """Compiles a train step, and prints the expected time before and the actual time after.
 
   Args:
-    lowered: lowered train step.
+    lowered: train step, lowered by jax but not compiled.
     platform: platform of the devices, `cpu`, `gpu` or `tpu`.
-    compile_it: function that compiles it.
+    compile_it: function that compiles the lowered step; by default jax's own.
   """
   folder = jax.config.jax_compilation_cache_dir
   cached = f", less if it is in {folder}" if folder else ""
@@ -122,5 +123,10 @@ def compile_aloud(
 
 
 def usual_seconds(lowered: jax.stages.Lowered, platform: str) -> float:
-  """Estimates the compile time of a step, in seconds; arguments as in `compile_aloud`."""
+  """Estimates the seconds that it takes to compile a train step, from the length of its program text.
+
+  Args:
+    lowered: train step, lowered by jax but not compiled.
+    platform: platform of the devices, `cpu`, `gpu` or `tpu`; any other counts as `tpu`.
+  """
   return len(lowered.as_text()) / 1e6 * SECONDS_PER_MEGABYTE.get(platform, 40.0)

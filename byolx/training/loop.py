@@ -1,4 +1,4 @@
-"""The training loop of every task: steps, log rows, checkpoints and the detection of divergence."""
+"""The training loop: runs steps, logs rows, saves checkpoints and detects divergence, for any task."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ from byolx.training.step import StepFunction
 from byolx.training.task import Batch
 
 IN_FLIGHT = 2
-"""Number of steps queued on the devices at one time; each of them holds a batch in memory."""
+"""Largest number of steps that wait on the devices at one time; each holds a batch in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
-  """The config group `train`."""
+  """The config group `train`: length of the training, batch sizes, and actions after a divergence."""
 
   epochs: float = field(1000.0, "number of passes over the training images", above(0))
   batch_size: int = field(4096, "images per optimiser step, over all devices", at_least(1))
@@ -53,11 +53,11 @@ class TrainSpec:
 
 
 class DivergedError(RuntimeError):
-  """A scalar of a step that is not finite, or a gradient norm above its limit.
+  """Raised if a logged value of a step is not finite, or if the gradient norm exceeds its limit.
 
   Args:
     message: error message.
-    step: number of the step, from 1.
+    step: number of the step that diverged; the first step is 1.
   """
 
   def __init__(self, message: str, step: int):
@@ -79,21 +79,22 @@ def train(
   save: Callable[[int, TrainState, dict[str, float]], None],
   most_gradient: float = math.inf,
 ) -> TrainState:
-  """Trains until `steps` steps are done, or `stop_when` stops it.
+  """Trains until the step number `steps`, or until `stop_when` returns True.
 
   Args:
-    step_function: result of `compile_step`, jitted or compiled ahead of time.
-    state: state to start from, which is donated.
-    batches: batches on the devices, the first one for the step after the state's.
-    key: key of the loss's random draws; the step function folds the step into it.
+    step_function: train step returned by `step.compile_step`, jitted or compiled ahead of time.
+    state: training state to start from; its arrays are donated.
+    batches: batches on the devices; the first is used in the step after `state.step`.
+    key: random key of the run, from which each step derives the key of its loss.
     steps: number of the last step.
-    log_every: interval of log rows, in steps; the last step is logged too.
-    save_when: function of the step that returns True if the state must be saved. The last step is
-      always saved, and so is a step that stops the loop.
-    stop_when: function of the step that returns True if the loop must stop after it.
-    log: function that logs a row; takes the step, from 1, and its scalars.
-    save: function that saves; takes the step, from 1, its state and its scalars.
-    most_gradient: largest norm of the gradient that does not count as divergence.
+    log_every: number of steps between two log rows; the last step is logged too.
+    save_when: function of the step number that returns True if the state must be saved after that
+      step. The state is also saved after the last step and after a step that stops the loop.
+    stop_when: function of the step number that returns True if the loop must stop after that step.
+    log: function that logs a row; it takes the number of the step, from 1, and the step's scalars.
+    save: function that saves the state; it takes the number of the step, from 1, the state and the
+      step's scalars.
+    most_gradient: largest gradient norm that does not count as divergence.
 
   Returns:
     The state after the last step that ran.

@@ -1,4 +1,7 @@
-"""Optimisers: LARS in the authors' order, SGD and AdamW, with exclusions decided by role."""
+"""Optimisers: LARS as in the authors' code, SGD and AdamW.
+
+Biases and parameters of normalisations can be excluded from weight decay and LARS's trust ratio.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,12 +22,13 @@ OPTIMIZERS: dict[str, Callable[["OptimizerSpec", Schedule, Mask], optax.Gradient
   "sgd": lambda o, rate, mask: sgd(rate, o.weight_decay, o.momentum, mask),
   "adamw": lambda o, rate, mask: adamw(rate, o.weight_decay, mask),
 }
-"""By optim.name."""
+"""Functions that build an optimiser, by the value of the config field `optim.name`. Each takes the
+config group `optim`, the learning rate schedule, and the mask of the parameters with weight decay."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSpec:
-  """The config group `optim` (appendix A)."""
+  """The config group `optim`: optimiser, learning rate and weight decay (appendix A)."""
 
   name: str = field("lars", "name of the optimiser", one_of(*OPTIMIZERS))
   base_rate: float = field(
@@ -57,14 +61,21 @@ class OptimizerSpec:
   def build(
     self, params: nnx.State, batch_size: int, steps: int, warmup_steps: int
   ) -> tuple[Schedule, optax.GradientTransformation]:
-    """The learning rate by step, and the optimiser.
+    """Builds the learning rate schedule and the optimiser.
 
-    With several rates the schedule is that of the first, and each head has its multiple of it.
+    If `rates` has several values, one classifier is trained for each of them. The returned schedule
+    is that of the first value; the updates of each classifier are multiplied by its rate divided by
+    the first.
 
     Args:
-      params: arrays or shapes.
-      batch_size: images of a step, by which the peak rate is scaled.
-      steps, warmup_steps: optimiser steps, all of them and those of warm-up.
+      params: trainable parameters, as arrays or as shapes.
+      batch_size: number of images per optimiser step; with `batch_scaling`, the peak rate is
+        multiplied by batch_size / 256.
+      steps: number of all optimiser steps.
+      warmup_steps: number of the optimiser steps of the warm-up.
+
+    Returns:
+      The learning rate as a function of the step, and the optimiser.
     """
     mask = adapted(params)
     if not self.exclude:
@@ -82,10 +93,15 @@ class OptimizerSpec:
 
 
 def adapted(params: nnx.State) -> Mask:
-  """The tree of `params` with True where weight decay and trust ratios apply.
+  """Returns a tree with True for each parameter that gets weight decay and LARS's trust ratio.
+
+  The tree has the structure of `params`, and False for all other parameters.
+
+  Args:
+    params: trainable parameters, each with its role (`roles.Role`) as metadata.
 
   Raises:
-    ValueError: a parameter that does not say what it is for.
+    ValueError: a parameter has no role, or holds more than one array.
   """
   flat = nnx.to_flat_state(params)
   missing = [
@@ -101,20 +117,28 @@ def adapted(params: nnx.State) -> Mask:
 
 
 def role(variable: nnx.Variable) -> Role | None:
-  """What a trainable variable is for, or None where it does not say."""
+  """Returns the role of a parameter (kernel, bias or normalisation), or None if it has none."""
   return variable.get_metadata().get("role")
 
 
 def lars(
   rate: Schedule, weight_decay: float, momentum: float, trust: float, mask: Mask
 ) -> optax.GradientTransformation:
-  """LARS as the authors run it: decay, trust ratio, momentum, and only then the rate.
+  """Builds LARS in the order of the authors' code: weight decay, trust ratio, momentum, learning rate.
 
     g <- g + weight_decay * w;   g <- g * trust * ||w|| / ||g||  (factor 1 where a norm is 0);
     m <- momentum * m + g;       w <- w - rate(k) * m
 
-  `optax.lars` multiplies by the rate before momentum, which is another trajectory as soon as the
-  rate moves. Where `mask` is False the first two lines are left out.
+  `optax.lars` multiplies by the learning rate before momentum, which gives other weights if the
+  rate changes.
+
+  Args:
+    rate: learning rate as a function of the step.
+    weight_decay: factor of the weights in the gradient.
+    momentum: factor of the momentum, in [0, 1].
+    trust: factor of the trust ratio.
+    mask: tree with True for the parameters that get weight decay and the trust ratio. The first
+      line of the equation is left out for the others.
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=mask),
@@ -125,10 +149,16 @@ def lars(
 
 
 def scale_by_trust_ratio(trust: float) -> optax.GradientTransformation:
-  """Scales each update by trust * ||w|| / ||g||, or by 1 where a norm is 0.
+  """Builds an optax transformation that multiplies updates by LARS's trust ratio.
 
-  `optax.scale_by_trust_ratio` is the same function, but takes every norm a second time, after a choice
-  that hangs on the first: two more passes over parameters and gradients in each step.
+  The update g of an array with the weights w is multiplied by trust * ||w|| / ||g||, or by 1 if a
+  norm is 0.
+
+  `optax.scale_by_trust_ratio` computes the same function, but computes each norm twice, which costs
+  two more passes over parameters and gradients in each step.
+
+  Args:
+    trust: factor of the ratio.
   """
 
   def scale(updates: optax.Updates, params: optax.Params) -> optax.Updates:
@@ -146,14 +176,24 @@ def scale_by_trust_ratio(trust: float) -> optax.GradientTransformation:
 
 
 def _norms(arrays: Sequence[jax.Array]) -> jax.Array:
-  """The l2 norm of each, in one vector: what follows is one operation instead of one for each."""
+  """Returns one vector with the l2 norm of each array.
+
+  In one vector, because later operations then run once, and not once per array.
+  """
   return jnp.sqrt(jnp.stack([jnp.sum(x * x) for x in arrays]))
 
 
 def sgd(
   rate: Schedule, weight_decay: float, momentum: float, mask: Mask
 ) -> optax.GradientTransformation:
-  """SGD with Nesterov momentum and coupled decay of the masked parameters."""
+  """Builds SGD with Nesterov momentum; weight decay is added to the gradient.
+
+  Args:
+    rate: learning rate as a function of the step.
+    weight_decay: factor of the weights in the gradient.
+    momentum: factor of the momentum, in [0, 1].
+    mask: tree with True for the parameters that get weight decay.
+  """
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=mask),
     optax.trace(decay=momentum, nesterov=True),
@@ -162,7 +202,12 @@ def sgd(
 
 
 def scale_each(factors: Sequence[float]) -> optax.GradientTransformation:
-  """Multiplies the updates of classifiers that are stacked along the first axis, each by its factor."""
+  """Builds an optax transformation that multiplies each classifier's update by a factor of its own.
+
+  Args:
+    factors: one factor per classifier. The classifiers are stacked along the first axis of each
+      array.
+  """
 
   def scale(update: jax.Array) -> jax.Array:
     column = jnp.asarray(factors, update.dtype).reshape(-1, *(1,) * (update.ndim - 1))
@@ -172,5 +217,11 @@ def scale_each(factors: Sequence[float]) -> optax.GradientTransformation:
 
 
 def adamw(rate: Schedule, weight_decay: float, mask: Mask) -> optax.GradientTransformation:
-  """AdamW with decoupled decay of the masked parameters; ours, for small runs."""
+  """Builds AdamW, with weight decay apart from the gradient; an addition to the paper, for small runs.
+
+  Args:
+    rate: learning rate as a function of the step.
+    weight_decay: weight decay, which is multiplied by the learning rate.
+    mask: tree with True for the parameters that get weight decay.
+  """
   return optax.adamw(rate, weight_decay=weight_decay, mask=mask)

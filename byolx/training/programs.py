@@ -1,16 +1,17 @@
 """Warm start: loads a run's compiled programs from disk without tracing or lowering them.
 
-jax's compilation cache finds a program by its lowered text, so jax must trace the program first. This
-module stores a JSON manifest beside each of jax's cache entries. A manifest is found by the facts that
-determine the program and are known at once: config, devices, package versions, flags, and the source
-code of byolx. If none of them has changed, a start loads the program in the background while it still
-imports modules and counts images. Only then it compares the numbers of images and classes, which the
-program depends on too. Without a matching manifest, programs are traced and compiled as usual.
+jax's compilation cache finds a program by its lowered text, so jax must trace the program first.
+This module stores a JSON manifest beside each of jax's cache entries. A manifest is found by the
+facts that determine the program and are known at once: config, devices, package versions, flags,
+and the source code of byolx. If none of these has changed, a restarted run loads the program in the
+background while it still imports modules and counts images. The program also depends on the numbers
+of images and classes, which are compared once they are known. Without a matching manifest, programs
+are traced and compiled as usual.
 
 Loading never unpickles: manifests are JSON, and jax's entries are the compiler's bytes. A manifest
-holds the facts and the checksums of itself and of the entry; a damaged one, or one with other facts,
-is not used. As with jax's own cache, a person who can write to the folder can run code in the
-process, so the folder should belong to the user alone.
+holds the facts, its own checksum and the checksum of jax's entry. A damaged manifest, or one with
+other facts, is not used. As with jax's own cache, a person who can write to the folder can run code
+in the process, so the folder should belong to the user alone.
 
 This is the only module that uses private attributes of jax's compiled programs.
 """
@@ -46,7 +47,8 @@ NOT_IN_PROGRAMS = (
   *("data.workers", "data.threads", "data.prefetch"),
   *("checkpoint.", "compile.", "eval.", "init.", "log.", "seed"),
 )
-"""Config fields, or groups of fields, on which no program depends; all others are in the facts."""
+"""Config fields that no compiled program depends on; a name that ends with a dot stands for all
+fields of that group."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "libtpu")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _NOT_FLAGS = (
@@ -59,11 +61,12 @@ _NOT_FLAGS = (
 
 
 class Kept:
-  """The stored programs of one experiment.
+  """Store of the compiled programs of one run, on disk.
 
   Args:
-    folder: folder of jax's cache entries and of the manifests; None stores nothing.
-    facts: values that determine the programs, serialisable as JSON; see `facts`.
+    folder: folder of jax's cache entries and of their manifests (JSON descriptions); None to store
+      nothing.
+    facts: values that determine the programs, returned by the function `facts`.
     devices: devices of the mesh, in row-major order.
   """
 
@@ -75,11 +78,24 @@ class Kept:
     self._loading: dict[str, concurrent.futures.Future] = {}
 
   def path(self, name: str) -> Path | None:
-    """Returns the path of a program's manifest, which need not exist; None if nothing is stored."""
+    """Returns the path of the manifest, a file that describes a compiled program; it may not exist.
+
+    Args:
+      name: name of the program, such as `step`.
+
+    Returns:
+      The path; None if this store has no folder.
+    """
     return self._folder / f"byolx_{name}-{self._key}.json" if self._folder else None
 
   def begin(self, name: str) -> None:
-    """Starts loading a program in another thread, if it is stored and is not being loaded already."""
+    """Starts loading a compiled program in another thread, so that `find` finds it loaded.
+
+    Does nothing if the program is not stored, or is being loaded already.
+
+    Args:
+      name: name of the program, such as `step`.
+    """
     path = self.path(name)
     if name in self._loading or path is None or not path.is_file():
       return
@@ -97,14 +113,15 @@ class Kept:
   def find(
     self, name: str, arguments: tuple, result: Any, counts: Mapping[str, Any]
   ) -> jax.stages.Compiled | None:
-    """Returns a stored program, or None if it is not stored or cannot be used.
+    """Returns a stored compiled program, or None if it is not stored or cannot be used.
 
     Args:
-      name: name of the program.
-      arguments: its arguments, as pytrees of `jax.ShapeDtypeStruct` with shardings.
-      result: its result, as such a pytree. If the program returns a pair of this and a dictionary of
-        scalars, only the first of the two.
-      counts: numbers of images and classes, which determine the program in addition to the facts.
+      name: name of the program, such as `step`.
+      arguments: shapes of the program's arguments, as pytrees of `jax.ShapeDtypeStruct` with
+        shardings.
+      result: shapes of the program's result, in the same form. If the program returns a pair of a
+        state and a dictionary of scalars, those of the state alone.
+      counts: numbers of images and classes, by name, which the program depends on too.
     """
     self.begin(name)
     future = self._loading.pop(name, None)
@@ -128,7 +145,17 @@ class Kept:
     result: Any,
     counts: Mapping[str, Any],
   ) -> jax.stages.Compiled:
-    """Compiles a program and writes its manifest in another thread; arguments as in `find`."""
+    """Compiles a program, and stores a manifest, with which a later run can load it, in another thread.
+
+    Args:
+      name: name of the program, such as `step`.
+      lowered: the program, lowered by jax.
+      arguments: shapes of the program's arguments, as pytrees of `jax.ShapeDtypeStruct` with
+        shardings.
+      result: shapes of the program's result, in the same form. If the program returns a pair of a
+        state and a dictionary of scalars, those of the state alone.
+      counts: numbers of images and classes, by name, which the program depends on too.
+    """
     with _entries() as entries:
       compiled = lowered.compile()
     if (path := self.path(name)) is None or not entries:
@@ -169,7 +196,7 @@ class Kept:
 
 @contextlib.contextmanager
 def _entries() -> Iterator[list[str]]:
-  """Context manager that records the names of the cache entries that jax looks up, in order."""
+  """Context manager that records the keys with which jax looks up its cache entries, in order."""
   names, original = [], compilation_cache.get_cache_key
 
   def get_cache_key(*arguments: Any, **options: Any) -> str:
@@ -184,7 +211,7 @@ def _entries() -> Iterator[list[str]]:
 
 
 def _shapes(arguments: tuple, result: Any) -> str:
-  """Returns the checksum of the shapes, types and shardings of arguments and result."""
+  """Returns one checksum of the shapes, types and shardings of a program's arguments and result."""
   leaves = jax.tree.leaves((arguments, result))
   return _sha256([[x.shape, str(x.dtype), str(x.sharding.spec)] for x in leaves])
 
@@ -194,15 +221,21 @@ def _sha256(value: Any) -> str:
 
 
 def none() -> Kept:
-  """Returns an empty store, which stores nothing."""
+  """Returns an empty store of compiled programs, which neither finds nor stores any."""
   return Kept(None, {}, ())
 
 
 def of(config: ConfigDict, devices: Sequence[Any], source: str = "") -> Kept:
-  """Returns the stored programs of an experiment, in the folder of jax's compilation cache.
+  """Returns the store of a run's compiled programs, in the folder of jax's compilation cache.
 
-  The store is empty without a local folder, and in a multi-process run, where all processes would
-  have to find the same programs. Arguments as in `facts`.
+  The store is empty if jax has no local cache folder, and in a multi-process run, where all
+  processes would have to find the same programs.
+
+  Args:
+    config: config of the run, with all fields.
+    devices: devices of the mesh, in row-major order.
+    source: checksum of the user's own code that is traced into the programs; empty if there is
+      none.
   """
   folder = jax.config.jax_compilation_cache_dir
   if not folder or "://" in folder or jax.process_count() > 1:
@@ -215,14 +248,15 @@ def of(config: ConfigDict, devices: Sequence[Any], source: str = "") -> Kept:
 
 
 def facts(config: ConfigDict, devices: Sequence[Any], source: str = "") -> dict[str, Any]:
-  """Returns all values that determine an experiment's programs, as JSON.
+  """Returns the values that determine a run's compiled programs, as a dictionary for JSON.
 
-  Only the numbers of images and classes, which determine them too, are not included.
+  The numbers of images and classes determine the programs too, but are not included.
 
   Args:
-    config: config of the experiment, with all fields.
+    config: config of the run, with all fields.
     devices: devices of the mesh, in row-major order.
-    source: digest of the user's own code that the programs are traced from; empty without any.
+    source: checksum of the user's own code that is traced into the programs; empty if there is
+      none.
   """
   fields = configs.flatten(config)
   first = devices[0]
@@ -250,7 +284,7 @@ def facts(config: ConfigDict, devices: Sequence[Any], source: str = "") -> dict[
 
 
 def source_checksum(folder: Path) -> str:
-  """Returns the SHA-256 of the names and contents of all Python files below a folder."""
+  """Returns the SHA-256 over the names and contents of all Python files below a folder."""
   checksum = hashlib.sha256()
   for path in sorted(folder.rglob("*.py")):
     checksum.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
@@ -259,16 +293,17 @@ def source_checksum(folder: Path) -> str:
 
 
 SOURCE = source_checksum(Path(__file__).parents[1])
-"""Checksum of this package's source, computed at import, because files may be edited during a run."""
+"""Checksum of byolx's source files. It is computed at import, because the files may be edited
+during a run."""
 
 
 def _topology(devices: Sequence[Any]) -> int:
-  """Returns jax's fingerprint of the type of the devices and their connections."""
+  """Returns jax's fingerprint of the type of the devices and of the connections between them."""
   return xla_client.get_topology_for_devices(list(devices)).fingerprint()
 
 
 def _processor() -> str:
-  """Returns a checksum of the CPU's model and instruction sets."""
+  """Returns a checksum of the model and the instruction sets of this machine's CPU."""
   info = Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
   kinds = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}
@@ -285,10 +320,16 @@ def _version(package: str) -> str:
 def _describe(
   compiled: jax.stages.Compiled, devices: Sequence[Any], arguments: tuple, result: Any
 ) -> dict[str, Any]:
-  """Returns the part of the manifest that `_rebuild` needs besides jax's cache entry.
+  """Returns the part of a program's manifest that `_rebuild` needs in addition to jax's cache entry.
+
+  Args:
+    compiled: the compiled program.
+    devices: devices of the mesh, in row-major order.
+    arguments: shapes of the program's arguments, with shardings.
+    result: shapes of the program's result, with shardings.
 
   Raises:
-    ValueError: `_rebuild` would not give the same program.
+    ValueError: a program that is rebuilt from this description differs from `compiled`.
   """
   executable = compiled._executable
   output = jax.tree.unflatten(compiled.out_tree, executable.out_avals)
@@ -332,7 +373,17 @@ def _rebuild(
   arguments: tuple,
   result: Any,
 ) -> jax.stages.Compiled:
-  """Wraps an executable as `lowered.compile()` would, with all arrays in their default layouts."""
+  """Makes a callable program of a loaded executable, equal to the one that `lowered.compile()` returns.
+
+  All arrays have their default layouts in memory.
+
+  Args:
+    manifest: description of the program, from `_describe`.
+    executable: executable that was loaded from jax's cache.
+    devices: devices of the mesh, in row-major order.
+    arguments: shapes of the program's arguments, with shardings.
+    result: shapes of the program's result, with shardings, without its dictionary of scalars.
+  """
   inputs, in_tree = jax.tree.flatten((arguments, {}))
   if manifest["scalars"] is not None:
     # The first leaf of a train state is its step, which is replicated, as all scalars are.

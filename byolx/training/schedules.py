@@ -1,4 +1,4 @@
-"""Schedules over optimiser steps: the learning rate and the target network's tau (appendix A)."""
+"""Schedules of the learning rate and of the target network's decay rate tau (appendix A)."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ Schedule = Callable[[ArrayLike], Array]
 
 
 def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> Schedule:
-  """Learning rate with a linear warm-up and a cosine decay without restarts (appendix A).
+  """Makes a learning rate schedule: a linear warm-up, then a cosine decay to 0 (appendix A).
 
   Args:
     peak: largest rate, reached at the end of the warm-up.
     warmup_steps: number of steps of the linear rise from 0; 0 for no warm-up.
-    steps: number of all steps, warm-up included; the rate is 0 at its end.
+    steps: number of all steps, warm-up included; the rate is 0 at step `steps`.
 
   Returns:
     A function of the step, counted from 0.
@@ -26,7 +26,7 @@ def warmup_cosine(peak: float, warmup_steps: int, steps: int) -> Schedule:
 
 
 def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
-  """Learning rate with a linear warm-up, then constant.
+  """Makes a learning rate schedule: a linear warm-up, then a constant rate.
 
   Args:
     peak: rate after the warm-up.
@@ -41,15 +41,16 @@ def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
 
 
 def tau(step: ArrayLike, steps: int, base: float, rule: str = "cosine") -> Float[Array, ""]:
-  """Decay rate of the target network at one step (appendices A and J.5).
+  """Computes tau, the decay rate of the target network, at one step (appendices A and J.5).
 
   tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2, which rises from `base` at k = 0 to 1 at k = K.
 
   Args:
-    step: step k, in 0 to K; the index of the step before it is incremented.
+    step: number k of optimiser steps done before this one, in 0 to K.
     steps: number K of all optimiser steps of the run; tau has no warm-up.
     base: tau at step 0, in [0, 1].
-    rule: "cosine", or "constant" for tau = base at every step (appendix J.1 has runs with tau = 0).
+    rule: name of the schedule: "cosine", or "constant" for tau = base at every step (appendix J.1
+      has runs with tau = 0).
 
   Returns:
     float32 scalar in [base, 1].

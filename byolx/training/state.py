@@ -1,4 +1,4 @@
-"""Training state: the pytree of everything that training changes, and its placement on a mesh."""
+"""Training state: a pytree of all values that training changes, and its placement on the devices."""
 
 import dataclasses
 import functools
@@ -19,9 +19,10 @@ Scalars = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that training changes, as one pytree; a checkpoint stores all of it.
+  """All values that training changes, as one pytree; a checkpoint stores all of it.
 
-  The leaves are arrays, or shapes or shardings of these.
+  The leaves are arrays; some functions return a `TrainState` with shapes or shardings in their
+  place.
 
   Attributes:
     step: number of optimiser steps done, an int32 scalar.
@@ -38,15 +39,15 @@ class TrainState:
   graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
 
   def model(self) -> nnx.Module:
-    """Returns the model, merged from copies of the state's variables."""
+    """Returns the model of this state, built from copies of the variables."""
     return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
 
 
 class _Stream(nnx.RngStream):
-  """An nnx.RngStream with the same keys, which counts its draws in a Python integer.
+  """Stream of random keys that counts the keys already drawn in a Python integer.
 
-  flax counts them in a variable. Setting a variable while tracing is slow, because flax then formats
-  the whole traced program as text.
+  It gives the same keys as `nnx.RngStream`, which counts them in an nnx variable. That is slow:
+  flax formats the whole traced program as text each time a variable is set while tracing.
   """
 
   drawn: int = 0
@@ -57,13 +58,19 @@ class _Stream(nnx.RngStream):
 
 
 def new_state(task: Task, tx: optax.GradientTransformation, key: Array) -> TrainState:
-  """Returns the state at step 0, a pure function of the key."""
+  """Returns a new training state at step 0; the same random key always gives the same state.
+
+  Args:
+    task: task that defines the model and its trainable variables.
+    tx: optimiser.
+    key: random key of the parameters.
+  """
   state = _untrained(task, key)
   return dataclasses.replace(state, opt_state=tx.init(state.params))
 
 
 def _untrained(task: Task, key: Array) -> TrainState:
-  """Returns the state at step 0, with None as the state of the optimiser."""
+  """Returns a task's new training state at step 0, with None in place of the optimiser's state."""
   rngs = nnx.Rngs(key)
   rngs.default = _Stream(key, tag="default")
   graphdef, params, rest = nnx.split(task.init(rngs), task.trainable, ...)
@@ -71,9 +78,9 @@ def _untrained(task: Task, key: Array) -> TrainState:
 
 
 def abstract_untrained(task: Task) -> TrainState:
-  """Returns shapes and types of a new state, with None as the state of the optimiser.
+  """Returns the shapes and types of a task's new training state, with None for the optimiser's state.
 
-  It traces the whole initialisation, which is slow for a large network (docs/plan.md, "How long it
+  The whole initialisation is traced, which is slow for a large network (docs/plan.md, "How long it
   takes to start").
   """
   return jax.eval_shape(functools.partial(_untrained, task), jax.random.key(0))
@@ -86,14 +93,15 @@ def initialise(
   layout: sharding.Layout,
   abstract: TrainState | None = None,
 ) -> TrainState:
-  """Returns the state at step 0, created directly with its shardings.
+  """Creates a new training state at step 0, each array directly on the devices that hold it.
 
   Args:
-    task: task with the model and its trainable variables.
+    task: task that defines the model and its trainable variables.
     tx: optimiser.
-    key: key of the initialisation.
-    layout: mesh and placement of the state.
-    abstract: result of `abstract_state`, to save its computation.
+    key: random key of the parameters.
+    layout: mesh of devices, and rule that places the state on it.
+    abstract: shapes, types and shardings of the state, if `abstract_state` has been called already;
+      None to call it here.
   """
   return initialiser(task, tx, layout, abstract)(key)
 
@@ -104,7 +112,15 @@ def initialiser(
   layout: sharding.Layout,
   abstract: TrainState | None = None,
 ) -> jax.stages.Wrapped:
-  """Returns the jitted function from a key to a new state; arguments as in `initialise`."""
+  """Returns the jitted function that takes a random key and returns a new training state at step 0.
+
+  Args:
+    task: task that defines the model and its trainable variables.
+    tx: optimiser.
+    layout: mesh of devices, and rule that places the state on it.
+    abstract: shapes, types and shardings of the state, if `abstract_state` has been called already;
+      None to call it here.
+  """
   return jax.jit(
     functools.partial(new_state, task, tx),
     in_shardings=sharding.replicated(layout.mesh),
@@ -121,13 +137,14 @@ def abstract_state(
   layout: sharding.Layout,
   untrained: TrainState | None = None,
 ) -> TrainState:
-  """Returns the state with a `jax.ShapeDtypeStruct` with sharding in place of each array.
+  """Returns a training state with a `jax.ShapeDtypeStruct`, with its sharding, in place of each array.
 
   Args:
-    task: task with the model and its trainable variables.
+    task: task that defines the model and its trainable variables.
     tx: optimiser.
-    layout: mesh and placement of the state.
-    untrained: result of `abstract_untrained`, to save its computation.
+    layout: mesh of devices, and rule that places the state on it.
+    untrained: shapes and types of the state without the optimiser's, if `abstract_untrained` has
+      been called already; None to call it here.
   """
   state = untrained or abstract_untrained(task)
   state = dataclasses.replace(state, opt_state=jax.eval_shape(tx.init, state.params))
@@ -144,5 +161,5 @@ def abstract_state(
 
 
 def state_shardings(state: TrainState) -> TrainState:
-  """Returns the state with the sharding of each array in place of the array."""
+  """Returns a training state with the sharding of each array in place of the array."""
   return jax.tree.map(lambda x: x.sharding, state)

@@ -1,4 +1,4 @@
-"""The train step of every task, and its compilation for a mesh."""
+"""The train step of every task, and the function that compiles it for a mesh of devices."""
 
 import functools
 from collections.abc import Callable
@@ -28,24 +28,27 @@ def train_step(
   batch: Batch,
   key: Array,
 ) -> tuple[TrainState, Scalars]:
-  """Runs one optimiser step: gradients of all micro-batches, one update, one `after_update`.
+  """Runs one optimiser step: gradients of all micro-batches, an update, and `task.after_update`.
 
-  The function is pure: only the merged copy of the model is mutated (batch statistics, target
-  network).
+  The function changes none of its arguments: batch statistics and target network change in a copy
+  of the model.
 
   Args:
-    task: task with the loss and the trainable variables.
+    task: task that defines the loss and the trainable variables.
     tx: optimiser.
     passes: number of micro-batches over which gradients are averaged.
-    remat: name of the rematerialisation policy, a key of `remat.KEPT`.
-    layout: mesh and placement of the state.
+    remat: name of the rematerialisation policy, which selects the values that the backward pass
+      computes again; a key of `remat.KEPT`.
+    layout: mesh of devices, and rule that places the state on it.
     state: training state.
-    batch: batch of all micro-batches; the length of each first axis is a multiple of `passes`.
-    key: key of the run's steps, into which the step is folded.
+    batch: all micro-batches, as one batch; the length of each array's first axis is a multiple of
+      `passes`.
+    key: random key of the run, from which the key of this step is derived.
 
   Returns:
-    The new state and a dictionary of scalars: the loss's, averaged over the micro-batches, those of
-    `after_update`, and the l2 norms `norm_gradient` and `norm_update`.
+    The new state and a dictionary of scalars: those of the loss, averaged over the micro-batches,
+    those of `task.after_update`, and `norm_gradient` and `norm_update`, the l2 norms of gradient
+    and update.
   """
   key = jax.random.fold_in(key, state.step)
   gradient = functools.partial(_gradient, task, remat, layout, state.graphdef, state.params)
@@ -65,7 +68,7 @@ def train_step(
 
 
 def _norm(tree: Any) -> Array:
-  """Computes the l2 norm over all arrays of a tree.
+  """Computes the l2 norm over all arrays of a tree, as one number.
 
   All scalars and vectors are joined into one array, because one sum compiles to fewer kernels than
   one sum per array (docs/plan.md, "How long it takes to start").
@@ -90,7 +93,21 @@ def _gradient(
   batch: Batch,
   key: Array,
 ) -> tuple[nnx.State, nnx.State, Scalars]:
-  """Returns gradient, non-trainable variables after the forward pass, and scalars of a micro-batch."""
+  """Computes the gradient of the loss of one micro-batch.
+
+  Args:
+    task: task that defines the loss and the trainable variables.
+    remat: name of the rematerialisation policy, a key of `remat.KEPT`.
+    layout: mesh of devices, and rule that places the gradient on it.
+    graphdef: static structure of the model.
+    params: trainable variables.
+    rest: all other variables of the model.
+    batch: the micro-batch.
+    key: random key of the loss.
+
+  Returns:
+    The gradient, the other variables after the forward pass, and the scalars that the loss returns.
+  """
 
   def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, Scalars]]:
     model = nnx.merge(graphdef, params, rest, copy=True)
@@ -108,9 +125,20 @@ def _gradient(
 def _accumulate(
   gradient: Callable, passes: int, state: TrainState, batch: Batch, key: Array
 ) -> tuple[nnx.State, nnx.State, Scalars]:
-  """Averages gradients over consecutive micro-batches (Table 16).
+  """Averages gradients and scalars over the micro-batches of a batch, one after the other (Table 16).
 
   Every micro-batch updates the batch statistics.
+
+  Args:
+    gradient: function of other variables, micro-batch and random key; it returns gradient, other
+      variables after the forward pass, and scalars.
+    passes: number of micro-batches.
+    state: training state.
+    batch: all micro-batches, as one batch.
+    key: random key of the step, from which each micro-batch's key is derived.
+
+  Returns:
+    The averaged gradient, the other variables after the last micro-batch, and the averaged scalars.
   """
 
   def split(x: Array) -> Array:
@@ -142,17 +170,19 @@ def compile_step(
   remat: str = "none",
   abstract: TrainState | None = None,
 ) -> jax.stages.Wrapped:
-  """Returns the jitted train step of a mesh, a function of state (donated), batch and key.
+  """Returns the jitted train step for a mesh: a function of state, batch and random key.
 
-  The state is placed by the layout; batches are sharded by example.
+  The step donates the state, which is placed by `layout`. Each batch is sharded over all devices by
+  example.
 
   Args:
-    task: task with the loss and the trainable variables.
+    task: task that defines the loss and the trainable variables.
     tx: optimiser.
-    layout: mesh and placement of the state.
+    layout: mesh of devices, and rule that places the state on it.
     passes: number of micro-batches over which gradients are averaged.
     remat: name of the rematerialisation policy, a key of `remat.KEPT`.
-    abstract: result of `abstract_state`, to save its computation.
+    abstract: shapes, types and shardings of the state, if `abstract_state` has been called already;
+      None to call it here if needed.
   """
   everywhere, spread = sharding.replicated(layout.mesh), sharding.by_example(layout.mesh)
   places = everywhere

@@ -1,9 +1,10 @@
-"""Interface of tasks: the parts in which training protocols differ.
+"""Interface of tasks. A task defines all that differs between training protocols, such as the loss.
 
-A task is a frozen dataclass that inherits from `Task`. Its attributes declared by `fields.field` are
-its group of config fields. It defines the model, the loss and an action after each update for the
-training loop, the transforms for the input, and the measurements, curves and records for the end of
-a run. No other module depends on the name of a task. docs/adding_a_protocol.md is a complete example.
+A task is a frozen dataclass that inherits from `Task`. Its attributes declared by `fields.field`
+are its group of config fields. For the training loop, it defines the model, the loss and an action
+after each update; for the input, the transforms of images; for the end of a run, the measurements,
+curves and records. No other module depends on the name of a task. docs/adding_a_protocol.md is a
+complete example.
 """
 
 import dataclasses
@@ -24,11 +25,13 @@ from byolx.models.encoder import Network
 from byolx.models.resnet import ResNetSpec
 
 Batch = dict[str, Any]
-"""Arrays of one batch: those of the task's transform, `label` int32 [b] (-1 if unlabelled), `index`
-int32 [b] (record of the image), and in evaluation `mask` bool [b] (False for padding)."""
+"""Arrays of one batch, by name: the arrays that the task's transform makes; `label` int32 [b], -1
+if unlabelled; `index` int32 [b], the number of the image's record; and in evaluation `mask` bool
+[b], False for rows that only fill up the batch."""
 
 Record = dict[str, Any]
-"""One measurement of `results.json`: task, protocol, encoder, labels, split, metric, value, ..."""
+"""One measurement in `results.json`: a dictionary with the keys task, protocol, encoder, labels,
+split, metric, value and others."""
 
 
 class Panel(NamedTuple):
@@ -36,13 +39,15 @@ class Panel(NamedTuple):
 
   Attributes:
     title: title of the plot.
-    lines: at most two pairs of a scalar's name in metrics.jsonl and its name in the legend.
+    lines: one or two curves, each a pair: the name of a scalar in metrics.jsonl, and the curve's
+      name in the legend.
     scale: factor of all values, such as 100 for percentages.
-    marks: horizontal lines, each a height and its label.
-    from_zero: True for an axis from 0.
-    top: least upper end of the axis.
-    noisy: True to draw a running mean over the values.
-    logarithmic: True for a logarithmic axis if the largest value exceeds 100 times the smallest.
+    marks: horizontal lines, each a pair of height and label.
+    from_zero: whether the vertical axis starts at 0; it does not if a value is negative.
+    top: value that an axis from 0 must include, even if all values are smaller.
+    noisy: whether a running mean is drawn over the values.
+    logarithmic: whether the vertical axis is logarithmic, if all values are positive and the
+      largest is more than 100 times the smallest.
   """
 
   title: str
@@ -60,13 +65,14 @@ class Setting:
   """Facts about a run from which its task is built.
 
   Args:
-    config: all fields.
-    encoder: ResNet of the config group `model`; its normalisation and initialisers are also used in
-      projector, predictor and probe.
-    classes: number of classes of the images, 0 without labels.
-    steps: K, number of optimiser steps of the run.
-    network: the user's own encoder, used instead of the ResNet: a function from `nnx.Rngs` to a module
-      with `features` (int), called as `module(x, train=..., views=...)`; None for the ResNet.
+    config: config of the run, with all fields.
+    encoder: config group `model`, the specification of the ResNet. The projector and the predictor
+      use its normalisation and its initialiser too; the probe uses its initialiser.
+    classes: number of classes of the images; 0 if they have no labels.
+    steps: number K of optimiser steps of the run.
+    network: function that makes the user's own encoder, which replaces the ResNet. It takes
+      `nnx.Rngs` and returns a module with `features` (int) that is called as `module(x, train=...,
+      views=...)`. None to use the ResNet.
   """
 
   config: ConfigDict
@@ -77,24 +83,24 @@ class Setting:
 
   @property
   def colours(self) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of each channel, as keyword arguments of a task."""
+    """Mean and standard deviation of each colour channel, as keyword arguments of a task."""
     return {"mean": tuple(self.config.views.mean), "std": tuple(self.config.views.std)}
 
   @property
   def distributions(self) -> tuple[ViewSpec, ViewSpec]:
-    """The distributions T and T' of the config, views.view1 and views.view2 (Table 6)."""
+    """Distributions T and T' of random views, from the fields views.view1 and views.view2 (Table 6)."""
     views = self.config.views
     rules = {"crop_rule": views.crop_rule, "brightness_rule": views.brightness_rule}
     return ViewSpec(**views.view1, **rules), ViewSpec(**views.view2, **rules)
 
   def views(self, *specs: ViewSpec) -> Views:
-    """Builds the transform to training views of these distributions, with the config's size."""
+    """Returns the transform of training images to one random view per distribution in `specs`."""
     views = self.config.views
     return Views(specs, views.size, views.placement, views.antialias)
 
   @property
   def centre(self) -> Centre:
-    """The transform of evaluation images to their centre crop."""
+    """Transform of evaluation images to their centre crop, with the size and rules of the config."""
     c = self.config
     return Centre(c.views.size, c.eval.resize, c.eval.crop_rule, c.eval.antialias)
 
@@ -105,15 +111,19 @@ class Task(Protocol):
 
   Class attributes:
     group: name of the task's group of config fields.
-    needs_labels: True if validation and test images must be labelled.
-    selects: True if the task selects a model on the validation images and then measures it on the test
-      images. If False, a run is measured on the validation images, or without them on the test images.
-    own_size: True if `views.size` may differ from that of the encoder in `init.workdir`.
-    parallel_rates: True if the task can train a classifier for each of several `optim.rates` at once.
-    record_keys: keys in which the records of one metric and split differ; empty if there is only one.
-    accuracy: name of the scalar `top1` in progress lines.
-    untrained: name of the parameters without optimiser updates, in the summary.
-    curves: panels of `curves.png`.
+    needs_labels: whether validation and test images must have labels.
+    selects: whether the task selects a model on the validation images and then measures the model
+      on the test images. If False, a run is measured on the validation images, or on the test
+      images if there are none.
+    own_size: whether `views.size` may differ from the size that the encoder in `init.workdir` was
+      trained with.
+    parallel_rates: whether the task can train several classifiers at once, one for each of several
+      `optim.rates`.
+    record_keys: keys that tell apart the records with the same metric and split; empty if there is
+      only one such record.
+    accuracy: name that progress lines show for the scalar `top1`.
+    untrained: name that the summary shows for the parameters that the optimiser does not update.
+    curves: plots of `curves.png`.
   """
 
   group: ClassVar[str]
@@ -138,93 +148,107 @@ class Task(Protocol):
 
   @classmethod
   def check(cls, config: ConfigDict) -> None:
-    """Checks combinations of fields, before any image is read.
+    """Checks that the config's fields go together, before any image is read.
 
     Raises:
-      ConfigError: fields do not go together.
+      ConfigError: two or more fields do not go together.
     """
     del config
 
   @classmethod
   def build(cls, setting: Setting) -> "Task":
-    """Builds the task of a run.
+    """Builds the task of a run from facts about the run.
 
     Raises:
-      ConfigError: fields do not go together.
+      ConfigError: two or more config fields do not go together.
     """
 
   # Training loop.
 
   @property
   def trainable(self) -> nnx.filterlib.Filter:
-    """Filter of the variables that the optimiser updates."""
+    """Filter that selects the variables that the optimiser updates."""
     return nnx.Param
 
   @property
   def frozen(self) -> bool:
-    """True if the encoder must not change, which is checked at the end of the run."""
+    """Whether the encoder must stay unchanged; this is checked at the end of the run."""
     return False
 
   def init(self, rngs: nnx.Rngs) -> nnx.Module:
-    """Builds a new model, whose encoder is an attribute named `encoder`."""
+    """Builds a new model, in which each encoder is an attribute named `encoder`."""
 
   def loss(self, model: nnx.Module, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-    """Computes the loss of one batch or micro-batch; may update the model's statistics.
+    """Computes the loss of one batch or micro-batch; the call may update the model's batch statistics.
 
     Args:
-      model: the model, in training mode.
+      model: the model, which the task calls in training mode.
       batch: training batch.
-      key: random key of this step.
+      key: random key for this batch or micro-batch.
 
     Returns:
-      The loss, and the scalars to log, which include `loss`.
+      The loss, and the scalars to log by name, which include `loss`.
     """
 
   def after_update(self, model: nnx.Module, step: Int[Array, ""]) -> dict[str, Array]:
-    """Changes the model after an optimiser step, for example its moving average.
+    """Changes the model after an optimiser step; for example, BYOL moves the target network.
 
     Args:
       model: the model, after the optimiser's update.
-      step: number of the step, from 0.
+      step: number of optimiser steps done before this one, 0 for the first.
 
     Returns:
-      Scalars to log.
+      Scalars to log, by name.
     """
     del model, step
     return {}
 
   def warning(self, scalars: Mapping[str, float]) -> str | None:
-    """Returns a warning about the scalars of a step after the warm-up, or None."""
+    """Checks the scalars of one logged step, and returns a warning to print if they look wrong.
+
+    For example, BYOL warns of collapsed projections. The method is called after the warm-up only,
+    and no more once it has returned a warning.
+
+    Args:
+      scalars: scalars of the step, by name.
+
+    Returns:
+      Text of the warning; None if there is nothing to warn of.
+    """
     del scalars
     return None
 
   # Input.
 
   def transform(self, split: str) -> Transform:
-    """Returns the transform of the split "train" or "test"; validation images use that of "test"."""
+    """Returns the transform of images of a split to the arrays of a batch.
+
+    Args:
+      split: name of the split, "train" or "test"; validation images use the transform of "test".
+    """
 
   # Evaluation.
 
   def evaluate(self, model: nnx.Module, batch: Batch) -> metrics.Collection:
-    """Computes the metrics of one evaluation batch, without the examples whose `mask` is False."""
+    """Computes the metrics of one evaluation batch; examples whose `mask` is False are left out."""
 
   def summary(self) -> Sequence[tuple[str, str]]:
-    """Returns rows of the summary before step 1, as pairs of a name and a text."""
+    """Returns the task's rows in the summary printed before step 1, as pairs of name and text."""
     return ()
 
   def conclude(self, finished: Any) -> list[Record]:
-    """Measures the trained model.
+    """Measures the trained model at the end of a run.
 
     Args:
       finished: the finished run, an `evaluation.context.Finished`.
 
     Returns:
-      The records of `results.json`.
+      The records to write into `results.json`.
     """
 
   @classmethod
   def table(cls, records: Sequence[Record]) -> str:
-    """Formats records as a table for a terminal."""
+    """Formats the records of `results.json` as a table for a terminal."""
     names = ("protocol", "split", "metric")
     rows = [(*names, "value")]
     rows += [

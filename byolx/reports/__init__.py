@@ -1,1 +1,1 @@
-"""Comparison of measured results with the paper's tables."""
+"""Compares measured results with the paper's tables, and formats them as tables and figures."""

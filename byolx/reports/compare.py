@@ -1,4 +1,4 @@
-"""Comparison with the paper: means over seeds, and the cells of the paper's tables that they match."""
+"""Averages measured results over seeds, and finds the cells of the paper's tables that they measure."""
 
 import dataclasses
 import functools
@@ -20,7 +20,10 @@ _NAMES = {
   ("pretrain", "online_probe"): "online probe",
   ("finetune", "finetune"): "fine-tuning",
 }
-"""Names of protocols, by task and protocol of a record, where they differ from the record's."""
+"""Names of protocols in the report, by the task and the protocol of a record (an entry of results.json).
+
+A protocol that is not listed here keeps the name that it has in the record.
+"""
 _METRICS = {"top1": "top-1", "top5": "top-5"}
 # Fields that may differ between the runs of one mean. `init.workdir` is only a path: the fields of the
 # pretraining run in that workdir are in the record, under `pretrain`.
@@ -35,19 +38,23 @@ _RECORD_KEYS = (
 class Result:
   """One measurement, or the mean of several measurements that differ only in their seeds.
 
+  A measurement is one record of a results.json (a metric of a run on a data set), with the config of the
+  run. In the arguments, "the measurements" are those in the mean.
+
   Args:
     record: record of the first measurement.
     data: name of the data set; None if unknown.
-    config: config of the first measurement, as a flat mapping of field names; empty if unknown.
-    value: mean of the metric, in 0..1.
-    interval: half the range over seeds (appendix G); for one measurement, its record's interval or
-      None.
+    config: config of the first measurement's run, as a flat mapping from field names to values; empty if
+      the config is unknown.
+    value: mean of the metric over the measurements, in 0..1.
+    interval: half the difference between the largest and the smallest value (appendix G). For a single
+      measurement, the interval in the record, or None if the record has no interval.
     n: number of values in the mean.
-    seeds: distinct seeds of the measurements.
-    configs: distinct fingerprints of their configs.
-    commits: distinct commits of their code.
-    workdirs: workdirs of their training runs.
-    seconds: mean training time of one measurement, in seconds; None if unknown.
+    seeds: distinct seeds of the measured runs.
+    configs: distinct fingerprints (short hashes) of the runs' configs.
+    commits: distinct commits of the code that made the measurements.
+    workdirs: workdirs (output folders) of the training runs.
+    seconds: mean training time per measurement, in seconds; None if it is unknown for a measurement.
   """
 
   record: Mapping[str, Any]
@@ -65,13 +72,13 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Departure:
-  """A config field in which a run differs from the paper's protocol.
+  """A config field whose value in a run differs from the value in the paper's protocol.
 
   Args:
     field: name of the field.
     value: value in the run.
     paper: value in the paper's protocol, or a `OneOf` with several allowed values.
-    pretrain: True for a field of the encoder's pretraining run, False for one of the measured run.
+    pretrain: whether the field belongs to the run that pretrained the encoder, not to the measured run.
   """
 
   field: str
@@ -86,12 +93,12 @@ class Departure:
 
 
 def results(measurements: Iterable[Measurement], include_all: bool = False) -> list[Result]:
-  """Average measurements over seeds.
+  """Averages the measurements that differ only in their seeds.
 
   Args:
-    measurements: measurements from any workdirs.
-    include_all: True to include results on validation images, and results of candidates that
-      validation did not choose.
+    measurements: records of results.json files with their configs, from any workdirs.
+    include_all: whether to include results on validation images, and results of candidates (such as
+      other learning rates) that validation did not choose.
 
   Returns:
     One result per group of measurements that differ only in seeds, sorted by data set, task, protocol,
@@ -110,13 +117,13 @@ def results(measurements: Iterable[Measurement], include_all: bool = False) -> l
 
 
 def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-  """Whether a measured run satisfies a condition.
+  """Returns whether a measured run satisfies the condition for a cell of one of the paper's tables.
 
   Args:
-    condition: condition of a cell of one of the paper's tables.
-    record: record of the run.
-    config: flat config of the run. Missing fields count as their defaults. An empty config means an
-      unknown one, which satisfies no condition on config fields.
+    condition: required values of the run's record and configs.
+    record: record of the run, an entry of results.json.
+    config: config of the run, as a flat mapping from field names to values. A missing field counts as its
+      default. An empty mapping means that the config is unknown: it satisfies no condition on fields.
   """
   return departures(condition, record, config) == []
 
@@ -124,18 +131,18 @@ def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str
 def departures(
   condition: Condition, record: Mapping[str, Any], config: Mapping[str, Any]
 ) -> list[Departure] | None:
-  """Fields in which a measured run differs from a condition.
+  """Returns the config fields in which a measured run differs from the condition for a cell of a table.
 
   Args:
-    condition: condition of a cell of one of the paper's tables.
-    record: record of the run.
-    config: flat config of the run; empty if unknown.
+    condition: required values of the run's record and configs, for a cell of one of the paper's tables.
+    record: record of the run, an entry of results.json.
+    config: config of the run, as a flat mapping from field names to values; empty if it is unknown.
 
   Returns:
-    The fields that differ; empty if the run satisfies the condition. None if the two cannot be
-    compared: the record has another value of a key of the condition (such as the task, the data set
-    or the metric), validation did not choose it, its config is unknown, or the pretraining of its
-    encoder is unfinished or unknown.
+    The fields that differ; empty if the run satisfies the condition. None if the run cannot be compared
+    with the cell: a required value of the record differs (such as the task, the data set or the metric),
+    validation did not choose this run, its config is unknown, its encoder's pretraining is unfinished,
+    or the condition requires a known pretraining and the record has none.
   """
   if record.get("chosen", True) is False or (condition.config and not config):
     return None
@@ -157,7 +164,10 @@ def departures(
 
 
 def of_cell(table: Table, row: Row, column: Column, candidates: Sequence[Result]) -> list[Result]:
-  """Results that measure one cell of a table."""
+  """Returns the candidates that measure one cell of a table.
+
+  The list is empty if this library cannot measure the cell.
+  """
   condition = table.condition(row, column)
   if condition is None:
     return []
@@ -165,7 +175,7 @@ def of_cell(table: Table, row: Row, column: Column, candidates: Sequence[Result]
 
 
 def in_paper(result: Result) -> list[tuple[Table, Column, Cell]]:
-  """Cells of the paper's tables that a result measures; usually none or one."""
+  """Returns the cells of the paper's tables that a result measures. Usually there is no cell or one."""
   return [
     (table, column, cell)
     for table, column, cell, condition in _measurable_cells()
@@ -175,7 +185,7 @@ def in_paper(result: Result) -> list[tuple[Table, Column, Cell]]:
 
 @functools.cache
 def _measurable_cells() -> tuple[tuple[Table, Column, Cell, Condition], ...]:
-  """All cells of the paper's tables that this library can measure, with their conditions."""
+  """Returns all cells of the paper's tables that this library can measure, each with its condition."""
   return tuple(
     (table, column, cell, condition)
     for table in TABLES.values()
@@ -188,13 +198,13 @@ def _measurable_cells() -> tuple[tuple[Table, Column, Cell, Condition], ...]:
 def off_protocol(
   table: Table, row: Row, column: Column, candidates: Sequence[Result]
 ) -> list[tuple[Result, list[Departure]]]:
-  """Results that differ from one cell of a table only in its protocol.
+  """Returns the results that differ from one cell of a table only in the table's protocol.
 
-  They have the network of the row, and its values of all fields that distinguish the rows of the table
-  (`Table.defining`).
+  Such a result has the network of the row and the row's values of all fields that distinguish the rows
+  (`Table.defining`). It differs in fields that all rows share, such as the number of epochs.
 
   Returns:
-    Each result with the protocol fields in which it differs.
+    Pairs of a result and the protocol fields in which it differs.
   """
   condition = table.condition(row, column)
   if condition is None:
@@ -204,7 +214,11 @@ def off_protocol(
 
 
 def _off_protocol(table: Table, condition: Condition, result: Result) -> list[Departure]:
-  """Fields of a table's protocol in which a result differs; empty if it belongs to another row."""
+  """Returns the fields in which a result differs from one cell of a table, if only the protocol differs.
+
+  The protocol is all fields that the rows of the table share. The list is empty if the result differs in
+  a field that distinguishes the rows, if it measures the cell exactly, or if it cannot be compared.
+  """
   config, pretrain = table.defining
   fields = departures(condition, result.record, result.config) or []
   of_other_row = any(
@@ -214,11 +228,13 @@ def _off_protocol(table: Table, condition: Condition, result: Result) -> list[De
 
 
 def nearest(result: Result) -> tuple[list[tuple[Table, Column, Cell]], list[Departure]]:
-  """Cells of the paper that are closest to a result measured by another protocol.
+  """Finds the cells of the paper that are most similar to a result measured by another protocol.
 
   Returns:
-    The cells whose protocol differs from the result's in the fewest fields, and these fields. Both
-    lists are empty if the result measures a cell exactly, or if there is no similar cell.
+    The most similar cells, and the fields in which the result differs from each of them. These are the
+    cells with the fewest differing fields. If cells with equally few fields differ in other fields, only
+    those with the fields of the first cell are returned. Both lists are empty if the result measures a
+    cell exactly, or if no cell is similar.
   """
   places: list[tuple[Table, Column, Cell]] = []
   fewest: list[Departure] = []
@@ -234,7 +250,11 @@ def nearest(result: Result) -> tuple[list[tuple[Table, Column, Cell]], list[Depa
 
 
 def open_choices(result: Result) -> list[str]:
-  """Fields that the paper does not state and that differ from the shipped configs, as `field=value`."""
+  """Returns the fields that the paper does not state and that differ from the shipped configs.
+
+  Each field is a text `field=value` with the value of the run. A field of the encoder's pretraining run
+  has the prefix "pretraining ".
+  """
   pretrain = result.record.get("pretrain")
   fields = (
     _departures(LEFT_OPEN.get(result.record["task"], {}), result.config, False)
@@ -251,7 +271,7 @@ def open_choices(result: Result) -> list[str]:
 
 
 def protocol(result: Result) -> str:
-  """Name of a result's protocol with its variations: `linear, pretrain views, tclip 20`."""
+  """Returns the name of a result's protocol with its variants: `linear, pretrain views, tclip 20`."""
   task, name = result.record["task"], result.record["protocol"]
   words = [_NAMES.get((task, name), name)]
   if "chosen" in result.record:  # a trained classifier, not a probe
@@ -270,7 +290,10 @@ def protocol(result: Result) -> str:
 
 
 def encoder(result: Result) -> str:
-  """Name of a result's encoder and network, and of its pretraining data set if that is another one."""
+  """Returns the names of a result's encoder and network, separated by commas.
+
+  The name of the pretraining data set is added (`from imagenet`) if it is not the measured data set.
+  """
   words = [str(result.record.get("encoder") or ""), network(result.config)]
   origin = result.record.get("pretrained_on")
   words += [f"from {origin}"] if origin and origin != result.data else []
@@ -278,7 +301,10 @@ def encoder(result: Result) -> str:
 
 
 def network(config: Mapping[str, Any]) -> str:
-  """Name of a flat config's network: `ResNet-50 1×`, `custom 64-128`; empty if unknown."""
+  """Returns the name of the network in a flat config, such as `ResNet-50 1×` or `custom 64-128`.
+
+  The name is empty if the config has no `model.arch`.
+  """
   arch = config.get("model.arch", "")
   if arch == "custom":
     return f"custom {'-'.join(map(str, config.get('model.channels', ())))}"
@@ -287,18 +313,21 @@ def network(config: Mapping[str, Any]) -> str:
 
 
 def share(result: Result) -> str:
-  """Share of the labels, as text: `1 %`; empty if unknown."""
+  """Returns the share of the training labels that a result used, as text such as `1 %`; "" if unknown."""
   labels = result.record.get("labels")
   return "" if labels is None else f"{100 * labels:g} %"
 
 
 def metric(result: Result) -> str:
-  """Name of a result's metric: `top-1`."""
+  """Returns the printed name of a result's metric, such as `top-1` for "top1"."""
   return _METRICS.get(result.record["metric"], result.record["metric"])
 
 
 def cost(result: Result) -> str:
-  """Training time and devices of a result: `3 × 12 min 20 s on 2 x cpu`; `-` if unknown."""
+  """Returns a result's number of runs, mean training time and devices as text.
+
+  Example: `3 × 12 min 20 s on 2 x cpu`. The text is `-` if the training time is unknown.
+  """
   devices = result.record.get("devices")
   if result.seconds is None:
     return "-"
@@ -309,7 +338,13 @@ def cost(result: Result) -> str:
 def _departures(
   expected: Mapping[str, Any], flat: Mapping[str, Any], pretrain: bool
 ) -> list[Departure]:
-  """Fields whose value is not the expected one. A missing field counts as its default."""
+  """Returns the fields of a flat config whose value is not the expected one.
+
+  Args:
+    expected: expected values by field name. A value may be a `OneOf` with several allowed values.
+    flat: config as a flat mapping from field names to values. A missing field counts as its default.
+    pretrain: whether the config is that of the encoder's pretraining run.
+  """
   different, fields = [], schema.fields()
   for name, value in expected.items():
     actual = flat[name] if name in flat else fields[name].default if name in fields else None
@@ -320,7 +355,7 @@ def _departures(
 
 
 def _show(value: Any) -> str:
-  """Text of a field's value, with numbers without trailing zeros."""
+  """Returns the text of a field's value. Floats have no trailing zeros, and an empty text has quotes."""
   if isinstance(value, list | tuple):
     return f"({', '.join(map(_show, value))})"
   if isinstance(value, float):
@@ -329,7 +364,11 @@ def _show(value: Any) -> str:
 
 
 def _equal(actual: Any, expected: Any) -> bool:
-  """Whether two values are equal. Lists equal tuples, and 1 equals 1.0, but 1 does not equal True."""
+  """Returns whether a value of a config or a record equals the expected value.
+
+  A list equals a tuple with equal elements. Numbers are equal within a relative error of 1e-9, and 1
+  equals 1.0. A boolean equals only a boolean: 1 does not equal True.
+  """
   if isinstance(actual, list | tuple) and isinstance(expected, list | tuple):
     return len(actual) == len(expected) and all(map(_equal, actual, expected))
   if (
@@ -340,7 +379,11 @@ def _equal(actual: Any, expected: Any) -> bool:
 
 
 def _identity(measurement: Measurement) -> str:
-  """Key of a measurement: equal for those that differ at most in seeds, commits and workdirs."""
+  """Returns a key that is equal for measurements of the same setting, which may be averaged.
+
+  Such measurements may differ in seeds, commits, workdirs and config fields that cannot change a result.
+  They may also differ in the learning rate if validation images chose it.
+  """
   fields = schema.fields()
   config: Any = {
     name: value
@@ -363,9 +406,10 @@ def _identity(measurement: Measurement) -> str:
 
 
 def _repeats(group: Sequence[Measurement]) -> list[list[Measurement]]:
-  """Divide a group by commits if it has several measurements of the same seed.
+  """Removes duplicates from a group of measurements, and divides the rest by commits where necessary.
 
-  Measurements with the same seed, commit and value are duplicates, and count once.
+  Measurements with the same seeds, commit and value are duplicates: only the first is kept. The rest is
+  divided into one list per commit only if several of its measurements have the same seeds.
   """
   distinct: dict[tuple, Measurement] = {}
   for measurement in group:
@@ -381,12 +425,12 @@ def _repeats(group: Sequence[Measurement]) -> list[list[Measurement]]:
 
 
 def _commit(measurement: Measurement) -> str:
-  """Commit of a measurement as JSON: a string, or a list for a mean over several commits."""
+  """Returns the commit of a measurement as JSON: a string, or a list for a mean over several commits."""
   return json.dumps(measurement.record.get("commit"))
 
 
 def _seeds(measurement: Measurement) -> str:
-  """Seeds of a measured run and of its encoder's pretraining, as JSON."""
+  """Returns the seeds of a measured run and of the run that pretrained its encoder, as JSON."""
   pretrain = measurement.record.get("pretrain") or {}
   return json.dumps([measurement.record.get("seed"), pretrain.get("seed", 0)])
 
@@ -415,7 +459,10 @@ def _mean(group: Sequence[Measurement]) -> Result:
 
 
 def _distinct(values: Iterable[str | list[str] | None]) -> tuple[str, ...]:
-  """Distinct names, in order. Each value is a name, a list of names, or None."""
+  """Returns the distinct non-empty names in the order of their first use.
+
+  Each value is a name, a list of names, or None.
+  """
   names = [name for value in values for name in (value if isinstance(value, list) else [value])]
   return tuple(dict.fromkeys(name for name in names if name))
 
@@ -428,7 +475,7 @@ def _order(result: Result) -> tuple:
 
 
 def _place(order: Sequence[str], name: str) -> int:
-  """Index of a name in an order; a name that is not in the order comes last."""
+  """Returns the index of a name in a sequence, or the length of the sequence if the name is not in it."""
   return order.index(name) if name in order else len(order)
 
 
@@ -437,5 +484,5 @@ def _encoder(result: Result) -> str:
 
 
 def labels(result: Result) -> float:
-  """Share of the labels that a result used, in 0..1; 0 if unknown."""
+  """Returns the share of the training labels that a result used, in 0..1; 0 if unknown."""
   return float(result.record.get("labels") or 0)

@@ -1,4 +1,4 @@
-"""Figures of results: accuracy over the share of labels (Figure 4), or one bar per result."""
+"""Draws results as figures: accuracy over the share of labels (Figure 4), or one bar per result."""
 
 import math
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ _MAX_COLOURS = len(plots.COLOURS)  # largest number of lines that have distinct 
 _MAX_LETTERS = 34  # longest name of a bar on one line
 
 Name = tuple[str, str]
-"""Name of a line or bar: protocol and encoder."""
+"""Name of a line or bar: the name of the protocol and the name of the encoder."""
 Panel = tuple[str, list[Result]]
-"""Title and results of one pair of axes."""
+"""One pair of axes of a figure: its title and the results to draw in it."""
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-  """Draw results as a PNG, with marks at the paper's numbers.
+  """Draws results as a PNG, with marks at the paper's numbers.
 
-  Draws lines over the share of labels if some protocol and encoder has results at several shares, and
-  bars otherwise. Each data set and metric has its own panel.
+  Each pair of data set and metric has its own axes. If some encoder has results of the same protocol at
+  several shares of labels, the figure shows lines over the share of labels; otherwise it shows bars.
 
   Args:
     results: at least one result.
@@ -46,7 +46,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def _names(results: Sequence[Result]) -> list[Name]:
-  """Distinct names of lines or bars, in the order of the results."""
+  """Returns the distinct names of lines or bars, in the order of the results."""
   return list(dict.fromkeys(_name(result) for result in results))
 
 
@@ -63,7 +63,7 @@ def _shares(results: Sequence[Result], name: Name) -> set[float]:
 
 
 def _labels(names: Sequence[Name]) -> dict[Name, str]:
-  """Labels in the legend. They include the encoder only if there are several encoders."""
+  """Returns the label of each line or bar. It includes the encoder only if there are several encoders."""
   several = len({encoder for _, encoder in names}) > 1
   return {
     (protocol, encoder): _plain(f"{protocol}: {encoder}" if several and encoder else protocol)
@@ -72,12 +72,12 @@ def _labels(names: Sequence[Name]) -> dict[Name, str]:
 
 
 def _plain(text: str) -> str:
-  """Escape $, which would start a formula in matplotlib."""
+  """Escapes the character $, which would start a formula in matplotlib."""
   return text.replace("$", r"\$")
 
 
 def _lines(panels: Sequence[Panel]) -> Figure:
-  """Accuracy over the share of labels on a log scale, as in Figure 4."""
+  """Draws accuracy over the share of labels on a logarithmic axis, as in Figure 4."""
   across = min(2, len(panels))
   down = math.ceil(len(panels) / across)
   names = _names([result for _, group in panels for result in group])
@@ -117,10 +117,10 @@ def _lines(panels: Sequence[Panel]) -> Figure:
 
 
 def _looks(names: Sequence[Name]) -> dict[Name, tuple[str, Any, str]]:
-  """Colour, dashes and marker of each line.
+  """Returns the colour, the dashes and the marker of each line.
 
-  If several encoders and protocols make more lines than there are colours, the colour shows the encoder
-  and the dashes show the protocol.
+  Each line has its own colour where there are enough colours. Otherwise, if there are several encoders
+  and several protocols, the colour shows the encoder and the dashes show the protocol.
   """
   protocols = list(dict.fromkeys(protocol for protocol, _ in names))
   encoders = list(dict.fromkeys(encoder for _, encoder in names))
@@ -151,7 +151,7 @@ def _line(ax: Axes, results: Sequence[Result], colour: str, dash: Any, shape: st
 
 
 def _scale_shares(ax: Axes, results: Sequence[Result]) -> None:
-  """Use a logarithmic x axis with one tick per measured share of labels."""
+  """Makes the x axis logarithmic, with one tick per measured share of labels."""
   shares = sorted(
     {100 * compare.labels(result) for result in results if result.record.get("labels")}
   )
@@ -167,7 +167,7 @@ def _scale_shares(ax: Axes, results: Sequence[Result]) -> None:
 
 
 def _paper_points(ax: Axes, results: Sequence[Result], colour: str) -> bool:
-  """Mark the paper's numbers; return whether there were any."""
+  """Marks the paper's numbers for the results of one line; returns whether there were any numbers."""
   points = [(100 * compare.labels(result), value) for result in results for value in _paper(result)]
   for x, y in points:
     ax.plot(x, y, "D", markersize=7, markerfacecolor="none", color=colour, zorder=4)
@@ -175,7 +175,7 @@ def _paper_points(ax: Axes, results: Sequence[Result], colour: str) -> bool:
 
 
 def _paper(result: Result) -> list[float]:
-  """Distinct numbers of the paper for a result, in %; usually none or one."""
+  """Returns the distinct numbers that the paper has for a result, in %; usually none or one."""
   cells = compare.in_paper(result)
   return list(dict.fromkeys(cell.value for _, _, cell in cells if cell.value is not None))
 
@@ -188,7 +188,7 @@ def _paper_handle(marker: str) -> Line2D:
 
 
 def _bars(panels: Sequence[Panel]) -> Figure:
-  """One bar per result, from zero, with a mark at the paper's number."""
+  """Draws one horizontal bar per result, from zero, with a mark at the paper's number."""
   counts = [len(group) for _, group in panels]
   inches = [0.34 * count + 0.55 for count in counts]
   labels = [_bar_labels(group) for _, group in panels]
@@ -214,7 +214,10 @@ def _bars(panels: Sequence[Panel]) -> Figure:
 
 
 def _bar_labels(results: Sequence[Result]) -> list[str]:
-  """Labels of bars: protocol and encoder, on two lines if long, and share of labels if it varies."""
+  """Returns the label of each bar: protocol, encoder, and the share of labels if it varies.
+
+  The encoder is included only if there are several. A long label has two lines.
+  """
   names = _labels(_names(results))
   shares = {result.record.get("labels") for result in results}
   labels = []
@@ -225,7 +228,7 @@ def _bar_labels(results: Sequence[Result]) -> list[str]:
 
 
 def _draw_bars(ax: Axes, results: Sequence[Result]) -> bool:
-  """Draw bars with their values and the paper's marks; return whether there were any marks."""
+  """Draws bars with their values and the paper's marks; returns whether there were any marks."""
   values = [100 * result.value for result in results]
   errors = [
     100 * result.interval if result.n > 1 and result.interval else 0.0 for result in results

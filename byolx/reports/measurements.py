@@ -1,4 +1,4 @@
-"""Records of workdirs, each with the config and the training time of its run."""
+"""Reads the records (results.json) of workdirs, each with the config and the training time of its run."""
 
 import dataclasses
 import json
@@ -18,13 +18,15 @@ CONFIG, RESULTS, SWEEP = "config.json", "results.json", "sweep.json"
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """One record of a results.json, and the runs that it comes from.
+  """One record of a results.json, with the training runs that it comes from.
 
   Args:
-    record: the record; records of older versions may lack keys.
-    workdirs: existing workdirs of its training runs: several if it is a mean over seeds.
-    config: flat config of the first of these runs; empty if unknown.
-    seconds: mean training time of these runs, in seconds; None if unknown.
+    record: the record, such as {"task": "linear", "metric": "top1", "value": 0.74, ...}. Records of older
+      versions may lack keys.
+    workdirs: existing workdirs (output folders) of the training runs; several if the record is a mean
+      over seeds.
+    config: config of the first run, as a flat mapping from field names to values; empty if unknown.
+    seconds: mean training time of the runs, in seconds; None if unknown.
   """
 
   record: Mapping[str, Any]
@@ -34,24 +36,29 @@ class Measurement:
 
   @property
   def data(self) -> str | None:
-    """Name of the data set, from the record or else from the config; None if unknown."""
+    """Name of the data set, from the record or else from the config; None if it is unknown."""
     return self.record.get("data") or self.config.get("data.source")
 
   @property
   def chosen(self) -> bool:
-    """False if validation images chose another candidate, such as another learning rate."""
+    """Whether the record is that of the chosen candidate.
+
+    False only if validation images chose another candidate, such as another learning rate.
+    """
     return self.record.get("chosen", True) is not False
 
 
 def read(paths: Iterable[Path], include_all: bool = False) -> list[Measurement]:
-  """Read the records of runs and sweeps. Each workdir is read once.
+  """Reads the records of runs and sweeps. A workdir that several paths contain is read once.
 
   Args:
     paths: workdirs of runs or sweeps, or folders with workdirs at any depth.
-    include_all: True to include the runs of a sweep as well; False to read only its own results.json.
+    include_all: whether to read also each run inside a sweep's workdir, not only the results.json of the
+      sweep itself.
 
   Raises:
-    ConfigError: a path has no workdir, or no workdir of it has results, or a file is damaged.
+    ConfigError: a path is not a folder or has no workdir, none of its workdirs has results or records, or
+      a file is damaged.
   """
   by_folder: dict[Path, list[Measurement]] = {}
   for path in paths:
@@ -73,17 +80,17 @@ def read(paths: Iterable[Path], include_all: bool = False) -> list[Measurement]:
 
 
 def training_seconds(workdir: Path, batch_size: int) -> float | None:
-  """Training time of a run, from its metrics.jsonl.
+  """Computes the training time of a run from its metrics.jsonl.
 
-  Sums images / (images per second) over the rows. The time excludes waiting, compilation before the
-  first step, evaluation and restarts.
+  For each row, the images since the previous row are divided by the row's images per second; the training
+  time is the sum. It excludes waiting, compilation before the first step, evaluation and restarts.
 
   Args:
-    workdir: workdir of the run.
+    workdir: workdir (output folder) of the run.
     batch_size: number of images per training step.
 
   Returns:
-    Seconds, or None if unknown.
+    Training time in seconds; None if no row has a speed.
 
   Raises:
     ConfigError: metrics.jsonl is damaged.
@@ -101,7 +108,14 @@ def training_seconds(workdir: Path, batch_size: int) -> float | None:
 
 
 def _workdirs(path: Path, include_sweep_runs: bool) -> list[Path]:
-  """The folder itself if it is a workdir or has only results, otherwise the workdirs below it."""
+  """Returns the workdirs of runs and sweeps at or below a path.
+
+  A run's workdir has a config.json, and a sweep's has a sweep.json. A folder that has only a
+  results.json, with no workdir below it, is returned as well.
+
+  Raises:
+    ConfigError: the path is not a folder, or there is no workdir.
+  """
   if not path.is_dir():
     problem = "which is not a folder" if path.exists() else "which does not exist"
     raise ConfigError(
@@ -121,7 +135,11 @@ def _workdirs(path: Path, include_sweep_runs: bool) -> list[Path]:
 
 
 def _below(path: Path, include_sweep_runs: bool) -> list[Path]:
-  """Workdirs at or below a folder, sorted by name. Folders inside a run's workdir are skipped."""
+  """Returns the workdirs of runs and sweeps at or below a folder; sub-folders are visited by name.
+
+  Folders inside a run's workdir are skipped. Those inside a sweep's workdir are searched only if
+  `include_sweep_runs` is True.
+  """
   workdirs = []
   for name, folders, files in os.walk(path):
     folders.sort()
@@ -144,7 +162,11 @@ def _no_results(folders: Sequence[Path]) -> str:
 
 
 def _of_run(folder: Path) -> list[Measurement]:
-  """Records of one run. If the folder has results but no config, only its means, if it has any."""
+  """Reads the records of one run.
+
+  If the folder has a results.json but no config.json, only the records that are means over seeds are
+  returned, or all records if none is a mean.
+  """
   records = _read_records(folder)
   if not (folder / CONFIG).is_file():
     means = [record for record in records if isinstance(record.get("seed"), list)]
@@ -155,7 +177,7 @@ def _of_run(folder: Path) -> list[Measurement]:
 
 
 def _of_sweep(folder: Path) -> list[Measurement]:
-  """Records of a sweep. Each record names its workdirs, or a folder of workdirs."""
+  """Reads the records of a sweep. Each record names its runs' workdirs, or a folder that has them."""
   measurements = []
   for record in _read_records(folder):
     names = record.get("workdir") or []
@@ -171,7 +193,7 @@ def _of_sweep(folder: Path) -> list[Measurement]:
 
 
 def _seconds(runs: Sequence[Path]) -> float | None:
-  """Mean training time over runs, in seconds; None if that of some run is unknown."""
+  """Returns the mean training time of runs, in seconds; None if the time of any run is unknown."""
   seconds = []
   for run in runs:
     batch = _read_config(run).get("train.batch_size")

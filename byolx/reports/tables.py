@@ -1,4 +1,4 @@
-"""Output of `byolx report`: results or a table of the paper, as text, Markdown, CSV or JSON."""
+"""Formats results or a table of the paper for `byolx report`, as text, Markdown, CSV or JSON."""
 
 import csv
 import io
@@ -14,27 +14,31 @@ from byolx.reports.paper import MEASURABLE, NOT_MEASURABLE, TABLES, Cell, Column
 FORMATS = ("text", "markdown", "csv", "json")
 NOT_RUN = "not run"
 SMALLEST_INTERVAL = 0.25
-"""Smallest interval that text and Markdown show, in points. The paper omits smaller ones (appendix G)."""
+"""Smallest interval in % that text and Markdown show. The paper omits smaller intervals (appendix G)."""
 
 OFF_PROTOCOL = "off protocol"
 LISTED_DEPARTURES = 8
-"""Largest number of differing fields that text and Markdown list; CSV and JSON list all."""
+"""Largest number of fields named in text and Markdown where a run differs from the paper's protocol.
+
+CSV and JSON name all such fields.
+"""
 
 Grid = list[list[str]]
-"""Rows of cells. The first row is the heading."""
+"""Rows of text cells. The first row has the headings."""
 
 
 def results_page(results: Sequence[Result], style: str) -> str:
-  """Format results beside the paper's numbers.
+  """Formats results beside the paper's numbers, with one row per result.
 
   Args:
     results: results, in the order of the rows.
-    style: one of `FORMATS`. Text and Markdown show accuracies in %; CSV and JSON have them in 0..1.
-      Numbers of the paper in other units are not converted.
+    style: output format, one of `FORMATS`. Text and Markdown have accuracies in %, CSV and JSON in 0..1.
+      The paper's numbers in other units are not converted.
 
   Returns:
-    One row per result: protocol, data set, encoder, share of labels, metric, the paper's number, the
-    measured number, number of repeats, config, commit and training time.
+    Text with the rows. In text and Markdown, a row has protocol, data set, encoder, share of labels,
+    metric, the paper's number, the measured number, number of repeats, config, commit and training time.
+    CSV and JSON have further facts.
   """
   if style in ("csv", "json"):
     rows = [_result_facts(result) for result in results]
@@ -68,16 +72,17 @@ def results_page(results: Sequence[Result], style: str) -> str:
 
 
 def table_page(table: Table, results: Sequence[Result], style: str) -> str:
-  """Format a table of the paper, with a column of measured numbers beside each of its columns.
+  """Formats a table of the paper, with the measured numbers beside the paper's.
 
-  In text and Markdown, columns without a measurable row have no measured column, and a note names them.
-  Results that differ from a cell only in the table's protocol are listed below the table, marked "off
-  protocol".
+  In text and Markdown, each column with a measurable cell is followed by a column of measured numbers;
+  a note names the columns without measurable cells. Below the table are the results that differ from a
+  cell only in the table's protocol, marked "off protocol".
 
   Args:
     table: table of `byolx.reports.paper`.
     results: results; those that do not belong to this table are ignored.
-    style: one of `FORMATS`. CSV and JSON have one row per cell of the table, in the unit of its column.
+    style: output format, one of `FORMATS`. CSV and JSON have one row per cell of the table, with numbers
+      in the unit of the cell's column.
   """
   candidates = [result for result in results if not compare.in_paper(result)]
   if style in ("csv", "json"):
@@ -111,7 +116,11 @@ def table_page(table: Table, results: Sequence[Result], style: str) -> str:
 
 
 def tables_page() -> str:
-  """List the paper's tables as text: table, count of numbers, count of measurable ones, caption."""
+  """Returns a list of the paper's tables as text.
+
+  Each line has the number of the table, how many numbers it has, how many of them this library can
+  measure, and its caption.
+  """
   grid: Grid = [["table", "numbers", "measurable", ""]]
   for table in TABLES.values():
     cells = [
@@ -126,7 +135,7 @@ def tables_page() -> str:
 
 
 class _Bold(str):
-  """Text of a cell that is bold in Markdown."""
+  """Text of a cell that is printed in bold in Markdown."""
 
 
 def _measured_in(table: Table, column: Column) -> bool:
@@ -136,7 +145,11 @@ def _measured_in(table: Table, column: Column) -> bool:
 def _measured(
   table: Table, row: Row, column: Column, results: Sequence[Result], sources: dict[str, int]
 ) -> str:
-  """Text of a measured cell: results with the numbers of their footnotes, which `sources` collects."""
+  """Returns the text beside one of the paper's numbers: the measured results, or why there are none.
+
+  Each result is followed by the number of its footnote in brackets. New footnotes are added to `sources`,
+  which maps their texts to their numbers.
+  """
   status = table.status(row, column)
   if status != MEASURABLE:
     return NOT_MEASURABLE if status == NOT_MEASURABLE else ""
@@ -152,7 +165,11 @@ def _measured(
 def _off_protocol_notes(
   table: Table, candidates: Sequence[Result], sources: dict[str, int]
 ) -> list[str]:
-  """Notes below a table: each result off its protocol, with row, column and differing fields."""
+  """Returns one note per result that differs from a cell of a table only in the table's protocol.
+
+  A note has the row and column of the cell, the measured number and the differing fields. New footnotes
+  are added to `sources`, which maps their texts to their numbers.
+  """
   notes = []
   for row in table.rows:
     for column in table.columns:
@@ -165,7 +182,11 @@ def _off_protocol_notes(
 
 
 def _off_protocol_text(result: Result, footnotes: dict[str, int]) -> str:
-  """`off protocol [1]` with a footnote on the differing fields; empty if no cell is similar."""
+  """Returns `off protocol [1]` for a result whose most similar cell in the paper has another protocol.
+
+  The footnote 1, with the paper's number and the differing fields, is added to `footnotes`, which maps
+  texts to numbers. The text is empty if no cell is similar.
+  """
   places, fields = compare.nearest(result)
   if not places:
     return ""
@@ -184,7 +205,11 @@ def _departures_text(fields: Sequence[Departure]) -> str:
 
 
 def _source(result: Result) -> str:
-  """Footnote on the origin of a number: seeds, config, commit, training time and workdirs."""
+  """Returns a footnote on the origin of a number.
+
+  It has the seeds, configs, commits, training time and workdirs of the runs, and the values that differ
+  from the shipped configs in fields that the paper does not state.
+  """
   seeds = ", ".join(map(str, result.seeds)) or "unknown"
   facts = [
     f"seed{'s' if len(result.seeds) > 1 else ''} {seeds}",
@@ -227,7 +252,10 @@ def _interval(result: Result, column: Column) -> float | None:
 
 
 def _number(value: float | None, interval: float | None, column: Column) -> str:
-  """Text of a number with the decimals of its column, or more if it would be rounded to zero."""
+  """Formats a number with the decimals of its column, and with its interval if that is large enough.
+
+  A positive number that would be rounded to zero has more decimals, or is 0 if it is below 0.01.
+  """
   if value is None:
     return "-"
   text = f"{value:.{column.decimals}f}"
@@ -242,7 +270,10 @@ def _percent(value: float, interval: float | None) -> str:
 
 
 def _paper_text(result: Result) -> str:
-  """The paper's number with its tables: `74.3 (7, 9, 13)`; empty if the paper has none."""
+  """Returns the paper's number for a result with the tables that have it, such as `74.3 (7, 9, 13)`.
+
+  The text is empty if the paper has no number for the result.
+  """
   places: dict[str, list[str]] = {}
   for table, column, cell in compare.in_paper(result):
     places.setdefault(_number(cell.value, cell.interval, column), []).append(table.number)
@@ -250,7 +281,7 @@ def _paper_text(result: Result) -> str:
 
 
 def _result_facts(result: Result) -> dict[str, Any]:
-  """A result as one row of CSV or JSON."""
+  """Returns the facts about a result, as one row of CSV or JSON."""
   paper = compare.in_paper(result)
   _, departures = compare.nearest(result)
   record = result.record
@@ -295,10 +326,11 @@ def _cell_facts(
   results: Sequence[Result],
   candidates: Sequence[Result],
 ) -> dict[str, Any]:
-  """A cell of a table as one row of CSV or JSON.
+  """Returns the facts about a cell of a table, as one row of CSV or JSON.
 
-  `measured` lists the results that measure this cell. `off_protocol` lists the results that differ from
-  it only in the protocol, and `off_protocol_fields` the differing fields.
+  The key `measured` has the values of the results that measure this cell. The key `off_protocol` has
+  the values of `candidates` that differ from the cell only in the table's protocol, and
+  `off_protocol_fields` has the names and values of the differing fields.
   """
   off_protocol = compare.off_protocol(table, row, column, candidates)
   matching = compare.of_cell(table, row, column, results)
@@ -325,7 +357,7 @@ def _cell_facts(
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-  """CSV with one line per row. Semicolons join the elements of lists; None is empty."""
+  """Formats rows as CSV. The elements of a list are joined by semicolons, and None is an empty text."""
   text = io.StringIO()
   writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
   writer.writeheader()
@@ -348,7 +380,15 @@ def _json(content: Any) -> str:
 def _grid_text(
   grid: Grid, notes: Iterable[str], style: str, numbers: set[str], caption: str = ""
 ) -> str:
-  """A grid as text or Markdown, with the caption above and the notes below."""
+  """Formats a grid (rows of text cells) as text or Markdown, with a caption above and notes below.
+
+  Args:
+    grid: rows of cells; the first row has the headings.
+    notes: lines below the grid.
+    style: output format, "text" or "markdown".
+    numbers: headings of the columns that are aligned to the right.
+    caption: line above the grid; "" if there is none.
+  """
   if style == "markdown":
     sections = [f"**{_escape(caption)}**" if caption else "", _markdown(grid, numbers)]
     sections += [_escape(note) for note in notes]
@@ -358,7 +398,10 @@ def _grid_text(
 
 
 def _aligned(grid: Grid, numbers: set[str]) -> str:
-  """A grid as aligned text. Columns whose heading is in `numbers` are aligned to the right."""
+  """Formats a grid (rows of text cells) as aligned text.
+
+  Columns whose heading is in `numbers` are aligned to the right.
+  """
   widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
   lines = []
   for row in grid:
@@ -381,5 +424,5 @@ def _markdown(grid: Grid, numbers: set[str]) -> str:
 
 
 def _escape(text: str) -> str:
-  """Escape the characters that have a meaning in Markdown."""
+  """Escapes the characters that have a meaning in Markdown, and joins the lines of the text."""
   return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", " ".join(text.split()))

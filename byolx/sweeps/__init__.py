@@ -1,1 +1,1 @@
-"""Hyperparameter sweeps: grids, runs as processes, selection on validation images, final tests."""
+"""Hyperparameter sweeps: train many configs, choose the best on validation images, and test it."""

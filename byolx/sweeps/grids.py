@@ -1,4 +1,7 @@
-"""Grids: sets of config values for several runs, either named here or given on the command line."""
+"""Grids: the config values of the runs of a sweep, named in `GRIDS` or given on the command line.
+
+A cell of a grid holds the values of the varied config fields for one run.
+"""
 
 import dataclasses
 import itertools
@@ -10,17 +13,17 @@ from byolx.core.config import ConfigError
 from byolx.runs import config, schema
 
 Cell = Mapping[str, Any]
-"""Values of one run of a grid: a mapping from names of config fields to values."""
+"""One run of a grid: a mapping from names of config fields to their values in this run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """Cells that a sweep compares.
+  """The settings that a sweep compares, one cell per run.
 
   Args:
-    cells: distinct cells, one per run.
-    per: grouping fields. Cells with equal values of these fields form a group, and the sweep chooses
-      and tests one cell per group.
+    cells: distinct cells, each a mapping from names of config fields to values.
+    per: names of grouping fields. Cells with equal values of these fields form a group, and the sweep
+      chooses and tests one cell per group. If empty, all cells form one group.
   """
 
   cells: Sequence[Cell]
@@ -28,7 +31,7 @@ class Grid:
 
 
 def vary(name: str, values: Sequence[Any]) -> list[Cell]:
-  """Make one cell per value of a field.
+  """Returns one cell (a mapping from field to value) per value of a config field.
 
   Args:
     name: name of the config field.
@@ -38,10 +41,11 @@ def vary(name: str, values: Sequence[Any]) -> list[Cell]:
 
 
 def product(*grids: Sequence[Cell]) -> list[Cell]:
-  """Make the Cartesian product of grids. The last grid varies fastest.
+  """Returns the Cartesian product of grids. The cells of the last grid vary fastest.
 
   Args:
-    grids: cells of each grid. Where grids set the same field, the last one counts.
+    *grids: cells of each grid, as mappings from config fields to values. If several grids set the same
+      field, the value of the last one is used.
   """
   cells = []
   for parts in itertools.product(*grids):
@@ -109,10 +113,10 @@ GRIDS: dict[str, Grid] = {
 
 
 def named(name: str) -> Grid:
-  """Look up a grid of `GRIDS` by name.
+  """Returns the grid of `GRIDS` with a given name.
 
   Raises:
-    ConfigError: the grid is unknown, or one of its cells has an unknown field.
+    ConfigError: the grid is unknown, or one of its cells has an unknown config field.
   """
   if name not in GRIDS:
     raise ConfigError(f"--grid={name}: unknown grid; expected one of {', '.join(GRIDS)}")
@@ -126,11 +130,13 @@ def named(name: str) -> Grid:
 
 
 def read(specs: Sequence[str]) -> Grid:
-  """Parse grids and make their product. The last grid varies fastest.
+  """Parses the grids of the command line, and returns their Cartesian product.
+
+  The values of the last grid vary fastest.
 
   Args:
-    specs: grids, each as NAME or as FIELD=VALUE,VALUE,... Values are converted to the type of the field;
-      lists are written in brackets: `(1, 2),(3, 4)`.
+    specs: grids, each a name of `GRIDS` or FIELD=VALUE,VALUE,... Values are converted to the type of the
+      field. A value that is a list is written in brackets: `(1, 2),(3, 4)`.
 
   Raises:
     ConfigError: a grid or field is unknown, a value is invalid, or two grids have the same field.
@@ -159,7 +165,7 @@ def _from_values(spec: str) -> Grid:
 
 
 def _split(text: str) -> list[str]:
-  """Split at commas outside of brackets."""
+  """Splits a text at the commas that are not inside brackets."""
   parts, depth = [""], 0
   for letter in text:
     depth += (letter in "([") - (letter in ")]")
@@ -171,9 +177,12 @@ def _split(text: str) -> list[str]:
 
 
 def label(cell: Cell) -> str:
-  """Short name of a cell, valid for folders and TPUs: `arch-resnet200-width-2`.
+  """Returns a short name of a cell for folders and TPUs, such as `arch-resnet200-width-2`.
 
-  Contains lower-case letters, digits and dashes only.
+  The name is made from the cell's fields and values. It has only lower-case letters, digits and dashes.
+
+  Args:
+    cell: mapping from names of config fields to values.
   """
   leaves = [name.rpartition(".")[2] for name in cell]
   names = leaves if len(set(leaves)) == len(leaves) else [name.replace(".", "-") for name in cell]
@@ -187,5 +196,9 @@ def _value_text(value: Any) -> str:
 
 
 def overrides(cell: Cell) -> list[str]:
-  """Arguments of `byolx train` that set the fields of a cell."""
+  """Returns the command-line arguments of `byolx train` that set the fields of a cell.
+
+  Args:
+    cell: mapping from names of config fields to values.
+  """
   return [f"--config.{name}={value}" for name, value in cell.items()]

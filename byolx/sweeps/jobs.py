@@ -1,4 +1,4 @@
-"""Parallel runs as processes, which stop together on a signal.
+"""Executes runs as parallel processes, which stop together on a signal.
 
 Each process holds a lock on its workdir until it exits. If a sweep is killed and its processes continue,
 the next sweep waits for them instead of starting the same runs twice.
@@ -25,7 +25,7 @@ from byolx.runs import results
 from byolx.runs.config import differences, from_json
 
 BYOLX = (sys.executable, "-m", "byolx")
-"""Command that starts `byolx`. Tests replace it."""
+"""Command line that starts `byolx`. Tests replace it."""
 
 LOG = "log.txt"
 LAST_LINES = 12
@@ -38,14 +38,14 @@ _STOPPED = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One call of `byolx` that writes to a workdir.
+  """One call of `byolx` that trains or tests in a workdir.
 
   Args:
     name: name of the run in messages.
-    workdir: workdir of the run, and of its log.
+    workdir: folder for the results of the run and for its log.
     arguments: command-line arguments of `byolx`.
-    config: config that an existing workdir must have.
-    tests: True if the run is finished only with records of test images.
+    config: config of the run. If the workdir has a config already, that must be the same.
+    tests: whether the run is finished only when its results.json has records of test images.
   """
 
   name: str
@@ -55,15 +55,15 @@ class Run:
   tests: bool = False
 
   def matches(self) -> bool:
-    """Whether the workdir has this config; False if it has none."""
+    """Returns whether the workdir has the config of this run; False if the workdir has no config."""
     path = self.workdir / "config.json"
     return path.exists() and not self._changed(path)
 
   def finished(self) -> bool:
-    """Whether the workdir has the run's results.
+    """Returns whether the workdir has the results of this run.
 
     Raises:
-      ConfigError: the workdir has a run of another config.
+      ConfigError: the workdir has a run with another config.
     """
     path = self.workdir / "config.json"
     if not path.exists():
@@ -84,11 +84,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Runs that are not finished.
+  """Runs that did not finish.
 
   Args:
     failed: runs that ended with an error, or without results.
-    stopped: runs that were stopped, and can be resumed.
+    stopped: runs that were stopped by a signal, and can be resumed.
   """
 
   failed: tuple[Run, ...]
@@ -96,7 +96,11 @@ class Outcome:
 
 
 class _Job:
-  """A run in progress: its process, or the wait for an earlier process that locks its workdir."""
+  """A run in progress.
+
+  Usually the run is a process of this object. If an earlier process still executes the same run, it has
+  locked the workdir, and the job waits until that process ends.
+  """
 
   def __init__(self, run: Run):
     self.run, self.began = run, time.monotonic()
@@ -105,9 +109,10 @@ class _Job:
     run.workdir.mkdir(parents=True, exist_ok=True)
 
   def code(self) -> int | None:
-    """Exit code of the run; None until it ends. Starts the process once the workdir is not locked.
+    """Returns the exit code of the run, or None while the run has not ended.
 
-    The code is 0 as well if an earlier process finished the run.
+    Also starts the process, at the first call that finds the workdir without another process's lock. If
+    an earlier process has finished the run by then, no process is started and the code is 0.
     """
     if self.process:
       return self.process.poll()
@@ -156,17 +161,21 @@ class _Job:
 def run_all(
   runs: Sequence[Run], jobs: int, should_stop: Callable[[], bool], describe: Callable[[Run], str]
 ) -> Outcome:
-  """Execute the runs that are not finished, and print a line when each ends.
+  """Executes the runs that are not finished, and prints a line when a run ends.
 
   Args:
     runs: runs, in the order of their start.
     jobs: largest number of runs at the same time.
-    should_stop: function that returns True to stop. The runs then get SIGTERM, on which they save, and
-      this function waits for them.
-    describe: function that returns the results of a finished run as text. Its errors are raised here.
+    should_stop: function that returns True when all runs must stop. Each run then gets SIGTERM, on which
+      it saves and exits. `run_all` waits for that.
+    describe: function that returns the results of a finished run as text. `run_all` does not catch its
+      errors.
+
+  Returns:
+    The runs that failed or were stopped.
 
   Raises:
-    ConfigError: a workdir has a run of another config.
+    ConfigError: a workdir has a run with another config.
   """
   pending = collections.deque(run for run in runs if not run.finished())
   finished_before = len(runs) - len(pending)
@@ -204,7 +213,10 @@ def run_all(
 
 @contextlib.contextmanager
 def _terminating() -> Iterator[list[_Job]]:
-  """A list of jobs. On exit, also by an exception, terminates their processes and waits for them."""
+  """Yields an empty list for jobs; on exit, terminates the processes of its jobs and waits for them.
+
+  This also happens if the block raises an exception.
+  """
   running: list[_Job] = []
   try:
     yield running
@@ -223,7 +235,10 @@ def _reason(code: int) -> str:
 
 
 class _Progress:
-  """Progress lines, with an estimate of the remaining time from the mean duration of finished runs."""
+  """Prints progress lines with an estimate of the remaining time.
+
+  The estimate is based on the mean duration of the runs that have ended.
+  """
 
   def __init__(self, total: int, done: int, jobs: int):
     self._total, self._done, self._jobs = total, done, jobs

@@ -1,7 +1,7 @@
-"""Files and table of a sweep: `sweep.json`, `results.json`, and the table of chosen cells.
+"""Writes the files of a sweep, `sweep.json` and `results.json`, and the table of the chosen cells.
 
-`sweep.json` holds the settings of the sweep, so that a different sweep in the same workdir is rejected
-(see `changes`).
+A cell is one setting of the varied config fields. `sweep.json` holds the settings of the sweep, so that
+a different sweep in the same workdir is rejected (see `changes`).
 """
 
 import contextlib
@@ -23,10 +23,12 @@ SWEEP_FILE = "sweep.json"
 
 
 class SweepFile:
-  """The file `sweep.json`, replaced atomically at each change.
+  """The file `sweep.json`, with the settings of a sweep and its chosen cells (settings of config fields).
+
+  The file is replaced atomically at each change.
 
   Args:
-    sweep: sweep whose workdir has the file. An earlier file there must belong to the same sweep.
+    sweep: sweep whose workdir has the file. If the file exists, it must belong to the same sweep.
   """
 
   def __init__(self, sweep: Sweep):
@@ -36,13 +38,13 @@ class SweepFile:
     self._write()
 
   def choose(self, choices: Mapping[str, Choice]) -> dict[str, str]:
-    """Write the chosen cells.
+    """Writes the chosen cell of each group to the file.
 
     Args:
-      choices: choice of each group.
+      choices: choice of each group, by the name of the group.
 
     Returns:
-      Label of the earlier choice, for each group whose choice has changed.
+      Label of the cell that was chosen before, for each group whose choice has changed.
     """
     old, new, changed = self._content["chosen"], {}, {}
     for group, choice in choices.items():
@@ -62,7 +64,7 @@ class SweepFile:
     return changed
 
   def finish(self) -> None:
-    """Write that all chosen cells are tested."""
+    """Writes to the file that all chosen cells are tested."""
     self._content["finished"] = True
     self._write()
 
@@ -72,10 +74,10 @@ class SweepFile:
 
 @contextlib.contextmanager
 def locked(sweep: Sweep) -> Iterator[SweepFile]:
-  """Create and lock the workdir of a sweep.
+  """Creates and locks the workdir of a sweep, and yields its `sweep.json`.
 
   Raises:
-    ConfigError: the workdir has another sweep or a run, or another process has locked it.
+    ConfigError: the workdir belongs to another sweep or to a run, or another process has locked it.
   """
   check(sweep)
   sweep.workdir.mkdir(parents=True, exist_ok=True)
@@ -92,10 +94,10 @@ def locked(sweep: Sweep) -> Iterator[SweepFile]:
 
 
 def check(sweep: Sweep) -> None:
-  """Check that the workdir has no other sweep and no run.
+  """Checks that the sweep's workdir does not belong to another sweep or to a run.
 
   Raises:
-    ConfigError: it has one.
+    ConfigError: the workdir belongs to another sweep or to a run.
   """
   if (sweep.workdir / "config.json").exists():
     raise ConfigError(
@@ -110,14 +112,15 @@ def check(sweep: Sweep) -> None:
 
 
 def changes(earlier: Mapping[str, Any], sweep: Sweep) -> list[str]:
-  """Differences that forbid to continue an earlier sweep with these settings, as text.
+  """Returns the changes of settings because of which a sweep cannot continue an earlier one, as texts.
 
-  The config must be the same, and the grid must keep all cells that have results. Once cells are chosen
-  (and perhaps tested), the settings of the choice must be the same and all seeds must stay. New cells
-  and new seeds are always allowed.
+  The config must be the same, and the grid must keep all cells (settings of the varied fields) that have
+  results. If the earlier sweep has already chosen cells, it may also have tested them. Then --per,
+  --select and --retrain must be the same, and all its seeds must stay. New cells and new seeds are
+  always allowed.
 
   Args:
-    earlier: content of the `sweep.json`.
+    earlier: content of the earlier sweep's `sweep.json`.
     sweep: the sweep to continue with.
   """
   base = config.flatten(config.from_json(json.dumps(earlier["fields"])))
@@ -160,15 +163,16 @@ def _read(path: Path) -> dict[str, Any]:
 def summarise(
   sweep: Sweep, choices: dict[str, Choice], finals: dict[str, list[Run]]
 ) -> list[results.Record]:
-  """Average the test records of each group over seeds.
+  """Averages the test records of each group over seeds.
 
   Args:
     sweep: the sweep.
-    choices: choice of each group.
-    finals: finished final runs of each group, one per seed.
+    choices: choice of each group, by the name of the group.
+    finals: finished runs that tested the chosen cell of each group, one per seed.
 
   Returns:
-    Records of the sweep's results.json, with the keys n, group, cell and workdir added.
+    Mean records for the sweep's results.json. They have four further keys: n (number of values), group,
+    cell (varied fields and their values) and workdir (workdirs of the runs).
   """
   keys = [key for key in results.KEYS if key != "commit"]
   summary = []
@@ -193,7 +197,7 @@ def summarise(
 
 
 def table(sweep: Sweep, choices: Mapping[str, Choice], records: Sequence[results.Record]) -> str:
-  """Text table with the chosen cell of each group and its validation and test values."""
+  """Returns a text table with the chosen cell of each group, and its validation and test values."""
   columns = list(dict.fromkeys(_column(record, records) for record in records))
   rows = [["group", "chosen", f"validation {sweep.by.metric}", *(f"test {c}" for c in columns)]]
   for group, choice in choices.items():
@@ -213,7 +217,10 @@ def table(sweep: Sweep, choices: Mapping[str, Choice], records: Sequence[results
 
 
 def _column(record: results.Record, records: Sequence[results.Record]) -> str:
-  """Heading of a record: its metric, and the keys that distinguish it from others in its group."""
+  """Returns the heading of a record's column in the table: its metric and the distinguishing keys.
+
+  These are the values of the keys in which records of the same group and metric differ.
+  """
   alternatives = [
     r for r in records if (r["group"], r["metric"]) == (record["group"], record["metric"])
   ]

@@ -1,4 +1,7 @@
-"""Execution of `byolx sweep`: train all cells, choose on validation images, test the chosen cells."""
+"""Executes `byolx sweep`: trains all cells, chooses on validation images, and tests the chosen cells.
+
+A cell is one setting of the varied config fields.
+"""
 
 import json
 import shlex
@@ -12,7 +15,7 @@ from byolx.sweeps.sweep import Choice, Sweep, cell_run, choose, final_runs, test
 
 
 def run(sweep: Sweep, jobs: int) -> list[Run]:
-  """Execute a sweep: train the cells, choose, test the chosen cells, write and print the results.
+  """Executes a sweep: trains its cells, chooses the best, tests them, and writes and prints the results.
 
   Finished runs are skipped, so the same call resumes a stopped sweep.
 
@@ -21,10 +24,10 @@ def run(sweep: Sweep, jobs: int) -> list[Run]:
     jobs: largest number of runs at the same time.
 
   Returns:
-    The runs that failed. If it is empty, results.json is written.
+    The runs that failed. If there are none, results.json is complete.
 
   Raises:
-    ConfigError: the workdir has another sweep, or a run has no validation record to compare.
+    ConfigError: the workdir has another sweep or a run, or a run has no validation record to compare.
     StoppedError: a signal stopped the sweep or one of its runs.
   """
   with record.locked(sweep) as sweep_file, Stop() as stop:
@@ -51,10 +54,13 @@ def run(sweep: Sweep, jobs: int) -> list[Run]:
 
 
 def missing(sweep: Sweep) -> list[str]:
-  """Commands that `run` would start now: unfinished cells, or if there are none, final tests.
+  """Returns the commands of the unfinished runs that `run` would start now.
+
+  These are the cells (settings of the varied fields) that are not trained yet. If all cells are trained,
+  they are the final runs, which test the chosen cells.
 
   Raises:
-    ConfigError: the workdir has another sweep, or a run has no validation record to compare.
+    ConfigError: the workdir has another sweep or a run, or a run has no validation record to compare.
   """
   record.check(sweep)
   unfinished = [r for r in (cell_run(sweep, cell) for cell in sweep.cells) if not r.finished()]
@@ -65,10 +71,10 @@ def missing(sweep: Sweep) -> list[str]:
 
 
 def _stage(runs: Sequence[Run], jobs: int, stop: Stop, describe: Callable[[Run], str]) -> list[Run]:
-  """Execute runs and return those that failed.
+  """Executes runs, and returns those that failed.
 
   Raises:
-    StoppedError: the sweep was stopped, or a run was stopped and none failed.
+    StoppedError: the sweep was stopped, or a run was stopped and no run failed.
   """
   outcome = run_all(runs, jobs, lambda: bool(stop.name), describe)
   finished = sum(r.finished() for r in runs)

@@ -1,4 +1,4 @@
-"""Choice of hyperparameters on validation images: the compared record of a run, and the best run."""
+"""Selects the validation record by which a sweep compares a run, and the best of several runs."""
 
 import dataclasses
 import math
@@ -14,11 +14,15 @@ _KEYS = ("protocol", "encoder", "labels")
 
 @dataclasses.dataclass(frozen=True)
 class By:
-  """Criterion of the choice: a metric, and values that select one of several records with it.
+  """Criterion by which a sweep compares runs: a metric on validation images.
+
+  A run may have several records of the same metric, for several protocols, encoders or shares of labels;
+  `only` says which of them is compared.
 
   Args:
     metric: name of the metric, such as "top1".
-    only: (key, value) pairs that the record must have; keys are protocol, encoder and labels.
+    only: (key, value) pairs that the compared record must have. The keys are "protocol", "encoder" and
+      "labels".
   """
 
   metric: str = "top1"
@@ -26,14 +30,14 @@ class By:
 
   @property
   def smaller(self) -> bool:
-    """Whether the smallest value is the best."""
+    """Whether the smallest value of the metric is the best."""
     return self.metric in SMALLER_IS_BETTER
 
   def __str__(self) -> str:
     return self.metric + ":" * bool(self.only) + ",".join(f"{k}={v}" for k, v in self.only)
 
   def show(self, value: float) -> str:
-    """Text of a value: shares in %, losses and errors as they are."""
+    """Returns a value of the metric as text: accuracies in %, losses and errors with 4 digits."""
     return f"{value:.4g}" if self.smaller else f"{100 * value:.1f} %"
 
 
@@ -41,7 +45,9 @@ TOP1 = By()
 
 
 def parse(text: str) -> By:
-  """Parse a criterion written as `METRIC[:KEY=VALUE,...]`.
+  """Parses a criterion of comparison, written as `METRIC[:KEY=VALUE,...]`.
+
+  Example: `top1:protocol=linear,encoder=online`.
 
   Raises:
     ConfigError: the text has another form, or an unknown key.
@@ -56,13 +62,14 @@ def parse(text: str) -> By:
 
 
 def record(records: Sequence[results.Record], by: By, origin: str) -> results.Record:
-  """Select the validation record by which a run is compared.
+  """Returns the validation record by which a run is compared with other runs.
 
-  If the run has records of several learning rates, this is the chosen one, or else the best one.
+  If several records match the criterion, because the run has several learning rates, the record of the
+  chosen rate is returned. If none is marked as chosen, the record with the best value is returned.
 
   Args:
-    records: records of the run's `results.json`.
-    by: criterion.
+    records: all records in the run's `results.json`.
+    by: metric that is compared, and values that the record must have, such as its protocol.
     origin: name of the run in error messages.
 
   Raises:
@@ -101,7 +108,14 @@ def _describe(candidate: results.Record) -> str:
 
 
 def best(values: Sequence[float], by: By) -> int:
-  """Index of the best value, or of the first of equal ones. A NaN or infinite value is the worst."""
+  """Returns the index of the best value, or of the first of several equal ones.
+
+  A NaN or infinite value counts as the worst.
+
+  Args:
+    values: at least one value of the metric of `by`.
+    by: criterion of comparison, which determines whether the largest or the smallest value is the best.
+  """
   sign = -1 if by.smaller else 1
   ranked = [sign * value if math.isfinite(value) else -math.inf for value in values]
   return ranked.index(max(ranked))
@@ -110,15 +124,18 @@ def best(values: Sequence[float], by: By) -> int:
 def edges(
   chosen: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], excluded: Sequence[str] = ()
 ) -> list[str]:
-  """Numeric fields in which the chosen cell has the smallest or the largest value of the grid.
+  """Describes the numeric fields in which the chosen cell is at an edge of the grid.
+
+  At an edge, the cell has the smallest or the largest value of the field in the grid. A better value may
+  then be outside the grid.
 
   Args:
     chosen: fields and values of the chosen cell.
     cells: fields and values of all compared cells, including the chosen one.
-    excluded: fields to skip.
+    excluded: names of fields to skip.
 
   Returns:
-    One text per field: `width=1, of 1 to 4`.
+    One text per field, such as `width=1, of 1 to 4`.
   """
   descriptions = []
   for name, value in chosen.items():

@@ -1,8 +1,9 @@
-"""Definition of a sweep: its cells, their runs, the choice among them, and the final runs.
+"""Defines a sweep: its cells, their runs, the choice among them, and the final runs.
 
-Appendix D.1: a validation set that is separate from the training and test images chooses the
-hyperparameters. The chosen cell is trained with several seeds, on training and validation images
-together if the protocol requires it (E.2, E.3), and tested once.
+A cell is one setting of the varied config fields. A validation set that is separate from the training
+and test images chooses the best cell (appendix D.1). The chosen cell is trained with several seeds and
+tested once per seed. If the protocol requires it (E.2, E.3), it is trained on training and validation
+images together.
 """
 
 import dataclasses
@@ -22,20 +23,20 @@ from byolx.sweeps.selection import By
 from byolx.tasks import TASKS, is_users_own
 
 ALL = "all"
-"""Name of the only group, if there are no grouping fields."""
+"""Name of the only group of cells in a sweep that has no grouping fields."""
 
 LONGEST_LABEL = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One candidate of a sweep.
+  """One candidate of a sweep: a setting of the varied config fields.
 
   Args:
     label: name of the cell and of its folder.
     fields: values of the varied config fields, in the fields' types.
     config: complete config of the cell's run.
-    group: name of the group of cells that it is compared with.
+    group: name of the group of cells with which the cell is compared.
   """
 
   label: str
@@ -48,15 +49,18 @@ class Cell:
 class Sweep:
   """Settings of a sweep; `build` makes and checks them.
 
+  A cell is one setting of the varied config fields. The final runs test the chosen cells.
+
   Args:
     config: config file, as FILE[:ARGS].
-    overrides: command-line overrides, each as `--config.FIELD=VALUE`.
-    workdir: workdir of the sweep.
+    overrides: command-line overrides of the config, each as `--config.FIELD=VALUE`.
+    workdir: folder of the sweep, for its results and its runs.
     cells: all cells.
-    per: grouping fields: one cell is chosen for each combination of their values.
-    by: criterion of the choice.
+    per: names of grouping fields: one cell is chosen for each combination of their values.
+    by: criterion of the choice: a metric on validation images, such as top-1.
     seeds: seeds of the final runs.
-    retrain: True to test cells that are trained again, on training and validation images together.
+    retrain: whether a chosen cell is trained again before the test, on training and validation images
+      together.
     base: config with the overrides, without the values of a cell.
   """
 
@@ -72,7 +76,7 @@ class Sweep:
 
   @property
   def groups(self) -> dict[str, list[Cell]]:
-    """Cells by group, in the order of the grid."""
+    """The cells of each group, by the name of the group, in the order of the grid."""
     groups: dict[str, list[Cell]] = {}
     for cell in self.cells:
       groups.setdefault(cell.group, []).append(cell)
@@ -81,13 +85,14 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The best cell of a group on validation images.
+  """The cell of a group that is the best on validation images.
 
   Args:
     cell: the chosen cell.
-    record: its validation record.
-    validation: validation value of each cell of the group, by label.
-    edges: descriptions of numeric fields in which the cell is at an edge of the grid.
+    record: record of the chosen cell on validation images.
+    validation: value of each cell of the group on validation images, by the cell's label.
+    edges: descriptions of the numeric fields in which the chosen cell has the smallest or the largest
+      value of the grid.
   """
 
   cell: Cell
@@ -107,17 +112,21 @@ def build(
   seeds: Sequence[int] = (),
   retrain: bool = False,
 ) -> Sweep:
-  """Load and check all configs of a sweep, without any run.
+  """Loads and checks the configs of all cells of a sweep, without starting a run.
+
+  A cell is one setting of the varied config fields. The final runs test the chosen cells.
 
   Args:
     path: config file, as FILE[:ARGS].
-    overrides: command-line overrides, each as `--config.FIELD=VALUE`.
-    specs: grids, each as NAME or FIELD=VALUE,...; the sweep runs their product.
-    workdir: workdir of the sweep.
-    per: grouping fields, in addition to those of named grids.
-    by: criterion of the choice.
+    overrides: command-line overrides of the config, each as `--config.FIELD=VALUE`.
+    specs: grids, each a name or FIELD=VALUE,... The sweep runs the Cartesian product of the grids.
+    workdir: folder of the sweep, for its results and its runs.
+    per: names of grouping fields, in addition to those of named grids. One cell is chosen for each
+      combination of their values.
+    by: criterion of the choice: a metric on validation images, such as top-1.
     seeds: seeds of the final runs; if empty, the seed of the config.
-    retrain: True to test cells that are trained again, on training and validation images together.
+    retrain: whether a chosen cell is trained again before the test, on training and validation images
+      together.
 
   Raises:
     ConfigError: a grid, field or value is invalid, or two cells have the same label.
@@ -145,7 +154,17 @@ def build(
 
 
 def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) -> None:
-  """Check a cell's config for errors that would otherwise appear only after the cells have run."""
+  """Checks the config of a cell for errors that would otherwise appear only after all cells have run.
+
+  Args:
+    cell: config of the cell's run.
+    varied: names of the config fields that the grid varies.
+    by: criterion of comparison.
+    retrain: whether the chosen cell is trained again on training and validation images together.
+
+  Raises:
+    ConfigError: the config does not fit the criterion, the grid or --retrain.
+  """
   kind = TASKS[cell.task]
   if not (kind.selects or retrain):
     raise ConfigError(
@@ -170,7 +189,13 @@ def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) 
 
 
 def _check_labels(cells: Sequence[Cell], per: Sequence[str]) -> None:
-  """Check that labels, which are names of folders, are distinct and not too long."""
+  """Checks that the labels of cells, which are names of folders, are distinct and not too long.
+
+  Also checks that groups with different values of the grouping fields `per` have different names.
+
+  Raises:
+    ConfigError: a label is repeated or too long, or two groups have the same name.
+  """
   labels = [cell.label for cell in cells]
   if repeated := [label for label in labels if labels.count(label) > 1]:
     raise ConfigError(f"--grid: two cells are called {repeated[0]}; expected different cells")
@@ -198,7 +223,7 @@ def _cell(path: str, overrides: Sequence[str], fields: grids.Cell, per: Sequence
 
 
 def cell_run(sweep: Sweep, cell: Cell) -> Run:
-  """Run that trains and validates a cell, without test images."""
+  """Returns the run that trains a cell and measures it on validation images, but not on test images."""
   overrides = (*sweep.overrides, *grids.overrides(cell.fields), "--config.eval.test=False")
   return _train(sweep, cell.label, sweep.workdir / "cells" / cell.label, overrides)
 
@@ -213,16 +238,16 @@ def _train(sweep: Sweep, name: str, workdir: Path, overrides: Sequence[str]) -> 
 
 
 def choose(sweep: Sweep) -> dict[str, Choice]:
-  """Choose the cell with the best validation value in each group; of equal ones, the first.
+  """Chooses the cell with the best validation value in each group; the first of several equal ones.
 
   Args:
     sweep: sweep whose cells are all finished.
 
   Returns:
-    Choice of each group, by name.
+    Choice of each group, by the name of the group.
 
   Raises:
-    ConfigError: a cell has no validation record for the criterion.
+    ConfigError: a cell has no validation record for the sweep's criterion.
   """
   choices = {}
   for group, cells in sweep.groups.items():
@@ -238,21 +263,24 @@ def choose(sweep: Sweep) -> dict[str, Choice]:
 
 
 def validation(sweep: Sweep, label: str) -> results.Record:
-  """Validation record by which a finished cell is compared.
+  """Returns the validation record by which a finished cell is compared with other cells.
 
   Args:
     sweep: the sweep.
     label: label of the cell.
 
   Raises:
-    ConfigError: the cell has no such record.
+    ConfigError: the cell has no validation record for the sweep's criterion.
   """
   workdir = sweep.workdir / "cells" / label
   return selection.record(results.read(workdir), sweep.by, str(workdir))
 
 
 def final_runs(sweep: Sweep, choices: dict[str, Choice]) -> dict[str, list[Run]]:
-  """Final runs of each group, which are tested: one per seed, in the order of the seeds."""
+  """Returns the final runs of each group, which test the chosen cell.
+
+  There is one run per seed, in the order of the sweep's seeds.
+  """
   return {
     group: [_final(sweep, group, choice, seed) for seed in sweep.seeds]
     for group, choice in choices.items()
@@ -281,14 +309,17 @@ def _final(sweep: Sweep, group: str, choice: Choice, seed: int) -> Run:
 
 
 def _own_task(sweep: Sweep, cell: Cell) -> list[str]:
-  """Argument that gives `byolx eval` the user's own task; none for a task of this package."""
+  """Returns the argument of `byolx eval` that loads the user's own task from the config file.
+
+  The list is empty for a task of this package.
+  """
   if not is_users_own(cell.config.task):
     return []
   return [f"--tasks={sweep.config.partition(':')[0]}"]
 
 
 def tested(run: Run) -> list[results.Record]:
-  """Test records of a finished run, at its chosen learning rate if it has several.
+  """Returns the test records of a finished run; only those of the chosen learning rate if it has several.
 
   Raises:
     ConfigError: the run has no test records.

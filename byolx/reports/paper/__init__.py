@@ -1,4 +1,5 @@
-"""The paper's tables of results (appendices D to J), with the conditions for runs that measure them.
+"""The paper's tables of results (appendices D to J), and the conditions that a run must meet to measure
+a cell of a table.
 
 Numbers and units are those printed in the appendices. Tables 6 and 10 are missing since they hold
 settings, not results. Tables 1 to 5 are missing since they are not in the appendices.
@@ -42,7 +43,7 @@ _ALL = (
 )
 
 TABLES: Mapping[str, Table] = {table.number: table for table in _ALL}
-"""All tables, by number."""
+"""All tables of results, by their number in the paper, such as "9" or "14a"."""
 
 __all__ = [
   "LEFT_OPEN",

@@ -1,4 +1,8 @@
-"""Appendices G.1 to G.3: projector and predictor, rates, batch size, augmentations (Tables 14 to 17)."""
+"""Tables 14 to 17 (appendices G.1 to G.3).
+
+They vary the projector and predictor, the learning rate and weight decay, the batch size and the
+augmentations.
+"""
 
 from byolx.reports.paper.settings import ablation, pretrained
 from byolx.reports.paper.table import Column, Condition, Table, best, row, spread
@@ -130,7 +134,11 @@ TABLE_16 = Table(
 
 
 def _both(**fields: float) -> Condition:
-  """Condition with the same fields for both views of the pretraining."""
+  """Returns a condition that requires the same augmentation settings for both views of the pretraining.
+
+  Args:
+    **fields: names of augmentation settings of a view, with their values.
+  """
   return Condition(
     pretrain={
       f"views.{view}.{name}": x for view in ("view1", "view2") for name, x in fields.items()

@@ -1,4 +1,4 @@
-"""Appendix D: linear evaluation, fine-tuning and supervised training on ImageNet (Tables 7 to 9)."""
+"""Tables 7 to 9 (appendix D): linear evaluation, fine-tuning and supervised training on ImageNet."""
 
 from byolx.reports.paper.settings import LINEAR, PRETRAINING_VIEWS, finetuned, linear, supervised
 from byolx.reports.paper.table import Column, Condition, Table, best, row
@@ -11,7 +11,13 @@ def _network(depth: int, width: int) -> Condition:
 
 
 def _variation(pretrain_views: bool, regularised: bool) -> Condition:
-  """Variation of linear evaluation in appendix D.1, regularised with alpha = 20 and beta = 0.01."""
+  """Returns the condition of one of the four variants of linear evaluation in appendix D.1.
+
+  Args:
+    pretrain_views: whether the classifier is trained with the augmentations of the pretraining, rather
+      than with crops and flips only.
+    regularised: whether the logits are regularised, with alpha = 20 and beta = 0.01.
+  """
   views = PRETRAINING_VIEWS if pretrain_views else {"classify.views": LINEAR["classify.views"]}
   return Condition(
     config={

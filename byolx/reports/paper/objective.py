@@ -1,4 +1,7 @@
-"""Appendices G.4 to G.6 and J: loss, target, predictor (Tables 18 to 22), and results in the text."""
+"""Tables 18 to 22 (appendices G.4 to G.6 and J), and the results that the appendices state in their text.
+
+The tables vary the loss, the target network, and the predictor with its learning rate.
+"""
 
 from byolx.reports.paper.settings import RESNET50, ablation, linear, pretrained
 from byolx.reports.paper.table import Cell, Column, Condition, Table, best, row, spread
@@ -53,7 +56,12 @@ TABLE_18 = Table(
 
 
 def _variant(predictor: bool, target: str) -> Condition:
-  """Condition of a variant without negatives (beta = 0): values of two `byol` fields."""
+  """Returns the condition of a variant of BYOL that has no negative examples (beta = 0, Table 19).
+
+  Args:
+    predictor: whether the variant has a predictor.
+    target: kind of target network, a value of the config field `byol.target`.
+  """
   return pretrained({"byol.predictor": predictor, "byol.target": target})
 
 

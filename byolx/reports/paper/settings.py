@@ -1,8 +1,9 @@
-"""Protocols of the paper's tables: settings of pretraining, evaluation and supervised training.
+"""Settings of pretraining, evaluation and supervised training in the paper's tables.
 
-A measured run matches a cell of a table only if it has all values of the cell's protocol. Each config
-field is in one of three places: in a protocol (`MAIN`, `LINEAR`, `SEMI_SUPERVISED`, `SUPERVISED`), in
-`LEFT_OPEN` if the paper does not state it, or in `WITHOUT_EFFECT` if no number depends on it.
+A protocol is a set of required values of config fields. A measured run matches a cell of a table only
+if it has all values of the cell's protocol. Each config field is in one of three places: in a protocol
+(`MAIN`, `LINEAR`, `SEMI_SUPERVISED`, `SUPERVISED`), in `LEFT_OPEN` if the paper does not state it, or in
+`WITHOUT_EFFECT` if no number depends on it.
 """
 
 from collections.abc import Mapping
@@ -94,12 +95,12 @@ ABLATIONS: Mapping[str, Any] = {
   "optim.weight_decay": 1e-6,
   "train.epochs": 300.0,
 }
-"""Pretraining settings of the baseline of appendices G and J."""
+"""Pretraining settings of the baseline run of appendices G and J, which the ablations change."""
 
 RESNET50: Mapping[str, Any] = {"model.arch": "resnet50", "model.width": 1.0}
 
 ONLINE: Mapping[str, Any] = {"init.encoder": "online"}
-"""Evaluated encoder: that of the online network (appendix A)."""
+"""Setting that the evaluated encoder is that of the online network, not of the target (appendix A)."""
 
 # Settings of the first view: T in Table 6.
 _FIRST_VIEW = {
@@ -129,7 +130,7 @@ _CLASSIFICATION = {
 }
 
 LOCAL_VALIDATION: Mapping[str, Any] = {"data.validation": "last_10009"}
-"""ImageNet's local validation set (appendices D.1 and E.1)."""
+"""Setting of ImageNet's validation images: the last 10,009 training images (appendices D.1 and E.1)."""
 
 _LINEAR_RATES = (0.4, 0.3, 0.2, 0.1, 0.05)
 
@@ -140,10 +141,13 @@ LINEAR: Mapping[str, Any] = {
   "optim.rates": OneOf((_LINEAR_RATES, *((rate,) for rate in _LINEAR_RATES))),
   "train.epochs": 80.0,
 }
-"""Linear evaluation (appendix D.1) on any data set. Validation images choose the learning rate."""
+"""Settings of linear evaluation (appendix D.1) on any data set. Validation images choose the rate."""
 
 PRETRAINING_VIEWS: Mapping[str, Any] = {"classify.views": "pretrain", **_FIRST_VIEW}
-"""Training views of the variation in appendix D.1: those of Table 6."""
+"""Settings of linear evaluation that trains with the augmentations of the pretraining (appendix D.1).
+
+These are the augmentations T of Table 6, those of the first view.
+"""
 
 SEMI_SUPERVISED: Mapping[str, Any] = {
   **_CLASSIFICATION,
@@ -154,7 +158,7 @@ SEMI_SUPERVISED: Mapping[str, Any] = {
   "optim.base_rate": OneOf((0.01, 0.02, 0.05, 0.1, 0.005)),
   "train.epochs": OneOf((30.0, 50.0)),
 }
-"""Fine-tuning (appendix D.1). Validation images choose the learning rate and the epochs."""
+"""Settings of fine-tuning (appendix D.1). Validation images choose the learning rate and the epochs."""
 
 SUPERVISED: Mapping[str, Any] = {
   **{name: value for name, value in _CLASSIFICATION.items() if name != "train.batch_size"},
@@ -167,7 +171,10 @@ SUPERVISED: Mapping[str, Any] = {
   "optim.warmup_epochs": 5.0,
   "train.epochs": 200.0,
 }
-"""Supervised baselines, trained from scratch (D.2). The paper does not state batch size and rate."""
+"""Settings of the supervised baselines, which are trained from scratch (appendix D.2).
+
+The paper states neither their batch size nor their learning rate.
+"""
 
 _OPEN_NETWORK = {
   "model.padding": "same",
@@ -208,10 +215,10 @@ LEFT_OPEN: Mapping[str, Mapping[str, Any]] = {
     "classify.randaugment.interpolation": "nearest",
   },
 }
-"""By task: fields that the paper does not state, with the values of the shipped configs.
+"""Fields that the paper does not state, with their values in the shipped configs, by task.
 
-A run with other values of these fields still follows the paper's protocol. `byolx report` lists such
-values.
+A run with other values of these fields still follows the paper's protocol. `byolx report` lists the
+values that differ.
 """
 
 NOT_STATED: Mapping[str, tuple[str, ...]] = {
@@ -220,10 +227,10 @@ NOT_STATED: Mapping[str, tuple[str, ...]] = {
   "finetune": ("optim.schedule", "optim.warmup_epochs", "optim.batch_scaling"),
   "supervised": ("optim.batch_scaling", "data.validation"),
 }
-"""By task: fields that the paper does not state but that belong to the protocol nevertheless.
+"""Fields that the paper does not state, but that a run must share with the shipped configs, by task.
 
-Their values are those of the authors' code or our own. They are compared because the paper's learning
-rates depend on them.
+Their values are those of the authors' code or our own. A run with other values does not match the
+paper's tables, because the paper's learning rates depend on these fields.
 """
 
 _CUSTOM_NETWORK = ("model.blocks", "model.channels", "model.strides", "model.bottleneck")
@@ -259,62 +266,67 @@ WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
     *_ANY_TASK,
   ),
 }
-"""By task: fields on which no number of the shipped configs depends; "byol." means a whole group.
+"""Fields that cannot change any number of the shipped configs, by task.
 
-`task`, `data.source`, `data.labels` and `data.label_list` are not listed here: they are in the records of
-a run, which are compared as well.
+A name that ends with a dot, such as "byol.", stands for all fields of a group. `data.source`,
+`data.labels`, `data.label_list` and, except for pretraining, `task` are not listed here: the record of a
+run shows their values, and records are compared as well.
 """
 
 
 def measured(task: str, metric: str = "top1", data: str = "imagenet") -> Mapping[str, Any]:
-  """Required keys of a record on test images, for training with all labels.
+  """Returns the values that a record on test images must have, for training with all labels.
 
   Args:
-    task: "linear", "finetune" or "supervised".
-    metric: "top1" or "top5".
+    task: name of the task, "linear", "finetune" or "supervised".
+    metric: name of the metric, "top1" or "top5".
     data: name of the data set.
 
   Returns:
-    Values of the keys task, protocol, metric, split, labels and data.
+    Values of the record's keys task, protocol, metric, split, labels and data.
   """
   keys = {"task": task, "protocol": task, "metric": metric, "split": "test", "labels": 1.0}
   return {**keys, "data": data}
 
 
 def linear(metric: str) -> Condition:
-  """Condition of linear evaluation on ImageNet with an encoder pretrained by `MAIN` (D.1).
+  """Returns the condition of linear evaluation on ImageNet (D.1), for an encoder pretrained by `MAIN`.
 
   Args:
-    metric: "top1" or "top5".
+    metric: name of the metric, "top1" or "top5".
   """
   record = {**measured("linear", metric), "pretrained_on": "imagenet"}
   return Condition(record, {**LINEAR, **LOCAL_VALIDATION}, MAIN)
 
 
 def finetuned(metric: str) -> Condition:
-  """Condition of fine-tuning on all labels of ImageNet with a ResNet-50 pretrained by `MAIN` (D.1).
+  """Returns the condition of fine-tuning on all labels of ImageNet (D.1).
+
+  The encoder is a ResNet-50 that was pretrained with the settings `MAIN`.
 
   Args:
-    metric: "top1" or "top5".
+    metric: name of the metric, "top1" or "top5".
   """
   record = {**measured("finetune", metric), "pretrained_on": "imagenet"}
   return Condition(record, {**SEMI_SUPERVISED, **RESNET50}, MAIN)
 
 
 def supervised(metric: str) -> Condition:
-  """Condition of a supervised baseline on ImageNet (D.2).
+  """Returns the condition of a supervised baseline on ImageNet (D.2).
 
   Args:
-    metric: "top1" or "top5".
+    metric: name of the metric, "top1" or "top5".
   """
   return Condition(measured("supervised", metric), SUPERVISED)
 
 
 def ablation(metric: str) -> Condition:
-  """Condition of linear evaluation with a ResNet-50 pretrained by `ABLATIONS` (appendices G and J).
+  """Returns the condition of linear evaluation on ImageNet in the ablations (appendices G and J).
+
+  The encoder is a ResNet-50 that was pretrained with the settings `ABLATIONS`.
 
   Args:
-    metric: "top1" or "top5".
+    metric: name of the metric, "top1" or "top5".
   """
   config = {**LINEAR, **LOCAL_VALIDATION, **RESNET50}
   record = {**measured("linear", metric), "pretrained_on": "imagenet"}
@@ -322,9 +334,9 @@ def ablation(metric: str) -> Condition:
 
 
 def pretrained(fields: Mapping[str, Any]) -> Condition:
-  """Condition of a row that changes fields of the column's pretraining.
+  """Returns the condition of a table row that changes settings of the pretraining.
 
   Args:
-    fields: values of config fields of the pretraining run.
+    fields: changed config fields of the pretraining run, with their values.
   """
   return Condition(pretrain=fields)

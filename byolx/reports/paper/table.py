@@ -1,4 +1,4 @@
-"""Tables of the paper: columns, rows, cells, and the conditions for runs that measure them."""
+"""Classes for the paper's tables, and for the conditions that a run must meet to measure a cell."""
 
 import dataclasses
 import functools
@@ -16,22 +16,23 @@ NETWORK = ("model.arch", "model.width")
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-  """Values of a field among which the paper chooses on validation images."""
+  """Allowed values of a config field, among which the paper chooses on validation images."""
 
   values: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-  """Condition for a measured run to be a cell of a table: required values of keys and fields.
+  """Values that a run must have to measure a cell of a table.
 
   Args:
-    record: required values of keys of the run's record in results.json.
-    config: required values of config fields of the run. A value may be a `OneOf`.
-    pretrain: required values of config fields of the encoder's pretraining run. A value may be a
+    record: required values in the run's record, an entry of results.json.
+    config: required values of config fields of the run. A value may be a `OneOf`: several allowed values.
+    pretrain: required values of config fields of the run that pretrained the encoder. A value may be a
       `OneOf`.
-    origin_known: True to reject records without facts on the encoder's pretraining, such as those of
-      converted weights; False to compare `pretrained_on` and `pretrain` only if the record has them.
+    origin_known: whether to reject a record that does not say how its encoder was pretrained, as for
+      converted weights. If False, the record's `pretrained_on` and `pretrain` are compared only if the
+      record has them.
   """
 
   record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -40,7 +41,7 @@ class Condition:
   origin_known: bool = False
 
   def but(self, other: "Condition") -> "Condition":
-    """Combine two conditions. Where both have a value, that of `other` counts."""
+    """Returns both conditions combined. Where both have a value, the value of `other` is used."""
     return Condition(
       {**self.record, **other.record},
       {**self.config, **other.config},
@@ -54,10 +55,10 @@ class Cell:
   """One number of a table.
 
   Args:
-    value: number in the unit of its column; None if the paper has none.
-    interval: half the range over seeds, in the same unit; None if the paper omits it, as it does below
-      0.25 points (appendix G).
-    best: True if the paper prints the number in bold.
+    value: number in the unit of its column; None if the paper has no number here.
+    interval: half the range over seeds, in the unit of the column; None if the paper does not print it.
+      The paper omits intervals below 0.25 points (appendix G).
+    best: whether the paper prints the number in bold.
   """
 
   value: float | None
@@ -67,17 +68,17 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column of numbers.
+  """A column of numbers in a table.
 
   Args:
     name: heading of the column in the paper.
-    group: heading above several columns, or "".
-    condition: condition that all measured cells of the column share; None if this library cannot
-      measure any of them yet.
-    unit: "%", "m" (metres), or "" for a ratio.
-    higher_is_better: True if the largest value is the best.
+    group: heading that the column shares with its neighbours; "" if it shares none.
+    condition: condition that all measured cells of the column share; None if this library cannot yet
+      measure any of them.
+    unit: unit of the numbers: "%", "m" (metres), or "" for a ratio.
+    higher_is_better: whether the largest value is the best.
     decimals: number of printed decimals.
-    theirs: True for numbers of other publications.
+    theirs: whether the numbers come from other publications.
   """
 
   name: str
@@ -90,7 +91,7 @@ class Column:
 
   @property
   def title(self) -> str:
-    """Group and name of the column, as one line."""
+    """The column's group and name on one line."""
     return f"{self.group} {self.name}".strip()
 
 
@@ -99,11 +100,11 @@ class Row:
   """A row of a table.
 
   Args:
-    labels: texts before the numbers, one per heading of the table.
-    cells: numbers, one per column.
-    condition: condition that the measured cells of the row add to those of the columns; None if this
-      library cannot measure any of them yet.
-    theirs: True for numbers of other publications.
+    labels: texts before the numbers, one per label heading of the table.
+    cells: cells with the numbers, one per column.
+    condition: condition that the row's measured cells must meet besides that of their column; None if
+      this library cannot yet measure any of them.
+    theirs: whether the numbers come from other publications.
   """
 
   labels: tuple[str, ...]
@@ -117,15 +118,16 @@ class Table:
   """One table of results.
 
   Args:
-    number: number of the table in the paper, such as "9" or "14a"; "text" for results in the text.
+    number: number of the table in the paper, such as "9" or "14a". The number "text" is for results that
+      the appendices state in their text.
     caption: shortened caption.
-    headings: headings of the labels.
+    headings: headings of the row labels.
     columns: columns of numbers.
-    rows: rows with one label per heading and one cell per column.
-    note: remark below the table, or "".
+    rows: rows, with one label per heading and one cell per column.
+    note: remark below the table; "" if there is none.
 
   Raises:
-    ValueError: a row has another number of labels or cells.
+    ValueError: a row does not have one label per heading and one cell per column.
   """
 
   number: str
@@ -145,10 +147,10 @@ class Table:
 
   @functools.cached_property
   def defining(self) -> tuple[frozenset[str], frozenset[str]]:
-    """Fields that distinguish the rows, in the config and in the pretraining config.
+    """Fields that distinguish the rows: those of the config, and those of the pretraining config.
 
-    These are the network and the fields in which the condition of a row changes that of its column. All
-    other fields belong to the table's protocol.
+    These are the network, and the fields for which a row's condition has another value than its
+    column's. All other fields belong to the protocol of the table.
     """
     config, pretrain = set(NETWORK), set[str]()
     for row, column in itertools.product(self.rows, self.columns):
@@ -158,20 +160,28 @@ class Table:
     return frozenset(config), frozenset(pretrain)
 
   def condition(self, row: Row, column: Column) -> Condition | None:
-    """Condition for a run to measure a cell; None if no run can, for the reason given by `status`."""
+    """Returns the condition for a run to measure a cell, or None if no run can measure it.
+
+    `status` returns the reason for None.
+    """
     if row.theirs or column.theirs or row.condition is None or column.condition is None:
       return None
     return column.condition.but(row.condition)
 
   def status(self, row: Row, column: Column) -> str:
-    """Status of a cell: `MEASURABLE` by this library, `NOT_MEASURABLE` yet, or `OTHER_WORK`."""
+    """Returns the status of a cell.
+
+    Returns:
+      `MEASURABLE` if this library can measure the cell, `NOT_MEASURABLE` if it cannot yet, or
+      `OTHER_WORK` if the number comes from another publication.
+    """
     if row.theirs or column.theirs:
       return OTHER_WORK
     return MEASURABLE if self.condition(row, column) else NOT_MEASURABLE
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-  """Names that are in both mappings, with different values."""
+  """Returns the names that are in both mappings with different values."""
   return {name for name, value in after.items() if name in before and before[name] != value}
 
 
@@ -181,16 +191,23 @@ def row(
   condition: Condition | None = None,
   theirs: bool = False,
 ) -> Row:
-  """Make a row from cells or plain numbers."""
+  """Returns a row of a table, whose cells may be given as plain numbers.
+
+  Args:
+    *labels: texts before the numbers.
+    cells: cells or numbers, one per column; None where the paper has no number.
+    condition: condition that the row adds to those of the columns; None if it cannot be measured yet.
+    theirs: whether the numbers come from other publications.
+  """
   row_cells = tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)
   return Row(labels, row_cells, condition, theirs)
 
 
 def best(value: float) -> Cell:
-  """Cell with a number that the paper prints in bold."""
+  """Returns a cell with a number that the paper prints in bold."""
   return Cell(value, best=True)
 
 
 def spread(value: float, interval: float) -> Cell:
-  """Cell with a number and its interval: value ± interval."""
+  """Returns a cell with a number and its interval, printed as value ± interval."""
   return Cell(value, interval)

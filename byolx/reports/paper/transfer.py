@@ -1,4 +1,4 @@
-"""Appendices E and F: transfer to other tasks and data sets (Tables 11 to 13)."""
+"""Tables 11 to 13 (appendices E and F): transfer to other tasks and data sets."""
 
 from byolx.reports.paper.settings import LINEAR, LOCAL_VALIDATION, MAIN, RESNET50, measured
 from byolx.reports.paper.table import Column, Condition, Table, best, row
@@ -47,7 +47,13 @@ TABLE_12 = Table(
 
 
 def _on(data: str) -> Condition:
-  """Condition of D.1's linear evaluation on a data set, with a ResNet-50 pretrained by `MAIN`."""
+  """Returns the condition of linear evaluation (appendix D.1) on a data set.
+
+  The encoder is a ResNet-50 that was pretrained with the settings `MAIN`.
+
+  Args:
+    data: name of the data set, "imagenet" or "places365".
+  """
   # The paper names no validation images of Places365.
   validation = LOCAL_VALIDATION if data == "imagenet" else {}
   config = {**LINEAR, **RESNET50, **validation}

@@ -142,7 +142,7 @@ class Views(Transform):
 
   @property
   def brightness_rule(self) -> str:
-    """Brightness rule of the first view, "additive" or "multiplicative"; the config sets one for all views."""
+    """Brightness rule of the first view, "additive" or "multiplicative"; all views have the same."""
     return self.specs[0].brightness_rule
 
   @property

@@ -68,6 +68,7 @@ class Job:
 
 
 def _field(override: str) -> str:
+  """Returns the field's name in an argument `--config.FIELD=VALUE`."""
   return override.removeprefix("--config.").partition("=")[0]
 
 

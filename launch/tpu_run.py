@@ -143,6 +143,11 @@ class Launcher:
     return shlex.join(self._tpu.delete_queued() if self._tpu.queued else self._tpu.delete())
 
   def _run(self, job: Job) -> int:
+    """Runs a job to its end, with restarts after preemptions and stops; returns its exit code.
+
+    Raises:
+      LaunchError: the launch cannot continue, or there were too many restarts.
+    """
     restarts = 0
     self._log = Log()
     while True:
@@ -348,6 +353,11 @@ class Launcher:
     self._report(f"complete logs are in {job.workdir}/logs; the same command starts the run again")
 
   def _conclude(self, failed: bool) -> None:
+    """Deletes the TPU at the end, unless the plan keeps it or the launcher did not create it.
+
+    Args:
+      failed: whether a job failed.
+    """
     if not self._owned:
       if self._started:
         self._report(f"{self._tpu.name} was not created by this launcher: it is not deleted")
@@ -361,6 +371,7 @@ class Launcher:
     self._report(f"{self._tpu.name} is deleted")
 
   def _abandon(self) -> None:
+    """Deletes the TPU after an error; if the deletion fails too, only prints why."""
     try:
       self._delete()
       self._report(f"{self._tpu.name} is deleted")
@@ -368,6 +379,12 @@ class Launcher:
       self._report(f"error: {error}")
 
   def _require(self, action: str, command: list[str]) -> Answer:
+    """Runs a command with retries and returns the result; raises LaunchError if it fails.
+
+    Args:
+      action: description of the command for the error message, such as "installing".
+      command: words of the command.
+    """
     answer = self._try(command)
     if answer.code:
       raise self._error(action, command, answer)

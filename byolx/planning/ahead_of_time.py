@@ -113,7 +113,7 @@ def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | N
 
 
 def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stages.Compiled:
-  """Compiles a program, and prints to stderr how long that usually takes.
+  """Compiles a program, and prints to stderr how long the compilation usually takes.
 
   If stderr is a terminal, the elapsed time is also printed. Ctrl-C interrupts at once, because the
   compiler runs in a daemon thread. Errors of the compiler are raised unchanged.
@@ -163,7 +163,8 @@ def _measure(compiled: jax.stages.Compiled, topology: tpu.Topology) -> Figures:
   accessed = cost.get("bytes accessed", 0.0) * planning_costs.loop_factor(
     program, planning_costs.traffic
   )
-  # On newer TPUs the analysis rates some instructions at -1 second: work at peak rate is the bound.
+  # On newer TPUs the analysis rates some instructions at -1 second. The time is then too short, and
+  # the work divided by the peak rates is a better bound.
   generation = topology.generation
   optimal = cost.get("optimal_seconds", 0.0) * planning_costs.loop_factor(
     program, planning_costs.time
@@ -204,7 +205,12 @@ def _bytes_needed(message: str, topology: tpu.Topology) -> int:
 
 
 def _key(text: str, name: str) -> str:
-  """Returns the cache key of a program: a hash of its text, the slice's name and the versions."""
+  """Returns the cache key of a program, a hash of its text, the slice and jax's and libtpu's versions.
+
+  Args:
+    text: text of the lowered program.
+    name: name of the TPU slice, such as v3:16x16.
+  """
   versions = json.dumps([FORMAT, name, jax.__version__, tpu.version()])
   return hashlib.sha256(f"{versions}\n{text}".encode()).hexdigest()[:32]
 

@@ -51,7 +51,7 @@ class Cost:
   Args:
     name: name of the instruction in the program.
     kind: kind of work, such as "reductions" or "all-reduce".
-    opcode: operation, such as `fusion`.
+    opcode: operation, such as `convolution`.
     shape: shape of the result as text, such as `f32[2,3]`.
     source: jax operation that the instruction comes from, such as `jit(step)/dot_general`; empty if
       the program does not name it.
@@ -166,7 +166,8 @@ def flops(program: Program, computation: str, instruction: Instruction) -> float
   """Returns the floating-point operations of one execution of an instruction.
 
   Multiplications and additions of convolutions and matrix products are counted, also inside a
-  fusion, and also where a convolution multiplies padding. Other instructions count as 0.
+  fusion (several instructions combined into one), and also where a convolution multiplies padding.
+  Other instructions count as 0.
 
   Args:
     program: parsed program.
@@ -191,6 +192,8 @@ def flops(program: Program, computation: str, instruction: Instruction) -> float
 
 def traffic(program: Program, computation: str, instruction: Instruction) -> float:
   """Returns the bytes that an instruction reads and writes, as if all arrays were in main memory.
+
+  Loops, and instructions that touch no data, such as `tuple`, count as 0.
 
   Args:
     program: parsed program.
@@ -217,13 +220,14 @@ def time(program: Program, computation: str, instruction: Instruction) -> float:
 def _collectives_in(program: Program, instruction: Instruction) -> list[tuple[str, int]]:
   """Returns the kind and the result's bytes of every collective that an instruction executes.
 
-  Collectives are communications between cores, such as "all-reduce"; a fusion may contain several.
+  Collectives are communications between cores, such as "all-reduce". A fusion, which combines
+  several instructions into one, may contain several collectives.
   """
   kind = instruction.opcode.removesuffix("-start")
   if kind in COLLECTIVES:
     shape = instruction.shape
     if instruction.opcode != kind and kind != "all-reduce" and shape.startswith("("):
-      shape = parts(shape)[1]  # a start has its operands before its results
+      shape = parts(shape)[1]  # a start instruction's shape has operands before results
     return [(kind, size(shape))]
   if instruction.opcode != "fusion":
     return []
@@ -244,7 +248,10 @@ def _kind(program: Program, instruction: Instruction) -> str:
 
 
 def _opcodes(program: Program, instruction: Instruction) -> set[str]:
-  """Returns the operation of an instruction; for a fusion, those of all fused instructions."""
+  """Returns the operation of an instruction, such as {"reduce"}.
+
+  For a fusion, which combines several instructions into one, it is the set of all their operations.
+  """
   if instruction.opcode != "fusion":
     return {instruction.opcode}
   bodies = [program.computations.get(name, ()) for name in instruction.called("calls")]
@@ -252,11 +259,13 @@ def _opcodes(program: Program, instruction: Instruction) -> set[str]:
 
 
 def _operand_shape(program: Program, computation: str, instruction: Instruction, index: int) -> str:
+  """Returns the shape of an instruction's input number `index` as text; empty if it is unknown."""
   operand = program.find(computation, instruction.operands[index])
   return operand.shape if operand else ""
 
 
 def _convolution_flops(program: Program, computation: str, convolution: Instruction) -> float:
+  """Returns the multiplications and additions of a convolution; zeros of dilated inputs are skipped."""
   kernel = dims(_operand_shape(program, computation, convolution, 1))
   labels = re.search(r"dim_labels=\w+_(\w+)->", convolution.attributes)
   outputs = kernel[labels[1].index("o")] if labels and kernel else 1

@@ -26,12 +26,12 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-  """One instruction of a compiled program: one line of a computation.
+  """One instruction of a compiled program: one line of a computation, a list of instructions.
 
   Args:
     name: name of the instruction, unique in the computation.
     shape: shape of the result as text, such as `f32[2,3]{1,0}`.
-    opcode: operation, such as `fusion`.
+    opcode: operation, such as `convolution`.
     operands: names of the instructions whose results are the inputs.
     attributes: text of the line after the operands; for a constant, `value=` and the value.
     is_root: whether the result of the instruction is the result of the computation.
@@ -121,8 +121,10 @@ def executed(
 ) -> Iterator[tuple[str, Instruction, int]]:
   """Yields all executed instructions, with the number of executions of each.
 
-  Each value is a tuple of the computation's name, the instruction and the number. A fusion is
-  yielded as one instruction. Of a conditional, only the branch with the most cycles is executed.
+  Each value is a tuple of the computation's name, the instruction and the number. A computation is
+  a list of instructions, such as the body of a loop. A fusion, which combines several instructions
+  into one, is yielded as one. Of a conditional, only the branch with the most cycles is assumed to
+  run.
 
   Args:
     program: parsed program.

@@ -55,7 +55,7 @@ class Stage:
 
   Args:
     name: name of the stage, such as decode.
-    ms_per_image: milliseconds per image, for all views of the image together.
+    ms_per_image: milliseconds per image, for all views (augmented crops) of the image together.
   """
 
   name: str
@@ -70,7 +70,7 @@ class Rate:
 
   Args:
     workers: number of worker processes; 0 means that this process loads the images.
-    images_per_second: images per second, each with all views.
+    images_per_second: images per second, each with all views (augmented crops).
     per_core: images per second, divided by the number of cores that the workers use.
     of_limit: `per_core`, divided by the speed of the bare functions in one process.
     of_shared_limit: `images_per_second`, divided by the speed of the bare functions in the same
@@ -91,7 +91,7 @@ class InputReport:
   Args:
     source: name of the image source.
     records: number of training images.
-    size: side of a view in pixels.
+    size: side of a view, an augmented crop, in pixels.
     placement: place of the colour augmentations, `host` or `device`.
     batch_size: number of images in a train step.
     cores: number of CPU cores that this process may use.
@@ -427,21 +427,32 @@ _bare: tuple = ()
 
 
 def _start_bare(work: Work, ready) -> None:
+  """Prepares a worker process: stores the images to measure and the barrier `ready`."""
   global _bare
   _bare = (work, ready)
   batching.start_worker()
 
 
 def _bare_in_process(seconds: float) -> float:
+  """Waits in a worker process until all are ready, then measures its images per second."""
   work, ready = _bare
   ready.wait()
   return _run_bare(work, seconds)
 
 
 def _rate(workers: int, images_per_second: float, limit: float, shared: float) -> Rate:
+  """Compares the loader's speed with the speed of the bare functions, without the loader.
+
+  Args:
+    workers: number of worker processes of the loader.
+    images_per_second: images per second of the loader.
+    limit: images per second of the bare functions in one process.
+    shared: images per second of the bare functions in as many processes as the loader uses.
+  """
   per_core = images_per_second / max(1, min(workers, usable_cores()))
   return Rate(workers, images_per_second, per_core, per_core / limit, images_per_second / shared)
 
 
 def _place(workers: int) -> str:
+  """Returns where images are loaded, as text: "in this process", "1 worker" or "4 workers"."""
   return f"{workers} worker{'s' if workers > 1 else ''}" if workers else "in this process"

@@ -36,7 +36,8 @@ HELD_OUT = {"none": 0, "last_10009": 10_009, "first_10000": 10_000}
 
 STATES = sharding.STATES
 REMATS = tuple(KEPT)
-"""Values of the fields `mesh.state` and `train.remat`, from the most memory to the least."""
+"""Values of the config fields `mesh.state` and `train.remat`, from the most memory of a train step to
+the least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Terms:
       paper's run reached 0.59 (docs/plan.md: 54.1 / 92 ms).
     price: price of a core-hour in USD; None if the plan has no price. A core is a device as jax
       counts them.
-    images, classes: number of training images and number of classes; None to find it by the
-      config's `data` fields.
+    images, classes: number of training images and number of classes; None to find the number from
+      the config's data set.
     search: whether to search for a changed config if a step needs too much memory.
     cache: folder of the compiler's cached estimates; None disables the cache.
   """
@@ -355,6 +356,7 @@ def candidates(config: ConfigDict, cores: int) -> Iterator[dict[str, Any]]:
 
 
 def _after(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+  """Returns the elements of `names` that follow `name`."""
   return names[names.index(name) + 1 :]
 
 

@@ -78,27 +78,28 @@ _CUBE = {
 GENERATIONS = {
   generation.name: generation
   for generation in (
-    # Clock and matrix units (one of 128 x 128 a core): [J20]. 16 GiB and 700 GB/s a chip: [J20].
+    # Clock and matrix units (one of 128 x 128 per core): [J20]. 16 GiB and 700 GB/s per chip: [J20].
     Generation("v2", 700e6, 22.9e12, int(7.48 * _GIB), 350e9, 2, 2, _OLD, "v2", 2),
-    # Clock: [J20]. 123 TFLOP/s, 32 GiB and 900 GB/s a chip: [docs].
+    # Clock: [J20]. 123 TFLOP/s, 32 GiB and 900 GB/s per chip: [docs].
     Generation(
       "v3", 940e6, 61.5e12, int(15.48 * _GIB), 450e9, 2, 2,
       _OLD | {1024: "16x32", 2048: "32x32"}, "v3", 2,
     ),
-    # Clock: [J23]. 275 TFLOP/s, 32 GiB and 1200 GB/s a chip: [docs].
+    # Clock: [J23]. 275 TFLOP/s, 32 GiB and 1200 GB/s per chip: [docs].
     Generation(
       "v4", 1050e6, 275e12, int(30.75 * _GIB), 1200e9, 1, 3, _CUBE, "v4", 2,
       {"chip_config_name": "megacore"},
     ),
-    # 197 TFLOP/s, 16 GB and 819 GB/s a chip: [docs]. Clock: [units], four of 128 x 128.
+    # 197 TFLOP/s, 16 GB and 819 GB/s per chip: [docs]. Clock: [units], four units of 128 x 128.
     Generation("v5e", 1500e6, 197e12, int(15.75 * _GIB), 819e9, 1, 2, _FLAT, "v5litepod", 1),
-    # 459 TFLOP/s, 95 GB and 2765 GB/s a chip: [docs]. Clock: [units], two cores' four of 128 x 128.
+    # 459 TFLOP/s, 95 GB and 2765 GB/s per chip: [docs]. Clock: [units], two cores with four units of
+    # 128 x 128 each.
     Generation(
       "v5p", 1750e6, 459e12, int(95.73 * _GIB), 2765e9, 1, 3,
       _CUBE | {8192: "16x16x16", 12288: "16x16x24"}, "v5p", 2,
     ),
-    # 918 TFLOP/s, 32 GB and 1640 GB/s a chip: [docs]. Clock: [units], four of 256 x 256. [docs] has
-    # two, but libtpu estimates fewer cycles for a product than two units need.
+    # 918 TFLOP/s, 32 GB and 1640 GB/s per chip: [docs]. Clock: [units], four units of 256 x 256.
+    # [docs] has two units, but libtpu estimates fewer cycles for a product than two units need.
     Generation("v6e", 1750e6, 918e12, int(31.24 * _GIB), 1640e9, 1, 2, _FLAT, "v6e", 1),
   )
 }  # fmt: skip

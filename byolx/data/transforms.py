@@ -89,7 +89,7 @@ class Transform(Protocol):
     """
 
   def preview(self) -> "Transform":
-    """Returns a variant for pictures of the views, with all augmentation done on the host."""
+    """Returns a variant that does all augmentation on the host, for the picture `views.png`."""
     return self
 
 
@@ -142,7 +142,7 @@ class Views(Transform):
 
   @property
   def brightness_rule(self) -> str:
-    """Brightness rule of the first view, "additive" or "multiplicative"; all views have the same."""
+    """Brightness rule of the first view, "additive" or "multiplicative"; a config has one for all."""
     return self.specs[0].brightness_rule
 
   @property

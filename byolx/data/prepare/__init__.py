@@ -1,1 +1,1 @@
-"""Conversion of large image sets to prepared sets: a few files with checksums."""
+"""Converts folders or archives of images to prepared sets: a few large files with checksums."""

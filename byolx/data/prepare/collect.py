@@ -1,8 +1,8 @@
-"""The inputs of `byolx prepare`: a folder or tar archives, as a list of images per split.
+"""Finds the images that `byolx prepare` is to convert, in folders or tar archives.
 
-A tar archive has the layouts of a folder (see folders.image_folder): class folders or images, or
-`train` and `test` (or `val`) with either of them. A single folder around all members, as written by
-`tar cf photos.tar photos`, is ignored.
+A tar archive may have the same layouts as a folder (folders.image_folder): class folders, or images
+without labels, or the folders `train` and `test` (or `val`) that contain either. A single folder around
+all members, as written by `tar cf photos.tar photos`, is ignored.
 """
 
 import os
@@ -29,12 +29,12 @@ _STAT_THREADS = 16  # parallel, to hide the latency of network disks
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-  """The images of one split, in storage order.
+  """Files of one split that `byolx prepare` converts, in the order in which they are stored.
 
   Attributes:
     split: 'train' or 'test'.
     root: path of the folder or of the tar archive.
-    names: path of each file, relative to the folder or to the split's root in the archive.
+    names: path of each file, relative to `root`, or to the split's folder inside the archive.
     labels: class of each file, -1 if it is unlabelled.
     sizes: size of each file in bytes.
     offsets: byte offset of each file in the archive; None if `root` is a folder.
@@ -51,7 +51,7 @@ class Inputs:
     return len(self.names)
 
   def take(self, indices: Int[np.ndarray, "k"]) -> "Inputs":
-    """Selects the images at these indices, in this order."""
+    """Returns the files at `indices`, in the order of `indices`."""
     offsets = None if self.offsets is None else self.offsets[indices]
     return Inputs(
       self.split,
@@ -63,7 +63,7 @@ class Inputs:
     )
 
   def read(self, index: int) -> tuple[bytes, str]:
-    """Reads the bytes of one file; returns them and its name in messages, `split/name`.
+    """Returns the bytes of one file, and its name for messages, such as `train/cat/1.jpg`.
 
     Raises:
       DecodeError: the file cannot be read, or is larger than MAX_BYTES.
@@ -84,12 +84,12 @@ class Inputs:
 
 
 class Collection(NamedTuple):
-  """The images to prepare.
+  """All images that `byolx prepare` converts to one prepared set.
 
   Attributes:
-    splits: inputs of 'train' and, if there is a test split, of 'test'.
+    splits: files of each split by its name: 'train', and 'test' if there is a test split.
     classes: names of the classes, empty for an unlabelled set.
-    left_out: one line `name: reason` per member of an archive that was left out.
+    left_out: one line `name: reason` for each member of an archive that was left out.
   """
 
   splits: dict[str, Inputs]
@@ -100,13 +100,14 @@ class Collection(NamedTuple):
 def collect(
   source: str | Path, test: str | Path | None = None, test_labels: str | Path | None = None
 ) -> Collection:
-  """Lists the images of all splits.
+  """Finds the images of the training split and, if there is one, of the test split.
 
   Args:
-    source: path of a folder or tar archive, of the training images or of both splits.
-    test: path of a folder or tar archive of the test images.
+    source: path of a folder or tar archive with the training images, or with both splits.
+    test: path of a folder or tar archive with the test images; None if `source` has them, or if there is
+      no test split.
     test_labels: path of a file with lines `file-name class-name`, for a test split without class
-      folders.
+      folders; None if no such file is needed.
 
   Raises:
     ValueError: there is no image, or the splits, classes and labels are inconsistent.
@@ -184,7 +185,11 @@ def _of_files(split: str, source) -> _Part:
 
 
 def _splits_of_archive(path: Path, archive: Archive) -> dict[str, _Part]:
-  """Finds the splits of an archive, by the rules of folders.image_folder."""
+  """Finds the images of each split of an archive, by the split's name.
+
+  If the archive has the folders `train` and `test` (or `val`), these are the splits; otherwise all
+  images are training images.
+  """
   images, folders = archive.images, archive.folders
   prefix = ""
   while True:  # skip single folders around all members
@@ -205,7 +210,14 @@ def _below(names, prefix: str) -> list[str]:
 
 
 def _of_members(split: str, path: Path, archive: Archive, prefix: str) -> _Part:
-  """Lists the images of an archive whose names start with `prefix`."""
+  """Returns the images of one split of an archive, and the classes of these images.
+
+  Args:
+    split: 'train' or 'test'.
+    path: path of the archive.
+    archive: contents of the archive.
+    prefix: first part of the names of the split's members, such as `train/`.
+  """
   names = _below(archive.images, prefix)
   classes: tuple[str, ...] = ()
   if any("/" in name for name in names):
@@ -229,13 +241,16 @@ def _labelled_test(
   classes: tuple[str, ...],
   test_labels: str | Path | None,
 ) -> Inputs:
-  """Renumbers the labels of the test split by the classes of the training split.
+  """Returns the files of the test split with labels that are indices of the training split's classes.
 
   Args:
-    inputs: inputs of the test split; their labels are indices of `test_classes`, or -1.
+    inputs: files of the test split; their labels are indices of `test_classes`, or -1.
     test_classes: class names of the test split, empty if it has no class folders.
     classes: class names of the training split.
-    test_labels: path of a file with lines `file-name class-name`, or None.
+    test_labels: path of a file with lines `file-name class-name`; None if there is no such file.
+
+  Raises:
+    ValueError: the labels are missing or given twice, or a class is not one of the training split.
   """
   root = inputs.root
   has_folders = (inputs.labels >= 0).any()
@@ -266,7 +281,11 @@ def _labelled_test(
 
 
 def _read_labels(path: Path, inputs: Inputs) -> list[str]:
-  """Reads the class name of each input from a file of lines `file-name class-name`."""
+  """Reads a file with lines `file-name class-name`, and returns the class name of each input.
+
+  Raises:
+    ValueError: the file cannot be read, a line has another form, or an input has not exactly one line.
+  """
   class_of, lines = {}, Counter()
   try:
     text = path.read_text(errors="surrogateescape")

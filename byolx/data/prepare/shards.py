@@ -1,8 +1,8 @@
-"""Atomic writing of one shard of a prepared set by one process.
+"""Writes one shard of a prepared set atomically. A shard is one of the files that hold the records.
 
 A shard is written to a temporary file in the folder `prepared_format.PROGRESS`, flushed to disk and
-renamed; then a progress file with its contents is written in the same way. So a process may be
-killed at any time: a file with its final name is complete, and a shard with an intact progress file
+renamed. Then a progress file, which describes the shard, is written in the same way. So a process may
+be killed at any time: a file with its final name is complete, and a shard with an intact progress file
 is not written again.
 """
 
@@ -29,17 +29,19 @@ from byolx.data.prepare.collect import Inputs
 from byolx.data.sources.prepared_format import PROGRESS, Shard, sha256_of
 
 OPTIONS = "group_size:1,uncompressed"
-"""Groups of one record, for random access; no compression, since JPEGs hardly compress further."""
+"""Options of ArrayRecord: single records for random access; uncompressed, as JPEGs hardly shrink more."""
 
 TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True)
 class Encode:
-  """Settings of the resize: images with a longer shorter side are reduced and stored as JPEG.
+  """Settings for reducing large images, which are then stored as JPEG.
+
+  An image is reduced if its shorter side exceeds `short_side`; the shorter side then has this length.
 
   Attributes:
-    short_side: largest shorter side in pixels.
+    short_side: largest length of the shorter side in pixels.
     quality: JPEG quality, 1 to 100.
     subsampling: chroma subsampling of the JPEG; 4:2:0 stores the colours at half the resolution.
   """
@@ -49,19 +51,19 @@ class Encode:
   subsampling: str = "4:2:0"
 
   def describe(self) -> dict[str, Any]:
-    """Returns the entry of `dataset.json`."""
+    """Returns these settings as they are stored in `dataset.json`."""
     return {**asdict(self), "resize": "bicubic, antialiased", "format": "jpeg"}
 
   def apply(self, image: UInt8[np.ndarray, "h w 3"], data: bytes, name: str) -> bytes:
-    """Returns the bytes to store: `data` itself, or a smaller JPEG if the image is too large.
+    """Returns the bytes to store for an image: `data` itself, or a reduced JPEG of a large image.
 
     Args:
       image: decoded image.
-      data: bytes of its file.
-      name: name of the file in messages.
+      data: bytes of the image file.
+      name: name of the file for messages.
 
     Raises:
-      DecodeError: the smaller image exceeds the sides of a JPEG, 65,500 pixels.
+      DecodeError: a side of the reduced image is longer than 65,500 pixels, the limit of JPEG.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -79,13 +81,13 @@ class Encode:
 
 @dataclass(frozen=True)
 class Job:
-  """A shard to write.
+  """Description of a shard that is to be written, one file of records of a prepared set.
 
   Attributes:
-    folder: path of the set.
+    folder: path of the prepared set.
     file: file name of the shard.
-    inputs: images of the shard.
-    encode: settings of the resize; None to store each file unchanged.
+    inputs: image files to store in the shard.
+    encode: settings for reducing large images; None to store each file unchanged.
   """
 
   folder: str
@@ -96,13 +98,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-  """A written shard.
+  """Description of a shard that was written, one file of records of a prepared set.
 
   Attributes:
-    shard: entry of `dataset.json`.
-    kept: indices of the job's inputs in the shard.
-    crc32: CRC-32 of the bytes of each record.
-    unreadable: one line `name: reason` per input that was left out.
+    shard: entry of the shard in `dataset.json`.
+    kept: indices of the inputs that are stored in the shard; the others were unreadable.
+    crc32: CRC-32 of the bytes of each stored record.
+    unreadable: one line `name: reason` for each input that was left out.
   """
 
   shard: Shard
@@ -112,14 +114,19 @@ class Finished:
 
 
 def start_worker() -> None:
-  """Initialises a worker process: one thread for OpenCV, and exit when the parent exits."""
+  """Sets up a worker process: OpenCV uses one thread, and the process ends when its parent ends."""
   cv2.setNumThreads(0)
   signal.signal(signal.SIGINT, signal.SIG_DFL)  # only the parent reports Ctrl-C
   end_with_parent()
 
 
 def write_shard(job: Job) -> Finished:
-  """Writes a shard, unless it exists already and matches its checksum.
+  """Writes a shard, unless an earlier run wrote it and it still matches its checksum.
+
+  Images that cannot be read or decoded are left out.
+
+  Returns:
+    Description of the shard, whether it was written now or earlier.
 
   Raises:
     OSError: the shard cannot be written, for example on a full disk; no partial file is left.
@@ -150,14 +157,14 @@ def write_shard(job: Job) -> Finished:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-  """Replaces a file atomically and flushes it to disk; after an error the old file remains."""
+  """Replaces the file `path` atomically, and flushes it to disk; after an error the old file remains."""
   with _temporary(path) as temporary:
     temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-  """Yields a temporary path, which is renamed to `path` at the end or deleted after an error."""
+  """Yields a temporary path; at the end the file is renamed to `path`, or deleted after an error."""
   folder = path.parent if path.parent.name == PROGRESS else path.parent / PROGRESS
   temporary = folder / f"{path.name}.{os.getpid()}{TEMPORARY}"
   try:
@@ -170,7 +177,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-  """Flushes a file, or the entries of a folder, to disk."""
+  """Flushes a file to disk, or, if `path` is a folder, the list of its files."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -180,7 +187,11 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
-  """Yields a writer of records; its errors, also those on closing, become OSErrors."""
+  """Yields a writer of ArrayRecord files, and closes it at the end.
+
+  Raises:
+    OSError: the file cannot be written or closed.
+  """
   writer = ArrayRecordWriter(str(path), OPTIONS)
   try:
     yield writer
@@ -195,7 +206,7 @@ def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
 
 
 def _read_progress(path: Path) -> Finished | None:
-  """Reads a progress file of an earlier process; None if it is missing or damaged."""
+  """Reads the progress file of a shard that an earlier run wrote; None if it is missing or damaged."""
   try:
     values = json.loads(path.read_text())
     return Finished(Shard(**values["shard"]), values["kept"], values["crc32"], values["unreadable"])

@@ -1,9 +1,9 @@
-"""Tar archives as lists of images, with the byte range of each image in the archive.
+"""Finds the images in tar archives, with the byte range of each image in the archive.
 
-Nothing is extracted, so a name in an archive is never used as a path on disk. Names that lead out
-of the archive, links and devices are left out and listed with the reason. A tar archive inside the
-archive counts as a folder of its name: ImageNet's training images are a tar archive of
-`n01440764.tar` and 999 others.
+Nothing is extracted, so a name in an archive is never used as a path on disk. Members whose name leads
+out of the archive, links and devices are left out, and recorded with the reason. A tar archive inside
+the archive counts as a folder with the same name without `.tar`: ImageNet's training images are a tar
+archive of `n01440764.tar` and 999 others.
 """
 
 import io
@@ -28,13 +28,13 @@ _BLOCK = 512
 
 @dataclass
 class Archive:
-  """The contents of a tar archive.
+  """Images found in a tar archive, and what else it contains.
 
   Attributes:
-    images: (byte offset, size in bytes) of each image, by its name `folder/file.jpg`.
-    folders: names of all folders, without hidden ones.
-    left_out: one line `member: reason` per member that was left out and might be an image.
-    ignored: number of other files, by extension.
+    images: byte offset and size in bytes of each image, by the name of the image, `folder/file.jpg`.
+    folders: names of all folders, except hidden ones.
+    left_out: one line `member: reason` for each member that was left out and might be an image.
+    ignored: number of files that are not images, by extension.
   """
 
   images: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -44,7 +44,9 @@ class Archive:
 
 
 def list_archive(path: str | Path) -> Archive:
-  """Lists an uncompressed tar archive; of two members of one name the later is used, as by `tar`.
+  """Finds the images in an uncompressed tar archive.
+
+  If two members have the same name, the later one is used, as by the command `tar`.
 
   Raises:
     ValueError: the file is compressed, damaged, truncated or not a tar archive.
@@ -58,11 +60,12 @@ def list_archive(path: str | Path) -> Archive:
 
 
 def read_member(path: str | Path, offset: int, size: int) -> bytes:
-  """Reads the bytes of one image.
+  """Reads the bytes of one image in an archive.
 
   Args:
     path: path of the archive.
-    offset, size: byte range of the image, from `Archive.images`.
+    offset: position of the first byte of the image in the archive, from `Archive.images`.
+    size: size of the image in bytes, from `Archive.images`.
 
   Raises:
     OSError: the archive cannot be read, or has become shorter.
@@ -75,12 +78,12 @@ def read_member(path: str | Path, offset: int, size: int) -> bytes:
 
 
 def one_line(text: str) -> str:
-  """Escapes line breaks in a name, so that it fits on one line."""
+  """Returns a text with its line breaks escaped, so that it fits on one line."""
   return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 class _Window(io.RawIOBase):
-  """File object for a byte range of an open file."""
+  """File object that reads only `size` bytes of an open file, from byte `start` on."""
 
   def __init__(self, descriptor: int, start: int, size: int):
     self.descriptor, self.start, self.size = descriptor, start, size
@@ -109,7 +112,17 @@ class _Window(io.RawIOBase):
 
 
 def _list(window: _Window, path: str, folder: str, archive: Archive) -> None:
-  """Adds the members of the tar archive in `window` to `archive`, below `folder`."""
+  """Reads all members of a tar archive, and adds them to `archive`.
+
+  Args:
+    window: bytes of the tar archive, which may itself be a member of another one.
+    path: path of the tar archive for error messages.
+    folder: folder to which the names of the members are relative; '' for the outer archive.
+    archive: object to which the images, folders and other members are added.
+
+  Raises:
+    ValueError: the tar archive is compressed, damaged or truncated.
+  """
   _refuse_compressed(window, path)
   try:
     with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
@@ -155,7 +168,7 @@ def _add(
 
 
 def _unusable(member: tarfile.TarInfo, parts: list[str]) -> str:
-  """Returns the reason to leave a member out, empty for a usable one."""
+  """Returns the reason why a member of an archive cannot be used, or '' if it can."""
   if ".." in parts or member.name.startswith("/"):
     return "the name leads out of the archive"
   if member.islnk() or member.issym():

@@ -1,9 +1,10 @@
-"""`byolx prepare`: converts a folder or tar archives to a prepared set (see sources.prepared).
+"""Implements `byolx prepare`, which converts a folder or tar archives of images to a prepared set.
 
-The plan assigns each input to a shard before anything is written, from the names and sizes of the
-inputs alone, so the set does not depend on the number of processes. The plan is stored in the set.
-A run that was stopped continues after its finished shards, and writes the same bytes as a run
-without a stop.
+A prepared set has a few large files (shards) with random access. Each image is assigned to a shard
+before anything is written, from the order and the sizes of the image files, so the set does not depend
+on the number of processes. A plan, stored in the set, describes all that determines the result. If a run
+is stopped, the same command continues after the finished shards; the set is then the same, byte for
+byte, as after a run without a stop.
 """
 
 import contextlib
@@ -58,7 +59,7 @@ _MB = 10**6
 
 
 class DamagedError(OSError):
-  """The set does not match its checksums."""
+  """Error for a prepared set that does not match its checksums."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class Options:
   """Options of `prepare`.
 
   Attributes:
-    name: name of the set; empty for the name of the folder or archive.
-    shards: number of shards of the training split; None to derive it from `shard_mb`.
-    shard_mb: size of the inputs of a shard, in megabytes.
-    encode: settings of the resize; None to store each file unchanged.
+    name: name of the set; '' for the name of the folder or archive of images.
+    shards: number of shards (files of records) of the training split; None to derive the number from
+      `shard_mb`.
+    shard_mb: approximate size of the image files of one shard, in megabytes (10**6 bytes).
+    encode: settings for reducing large images; None to store each file unchanged.
     workers: number of worker processes; 1 for none, with all work in the calling process.
-    max_failed_share: largest share of inputs left out, 0 to 1; with more, the set is not published.
+    max_failed_share: largest share of images that may be left out as unreadable, 0 to 1; if there are
+      more, the set is not finished.
   """
 
   name: str = ""
@@ -89,19 +92,22 @@ def prepare(
   test: Path | None = None,
   test_labels: Path | None = None,
 ) -> None:
-  """Writes a prepared set, or continues an unfinished one.
+  """Converts images to a prepared set, or continues an unfinished set.
 
   Args:
-    source: path of a folder or tar archive, of the training images or of both splits.
-    to: path of the set; a new or empty folder, or the set of an earlier run with the same plan.
-    options: options of the set.
-    test: path of a folder or tar archive of the test images.
-    test_labels: path of a file with lines `file-name class-name` for the test images.
+    source: path of a folder or tar archive with the training images, or with both splits.
+    to: path of the set: a new or empty folder, or the set of an earlier run with the same images and
+      options.
+    options: settings of the set.
+    test: path of a folder or tar archive with the test images; None if `source` has them, or if there is
+      no test split.
+    test_labels: path of a file with lines `file-name class-name` for the test images; None if their
+      folders give their classes.
 
   Raises:
     ConfigError: there is no image, or `to` has other contents.
-    TooManyFailuresError: too many inputs cannot be read; the set is not published.
-    OSError: the set cannot be written; finished shards remain.
+    TooManyFailuresError: too many images cannot be read; the set stays unfinished.
+    OSError: the set cannot be written; the finished shards remain.
   """
   start = time.monotonic()
   try:
@@ -123,16 +129,16 @@ def prepare(
 
 
 def verify(folder: Path, workers: int, images: bool) -> None:
-  """Verifies a whole set and prints its problems to stderr.
+  """Checks a whole prepared set against its checksums, and prints its problems to stderr.
 
   Args:
     folder: path of the prepared set.
-    workers: number of threads.
-    images: True to decode each record as well.
+    workers: number of threads that read in parallel.
+    images: whether to decode the image in each record as well.
 
   Raises:
     ConfigError: the folder has no finished set.
-    DamagedError: the set has a problem.
+    DamagedError: the set has at least one problem.
   """
   try:
     manifest = prepared_format.read_manifest(folder)
@@ -152,7 +158,14 @@ def verify(folder: Path, workers: int, images: bool) -> None:
 
 
 def _cut_all(collection: Collection, options: Options) -> dict[str, list[np.ndarray]]:
-  """Cuts each split into shards: indices of contiguous inputs, of about equal sizes in bytes."""
+  """Assigns the images of each split to shards of about equal size in bytes.
+
+  Returns:
+    For each split by name, one array per shard with the indices of consecutive images.
+
+  Raises:
+    ValueError: there would be more shards than images, or too many shards.
+  """
   if options.shards is None:
     per_shard = options.shard_mb * _MB
   else:
@@ -173,7 +186,7 @@ def _cut_all(collection: Collection, options: Options) -> dict[str, list[np.ndar
 
 
 def _cut(sizes: np.ndarray, count: int) -> list[np.ndarray]:
-  """Cuts the indices of `sizes` into `count` contiguous parts, none of them empty."""
+  """Divides the indices of `sizes` into `count` consecutive, nonempty parts of about equal total size."""
   ends = np.cumsum(sizes)
   starts = [0]
   for part in range(1, count):
@@ -185,7 +198,7 @@ def _cut(sizes: np.ndarray, count: int) -> list[np.ndarray]:
 def _plan(
   name: str, collection: Collection, cut: dict[str, list[np.ndarray]], encode: Encode | None
 ) -> dict[str, Any]:
-  """Describes everything that the set depends on: equal plans give equal bytes."""
+  """Returns the plan: a description of all that determines the set. Equal plans give equal bytes."""
   left_out = "\n".join(collection.left_out).encode("utf-8", "surrogateescape")
   return {
     "format": prepared_format.FORMAT,
@@ -214,7 +227,7 @@ def _fingerprint(inputs: Inputs, classes: tuple[str, ...]) -> str:
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
-  """Lists the differences of two plans, such as `splits.train.images: 10 -> 11`."""
+  """Returns the differences between two plans as lines, such as `splits.train.images: 10 -> 11`."""
   if isinstance(old, dict) and isinstance(new, dict):
     keys = dict.fromkeys([*old, *new])
     parts = [_differences(old.get(k), new.get(k), f"{key}.{k}".lstrip(".")) for k in keys]
@@ -227,7 +240,15 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def _claimed(to: Path, plan: dict[str, Any]) -> Iterator[None]:
-  """Locks the folder for this process; refuses a folder with another plan or other files."""
+  """Locks the folder of a set for this process while the context is open, and stores the plan there.
+
+  Args:
+    to: path of the folder.
+    plan: description of all that determines the set.
+
+  Raises:
+    ConfigError: the folder has other files or another plan, or another process is writing to it.
+  """
   path = to / PROGRESS / PLAN
   if to.exists() and not to.is_dir():
     raise ConfigError(f"--to={to} is not a folder; expected a new or an empty one")
@@ -265,7 +286,21 @@ def _claimed(to: Path, plan: dict[str, Any]) -> Iterator[None]:
 def _write_shards(
   to: Path, collection: Collection, cut: dict[str, list[np.ndarray]], options: Options
 ) -> dict[str, Finished]:
-  """Writes all shards in parallel; returns them by file name."""
+  """Writes all shards in parallel, and the list of the images that were left out.
+
+  Args:
+    to: path of the set.
+    collection: images of the splits.
+    cut: indices of the images of each shard, by split.
+    options: settings of the set.
+
+  Returns:
+    Description of each written shard, by its file name.
+
+  Raises:
+    TooManyFailuresError: too many images were left out.
+    OSError: a shard cannot be written.
+  """
   jobs = [
     Job(str(to), _shard_file(split, number, len(parts)), inputs.take(part), options.encode)
     for split, inputs, parts in _zipped(collection, cut)
@@ -301,7 +336,13 @@ def _write_shards(
 
 
 def _write_in_parallel(jobs: list[Job], workers: int) -> Iterator[Finished]:
-  """Yields written shards in any order; if closed early, completes the shards already started."""
+  """Writes shards, in parallel if `workers` is above 1, and yields a description of each written one.
+
+  If the iterator is closed early, the shards that were already started are completed.
+
+  Raises:
+    OSError: a shard cannot be written, or a worker process was killed.
+  """
   if workers == 1 or len(jobs) == 1:
     yield from map(write_shard, jobs)
     return
@@ -335,7 +376,19 @@ def _publish(
   finished: dict[str, Finished],
   encode: Encode | None,
 ) -> None:
-  """Writes the indices and, last, `dataset.json`, which marks the set as finished."""
+  """Writes the index file of each split and, last, `dataset.json`, which marks the set as finished.
+
+  Args:
+    to: path of the set.
+    name: name of the set.
+    collection: images of the splits.
+    cut: indices of the images of each shard, by split.
+    finished: description of each written shard, by its file name.
+    encode: settings for reducing large images; None if each file was stored unchanged.
+
+  Raises:
+    TooManyFailuresError: no image of a split can be read.
+  """
   splits = {}
   for split, inputs, parts in _zipped(collection, cut):
     files = [finished[_shard_file(split, i, len(parts))] for i in range(len(parts))]
@@ -366,7 +419,13 @@ def _write_list(path: Path, lines: list[str]) -> None:
 
 
 class _Progress:
-  """Progress lines on stderr: shards, rates, remaining time."""
+  """Prints progress lines to stderr: finished shards, rates and remaining time.
+
+  Args:
+    verb: first word of a line, such as "prepared".
+    files: number of all shards.
+    size: size of all shards in bytes.
+  """
 
   def __init__(self, verb: str, files: int, size: int):
     self._verb, self._files, self._size = verb, files, size
@@ -375,7 +434,7 @@ class _Progress:
     self._lock = threading.Lock()
 
   def add(self, count: int, size: int) -> None:
-    """Adds a finished shard, of `count` records and `size` bytes."""
+    """Counts a finished shard with `count` records and `size` bytes; prints a line every ten seconds."""
     with self._lock:
       self._done += 1
       self._records += count
@@ -409,7 +468,7 @@ def _print_summary(to: Path, seconds: float) -> None:
 
 
 def _contents(manifest: Manifest) -> str:
-  """Formats the contents of a set: `train 96 records in 4 shards, 2.1 MB; test ...`."""
+  """Returns a line with the contents of a set: `train 96 records in 4 shards, 2.1 MB; test ...`."""
   parts = [
     f"{split} {_plural(stored.records, 'record')} in {_plural(len(stored.shards), 'shard')}, "
     + _size(sum(shard.bytes for shard in stored.shards))

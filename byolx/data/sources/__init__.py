@@ -1,1 +1,1 @@
-"""Data sources: one module per layout on disk."""
+"""Data sources: read access to data sets, with one module for each layout on disk."""

@@ -1,4 +1,4 @@
-"""Random access to ArrayRecord files, from several threads and processes."""
+"""Reads single records of ArrayRecord files (shards of a data set) from any thread or process."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ _BUFFER = 32768
 
 
 def open_shard(path: str, records: int) -> ArrayRecordReader:
-  """Opens a shard and checks its number of records.
+  """Opens a shard (one ArrayRecord file of a data set) and checks its number of records.
 
   Args:
     path: path of the ArrayRecord file.
@@ -33,10 +33,10 @@ def open_shard(path: str, records: int) -> ArrayRecordReader:
 
 
 def read_record(reader: ArrayRecordReader, position: int) -> bytes:
-  """Reads the bytes of one record.
+  """Reads one record of a shard, and returns the bytes.
 
   Args:
-    reader: open shard.
+    reader: reader of the open shard.
     position: index of the record in the shard, 0 to records - 1.
 
   Raises:
@@ -50,7 +50,7 @@ def read_record(reader: ArrayRecordReader, position: int) -> bytes:
 
 
 class Readers:
-  """Cache of the open shards of a process; its pickled copy in another process starts empty."""
+  """Cache of the ArrayRecord files that this process has open; it is empty in a pickled copy."""
 
   def __init__(self):
     self._process = os.getpid()
@@ -61,7 +61,15 @@ class Readers:
     return Readers, ()
 
   def get(self, path: str, records: int) -> ArrayRecordReader:
-    """Returns an open shard, which threads may share; arguments and errors as in `open_shard`."""
+    """Returns the reader of a shard, opened at the first call; threads may share the reader.
+
+    Args:
+      path: path of the ArrayRecord file.
+      records: expected number of records.
+
+    Raises:
+      DecodeError: the shard is missing, damaged, or has another number of records.
+    """
     if self._process != os.getpid():  # after a fork
       self.__init__()
     reader = self._open.get(path)

@@ -1,8 +1,8 @@
-"""Source protocol, and the source classes that the layouts share.
+"""Interface of data sources (`Source`), and the source classes that several layouts share.
 
-A source gives random access to examples by index. Its labels and classes are available without
-decoding an image, and it can be pickled, so that worker processes can use it. Every source yields
-uint8 RGB pixels. The data sets are opened by functions of the other modules:
+A source gives access to the examples of a data set by index. Its labels and classes are available
+without decoding an image. A source can be pickled, so that worker processes can use it. All images are
+uint8 RGB pixels. Functions in these modules of the package open the data sets:
 
   small      scikit-learn's digits, and Fashion-MNIST from Debian's package
   cifar      CIFAR-10 and CIFAR-100
@@ -25,16 +25,16 @@ from byolx.data.sources.retry import with_retries
 
 SPLITS = ("train", "test")
 SPLIT_SEED = 0
-"""Seed of the held-out test splits: fixed, so that a data set always has the same test split."""
+"""Seed of test splits held out from the training images; fixed, so that the split is always the same."""
 
 
 class Example(NamedTuple):
-  """One example.
+  """One example of a data set: an image and its label.
 
   Attributes:
     image: RGB pixels 0..255.
     label: class of the image, -1 if it is unlabelled.
-    key: name of the example in messages.
+    key: name of the example for messages.
   """
 
   image: UInt8[np.ndarray, "h w 3"]
@@ -44,13 +44,13 @@ class Example(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-  """Random access to examples.
+  """Interface of data sources: access to the examples of a data set by index.
 
   Attributes:
     name: name of the data set.
     labels: class of each example, -1 if it is unlabelled; available without decoding.
     classes: names of the classes, empty for an unlabelled set.
-    names: name of each example: its file, or its key in the set. Splits are chosen by these names.
+    names: name of each example, such as its file; held-out splits are chosen by these names.
   """
 
   name: str
@@ -61,20 +61,35 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Example:
-    """Reads one example; raises DecodeError, whose message starts with the example's name."""
+    """Reads one example.
+
+    Raises:
+      DecodeError: the image cannot be read; the message starts with the example's name.
+    """
 
 
 @runtime_checkable
 class EncodedSource(Source, Protocol):
-  """A source of encoded images, whose `source[i].image` is `decode(*source.encoded(i))`."""
+  """Interface of sources of image files that also give the undecoded bytes of a file."""
 
   def encoded(self, index: int) -> tuple[bytes, str]:
-    """Returns the bytes of an image file and its name in messages; raises DecodeError."""
+    """Returns the bytes of an image file, and the name of the example for messages.
+
+    Raises:
+      DecodeError: the file cannot be read.
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-  """Images of one size, grey or RGB, in memory; attributes as in `Source`."""
+  """Source of images of one size that are held in memory.
+
+  Attributes:
+    name: name of the data set.
+    images: grey or RGB pixels 0..255.
+    labels: class of each image, -1 if it is unlabelled.
+    classes: names of the classes.
+  """
 
   name: str
   images: UInt8[np.ndarray, "n h w"] | UInt8[np.ndarray, "n h w 3"]
@@ -96,12 +111,14 @@ class ArraySource:
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-  """Image files in a folder.
+  """Source of image files in a folder; a file is opened only when its example is read.
 
   Attributes:
-    name, labels, classes: the attributes of `Source`.
+    name: name of the data set.
     folder: path of the folder.
     files: paths of the image files, relative to `folder`.
+    labels: class of each file, -1 if it is unlabelled.
+    classes: names of the classes, empty for an unlabelled set.
   """
 
   name: str
@@ -128,7 +145,7 @@ class FileSource:
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-  """The examples of another source at `indices`, in this order."""
+  """Source of some examples of another source: those at `indices`, in the order of `indices`."""
 
   source: Source
   indices: Int64[np.ndarray, "k"]
@@ -158,7 +175,7 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class EncodedSubset(Subset):
-  """A subset of a source of encoded images."""
+  """Source of some examples of another source that also gives the undecoded bytes of image files."""
 
   source: EncodedSource
 
@@ -167,7 +184,10 @@ class EncodedSubset(Subset):
 
 
 def subset(source: Source, indices: Int64[np.ndarray, "k"]) -> Subset:
-  """Selects the examples at `indices`; the subset of an EncodedSource is an EncodedSource."""
+  """Returns a source of the examples at `indices`, in the order of `indices`.
+
+  If `source` can give undecoded image files (`EncodedSource`), so can the result.
+  """
   if isinstance(source, EncodedSource):
     return EncodedSubset(source, indices)
   return Subset(source, indices)
@@ -177,7 +197,7 @@ def check_split(split: str) -> None:
   """Checks that `split` is 'train' or 'test'.
 
   Raises:
-    ValueError: unknown split.
+    ValueError: `split` is another string.
   """
   if split not in SPLITS:
     raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")

@@ -1,8 +1,9 @@
-"""CIFAR-10 and CIFAR-100, from the pickles of their "python version".
+"""Reads CIFAR-10 and CIFAR-100 from the pickle files of their "python version".
 
-Loading a pickle can run arbitrary code. These files are therefore read by a restricted unpickler:
-it accepts only the names that a pickled array needs, and replaces each of them by an inert
-stand-in. A file that refers to any other name is refused. The arrays are checked before use.
+Loading a pickle can run arbitrary code. These files are therefore read by a restricted unpickler. It
+accepts only the Python names that a pickled numpy array needs, and replaces each of them by a harmless
+class or function (a stand-in). A file that refers to any other name is refused. The arrays are checked
+before use.
 """
 
 import io
@@ -23,7 +24,7 @@ _PIXELS = 3 * 32 * 32
 
 
 class _Layout(NamedTuple):
-  """File names of a data set, and the keys of the dicts in these files."""
+  """Names of the files of CIFAR-10 or CIFAR-100, and the keys of labels and classes in these files."""
 
   name: str
   folder: str
@@ -55,7 +56,7 @@ _CIFAR100 = _Layout(
 
 
 def cifar10(folder: str | Path, split: str) -> ArraySource:
-  """CIFAR-10: 32 x 32 pixels, 10 classes, 50,000 training and 10,000 test images.
+  """Reads CIFAR-10: 32 x 32 pixels, 10 classes, 50,000 training and 10,000 test images.
 
   Args:
     folder: path of `cifar-10-batches-py` or of its parent; the field data.folder.
@@ -68,7 +69,7 @@ def cifar10(folder: str | Path, split: str) -> ArraySource:
 
 
 def cifar100(folder: str | Path, split: str) -> ArraySource:
-  """CIFAR-100: 32 x 32 pixels, 100 fine classes, 50,000 training and 10,000 test images.
+  """Reads CIFAR-100: 32 x 32 pixels, 100 fine classes, 50,000 training and 10,000 test images.
 
   Args:
     folder: path of `cifar-100-python` or of its parent; the field data.folder.
@@ -103,7 +104,16 @@ def _read(layout: _Layout, folder: str | Path, split: str) -> ArraySource:
 
 
 def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-  """Reads the images, uint8 [n 32 32 3], and labels, int32 [n], of one file."""
+  """Reads one file; returns its images, uint8 [n 32 32 3], and labels, int32 [n].
+
+  Args:
+    path: path of the file.
+    labels_key: key of the labels in the pickled dict.
+    classes: number of classes.
+
+  Raises:
+    ValueError: the file is missing or damaged, or a label is not 0 to classes - 1.
+  """
   batch = _load(path, "data", labels_key)
   data, labels = batch["data"], batch[labels_key]
   pixels = data.pixels() if isinstance(data, _Array) else None
@@ -128,7 +138,13 @@ def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, 
 
 
 def _load(path: Path, *keys: str) -> dict[str, Any]:
-  """Loads the dict of a pickle and checks its keys; strings of Python 2 are loaded as bytes."""
+  """Loads a pickled dict with the restricted unpickler, and checks that it has the given keys.
+
+  The keys of the result are strings; among the values, strings written by Python 2 are bytes.
+
+  Raises:
+    ValueError: the file is missing or damaged, or refers to names that no array needs.
+  """
   try:
     data = path.read_bytes()
   except OSError as error:
@@ -151,11 +167,11 @@ def _load(path: Path, *keys: str) -> dict[str, Any]:
 
 
 class _RefusedError(Exception):
-  """The pickle refers to a name that no array needs."""
+  """Error for a pickle that refers to a Python name which no pickled array needs."""
 
 
 class _Unpickler(pickle.Unpickler):
-  """Unpickler that replaces the names in `_STAND_INS` and refuses all others."""
+  """Unpickler that replaces the Python names in `_STAND_INS` by harmless ones, and refuses all others."""
 
   def find_class(self, module: str, name: str) -> Callable:
     stand_in = _STAND_INS.get((module, name))
@@ -166,7 +182,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Array:
-  """Stand-in for an array: keeps the pickled state without interpreting it."""
+  """Replacement for a numpy array while unpickling: keeps the pickled state without interpreting it."""
 
   def __init__(self, *_: Any):
     self.state = None
@@ -175,7 +191,7 @@ class _Array:
     self.state = state
 
   def pixels(self) -> np.ndarray | None:
-    """Returns the array if it has uint8 values and a consistent size, otherwise None."""
+    """Returns the pickled array, or None if its values are not uint8 or do not fit its shape."""
     match self.state:
       case (int(), tuple() as shape, _Dtype(code="u1" | "|u1"), False | 0, bytes() as raw):
         valid = all(type(side) is int and side >= 0 for side in shape)
@@ -185,7 +201,7 @@ class _Array:
 
 
 class _Dtype:
-  """Stand-in for `numpy.dtype`."""
+  """Replacement for `numpy.dtype` while unpickling: keeps only the code of the type, such as "u1"."""
 
   def __init__(self, code: Any = None, *_: Any):
     self.code = code.decode("latin1") if isinstance(code, bytes) else code
@@ -195,7 +211,7 @@ class _Dtype:
 
 
 def _latin1(text: Any, encoding: Any = None) -> bytes:
-  """Stand-in for `codecs.encode`, by which Python 3 writes bytes in old pickle protocols."""
+  """Replacement for `codecs.encode`, which pickles of Python 3 call to make bytes, in old protocols."""
   if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
     raise _RefusedError(f"the encoding {encoding!r}")
   return text.encode("latin1")

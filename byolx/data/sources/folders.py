@@ -1,11 +1,12 @@
-"""Image trees on disk: a folder of class folders, ImageNet and Places365.
+"""Opens data sets that are folders of image files, as sources:
 
   image_folder   one subfolder per class, or images without labels
   imagenet       train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
   places365      the lists places365_train_standard.txt and places365_val.txt, and the images
 
-A folder is listed once, several classes in parallel. Images are opened only when they are read, so
-a file that cannot be decoded raises DecodeError then.
+wnid is a WordNet id such as n01440764, the name of a class folder of ImageNet. All file names are read
+when a source is opened, several class folders in parallel. An image is opened only when its example is
+read; if it cannot be decoded, that raises DecodeError.
 """
 
 import logging
@@ -27,7 +28,7 @@ from byolx.data.splits import stratified_holdout
 logger = logging.getLogger("byolx")
 
 _LISTING_THREADS = 8
-"""Threads that list class folders in parallel, which hides the latency of network disks."""
+"""Number of threads that list class folders in parallel, which hides the latency of network disks."""
 
 _EXPECTED = (
   "a folder with one subfolder of images per class, or with images, or with train/ and test/ (or"
@@ -40,17 +41,17 @@ _PLACES365 = (
 
 
 def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> FileSource:
-  """Images in a folder, selected by extension (decode.EXTENSIONS); hidden files are left out.
+  """Opens a folder of images, selected by extension (decode.EXTENSIONS); hidden files are left out.
 
   The first of these layouts that fits is used:
     - Subfolders `train` and `test` (or `val`), each in one of the layouts below, are the splits. If
       `test` and `val` both exist, the test split is `test`, or `val` if only `val` has class
       folders.
-    - Subfolders with images, at any depth, are one class each, sorted by name. Images beside the
-      subfolders are ignored.
-    - Images only: they are unlabelled.
-  Without a folder for the test split, `test_share` of each class is held out, chosen by a hash of
-  the file names. If `train` is the only subfolder, its images are split.
+    - Subfolders, at least one of which has an image at any depth, are one class each, sorted by name.
+      Images beside the subfolders are ignored.
+    - Images without such subfolders are unlabelled.
+  Unless there are folders for both splits, `test_share` of each class is held out as the test split,
+  chosen by a hash of the file names. If `train` is the only subfolder, its images are divided this way.
 
   Args:
     folder: path of the folder; the field data.folder.
@@ -58,8 +59,8 @@ def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> Fil
     test_share: share of each class in the test split, 0 <= share < 1.
 
   Raises:
-    ValueError: unknown split; the folder does not exist; no image in it or in the split; a class of
-      the test split that is not in the training split.
+    ValueError: the split is unknown; the folder does not exist; there is no image in the split; the
+      test split has a class that the training split does not have.
   """
   check_split(split)
   root = _existing(folder, _EXPECTED)
@@ -87,7 +88,9 @@ def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> Fil
 
 
 def imagenet(folder: str | Path, split: str) -> FileSource:
-  """ImageNet (ILSVRC 2012): 1,281,167 training and 50,000 test images of 1000 classes, or a part.
+  """Opens ImageNet (ILSVRC 2012), or a part of it, from a folder with `train` and `val`.
+
+  The whole set has 1,281,167 training and 50,000 test images of 1000 classes.
 
   The classes are the folders in `train`, which are named by WordNet ids (wnids). They are sorted by
   name, which gives the usual class numbers 0 to 999.
@@ -97,8 +100,8 @@ def imagenet(folder: str | Path, split: str) -> FileSource:
     split: 'train', or 'test' for the images in `val`.
 
   Raises:
-    ValueError: unknown split; the folder does not exist; `train` or `val` is missing or has
-      subfolders that are not wnids; a class of `val` that `train` does not have; no image.
+    ValueError: the split is unknown; the folder does not exist; `train` or `val` is missing or has
+      subfolders that are not wnids; `val` has a class that `train` does not have; there is no image.
   """
   check_split(split)
   root = _existing(folder, _IMAGENET)
@@ -115,21 +118,22 @@ def imagenet(folder: str | Path, split: str) -> FileSource:
 
 
 def places365(folder: str | Path, split: str) -> FileSource:
-  """Places365-Standard: 1,803,460 training images, 36,500 test images (its `val`), 365 classes.
+  """Opens Places365-Standard: 1,803,460 training images, 36,500 test images (`val`), 365 classes.
 
-  The lists give the files and their classes. Training images are searched in `data_256_standard`,
-  `data_large_standard`, `data_256`, `data_large`, `train` and the folder itself, test images in
-  `val_256`, `val_large`, `val` and the folder itself; the first folder with an image of the list is
-  used, and logged. Class names are read from `categories_places365.txt`, or else from the folders
-  in the training list.
+  The files and their classes are read from `places365_train_standard.txt` or `places365_val.txt`.
+  Training images are searched in `data_256_standard`, `data_large_standard`, `data_256`, `data_large`,
+  `train` and the folder itself, test images in `val_256`, `val_large`, `val` and the folder itself. The
+  first of these folders that has one of the first 100 files of the list is used, and logged. Class
+  names are read from `categories_places365.txt`; if this file is missing, they are the names of the
+  folders in the training list.
 
   Args:
-    folder: path of the folder of the lists; the field data.folder.
+    folder: path of the folder that has these text files; the field data.folder.
     split: 'train', or 'test' for the images of `val`.
 
   Raises:
-    ValueError: unknown split; the folder, a list or the folder of images does not exist; a line of
-      a list is not a file and a class; a class number without a name.
+    ValueError: the split is unknown; the folder, a list or the folder of images does not exist; a line
+      of a list is not a file and a class number; a class number has no name.
   """
   check_split(split)
   root = _existing(folder, _PLACES365)
@@ -163,7 +167,14 @@ _PLACES365_TREES = {
 
 
 class _Listing(NamedTuple):
-  """Image files below a folder: relative paths, classes, and counts of ignored files by kind."""
+  """Image files below a folder.
+
+  Attributes:
+    files: paths of the images, relative to the folder.
+    labels: class of each image, an index of `classes`; -1 if it is unlabelled.
+    classes: names of the classes, empty for unlabelled images.
+    ignored: number of files that are not used, by kind, such as their extension.
+  """
 
   files: Names
   labels: np.ndarray
@@ -172,7 +183,7 @@ class _Listing(NamedTuple):
 
 
 def _list_tree(folder: Path) -> _Listing:
-  """Lists a folder of class folders, or a flat folder of images, sorted by name."""
+  """Lists the images in class folders below `folder`; if there are none, those in `folder` itself."""
   ignored = Counter()
   flat, subfolders = [], []
   for entry in _entries(folder):
@@ -192,7 +203,7 @@ def _list_tree(folder: Path) -> _Listing:
 
 
 def _list_classes(folder: Path, classes: Sequence[str]) -> _Listing:
-  """Lists the images below `folder / class` of all classes; labels are indices of `classes`."""
+  """Lists the images in the class folders of `folder`; the label of an image is an index of `classes`."""
   with ThreadPoolExecutor(_LISTING_THREADS) as pool:
     parts = list(pool.map(lambda name: _images_below(folder, name), classes))
   files = Names.joined([files for files, _ in parts])
@@ -202,7 +213,13 @@ def _list_classes(folder: Path, classes: Sequence[str]) -> _Listing:
 
 
 def _images_below(folder: Path, name: str) -> tuple[Names, Counter]:
-  """Lists the images below `folder / name`, relative to `folder`, sorted; follows links once."""
+  """Lists the images at any depth below `folder / name`.
+
+  Links are followed, but no folder is listed twice.
+
+  Returns:
+    The sorted paths of the images, relative to `folder`; and the number of other files by extension.
+  """
   files, ignored, visited, pending = [], Counter(), set(), [name]
   while pending:
     relative = pending.pop()
@@ -224,7 +241,11 @@ def _images_below(folder: Path, name: str) -> tuple[Names, Counter]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-  """Lists a folder without hidden files, unsorted."""
+  """Returns the files and subfolders of a folder, except hidden ones, unsorted.
+
+  Raises:
+    ValueError: the folder cannot be listed.
+  """
   try:
     with os.scandir(folder) as entries:
       return [entry for entry in entries if not entry.name.startswith(".")]
@@ -241,7 +262,15 @@ def _kind(name: str) -> str:
 
 
 def _existing(folder: str | Path, expected: str) -> Path:
-  """Checks that the field data.folder is an existing folder."""
+  """Checks that `folder`, the value of data.folder, is an existing folder, and returns its path.
+
+  Args:
+    folder: path to check.
+    expected: description of a correct folder, for the error message.
+
+  Raises:
+    ValueError: `folder` is not an existing folder.
+  """
   if not str(folder) or not os.path.isdir(folder):
     problem = "is not a folder" if str(folder) and os.path.exists(folder) else "does not exist"
     raise ValueError(f"data.folder is {str(folder)!r}, which {problem}; expected {expected}")
@@ -249,7 +278,16 @@ def _existing(folder: str | Path, expected: str) -> Path:
 
 
 def _relabelled(listing: _Listing, classes: Sequence[str], folder: Path) -> _Listing:
-  """Renumbers the labels of a listing by `classes`, the class names of the training split."""
+  """Returns a listing whose labels are indices of the training split's classes.
+
+  Args:
+    listing: images of a split; their labels are indices of `listing.classes`.
+    classes: class names of the training split.
+    folder: path of the images, for the error message.
+
+  Raises:
+    ValueError: an image has a class that is not in `classes`.
+  """
   classes = tuple(classes)
   if not listing.classes:
     return listing._replace(classes=classes)
@@ -278,7 +316,7 @@ def _source(name: str, root: Path, split: str, listing: _Listing) -> FileSource:
 
 
 def _test_folder(root: Path) -> Path | None:
-  """Returns the folder of the test split if `root` has folders for both splits, otherwise None."""
+  """Returns the path of the test split's folder, or None unless `root` has folders for both splits."""
   if not (root / "train").is_dir():
     return None
   folders = [root / name for name in ("test", "val") if (root / name).is_dir()]
@@ -286,12 +324,22 @@ def _test_folder(root: Path) -> Path | None:
 
 
 def _only_train(root: Path) -> Path:
-  """Returns `root / "train"` if it is the only subfolder, so that it is not taken for a class."""
+  """Returns the path of the images: `root / "train"` if it is the only subfolder, else `root`."""
   return root / "train" if _subfolders(root) == ["train"] else root
 
 
 def _wnids(root: Path, split: str) -> list[str]:
-  """Lists the class folders of `train` or `val`, sorted; other subfolders are refused."""
+  """Returns the sorted names of ImageNet's class folders in `root / split`.
+
+  The names are WordNet ids (wnids), such as n01440764.
+
+  Args:
+    root: path of the data set's folder.
+    split: name of the subfolder, 'train' or 'val'.
+
+  Raises:
+    ValueError: the subfolder is missing or empty, or has a folder that is not named by a wnid.
+  """
   folder = root / split
   if not folder.is_dir():
     subfolders = ", ".join(_subfolders(root)[:3]) or "no subfolder"
@@ -316,7 +364,14 @@ def _wnids(root: Path, split: str) -> list[str]:
 
 
 def _read_list(path: Path) -> tuple[list[str], list[int]]:
-  """Reads the lines `file class` of a list; the leading slash of a file is removed."""
+  """Reads a list of Places365, with one line `file class-number` per image.
+
+  Returns:
+    The files, without a leading slash, and their class numbers.
+
+  Raises:
+    ValueError: the list is missing or empty, or a line has another form.
+  """
   try:
     lines = path.read_bytes().decode().splitlines()
   except OSError as error:
@@ -339,7 +394,18 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
 
 
 def _places(root: Path, files: list[str], labels: list[int], split: str) -> tuple[str, ...]:
-  """Reads the class names, such as `airfield`, ordered by class number."""
+  """Returns the class names of Places365, such as `airfield`, in the order of the class numbers.
+
+  They are read from `categories_places365.txt`, or else from the folders in the training list.
+
+  Args:
+    root: path of the data set's folder.
+    files, labels: files and class numbers in the list of `split`.
+    split: 'train' or 'test'.
+
+  Raises:
+    ValueError: a class number has no name.
+  """
   path = root / "categories_places365.txt"
   if path.is_file():
     folder_of = dict(zip(*reversed(_read_list(path))))

@@ -1,7 +1,7 @@
-"""Names of records: millions of short strings in little memory, fast to pickle for a worker.
+"""Sequences of the names of records: millions of short strings in little memory, and fast to pickle.
 
-`Names` holds all strings in one buffer of bytes, with the offset at which each of them ends. So a
-worker process receives two arrays rather than ImageNet's 1,281,167 Python strings.
+`Names` holds all strings in one bytes object, with the offset at which each string ends. So a worker
+process receives two objects rather than ImageNet's 1,281,167 Python strings.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +16,11 @@ _ENCODING = ("utf-8", "surrogateescape")  # file names are bytes, not always tex
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Names(Sequence[str]):
-  """Sequence of strings in one buffer; `Names.of` packs it.
+  """Sequence of strings that are stored in one bytes object; `Names.of` makes it from strings.
 
   Args:
     buffer: all names in UTF-8, without separators.
-    ends: offset in `buffer` of the end of each name.
+    ends: offset in `buffer` at which each name ends.
   """
 
   buffer: bytes
@@ -28,18 +28,18 @@ class Names(Sequence[str]):
 
   @classmethod
   def of(cls, names: Iterable[str]) -> "Names":
-    """Packs strings; file names that are not valid UTF-8 are preserved."""
+    """Makes a `Names` from strings; file names that are not valid UTF-8 are preserved."""
     return _packed([name.encode(*_ENCODING) for name in names])
 
   @classmethod
   def joined(cls, parts: Sequence["Names"]) -> "Names":
-    """Concatenates the names of all parts."""
+    """Returns the names of all parts as one sequence."""
     starts = np.cumsum([0, *(len(part.buffer) for part in parts)])
     ends = [part.ends + start for part, start in zip(parts, starts)]
     return cls(b"".join(part.buffer for part in parts), np.concatenate([*ends, _NONE]))
 
   def take(self, indices: Int[np.ndarray, "k"]) -> "Names":
-    """Selects the names at these indices, in this order."""
+    """Returns the names at `indices`, in the order of `indices`."""
     starts = np.concatenate([[0], self.ends])[:-1][indices].tolist()
     ends = self.ends[indices].tolist()
     return _packed([self.buffer[start:end] for start, end in zip(starts, ends)])
@@ -66,7 +66,7 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True)
 class Numbered(Sequence[str]):
-  """The names `prefix/0`, `prefix/1`, ... of records without names."""
+  """Sequence of the names `prefix/0`, `prefix/1`, ..., for records that have no names of their own."""
 
   prefix: str
   count: int
@@ -80,7 +80,7 @@ class Numbered(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Picked(Sequence[str]):
-  """A view of the names at `indices`, without a copy."""
+  """Sequence of some elements of `names`, those at `indices`; the strings are not copied."""
 
   names: Sequence[str]
   indices: Int[np.ndarray, "k"]

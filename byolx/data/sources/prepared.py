@@ -1,18 +1,19 @@
-"""Prepared sets: the images of a data set in a few large files with random access.
+"""Reads and verifies prepared sets: the images of a data set in a few large files with random access.
 
-Millions of small files are slow to list and slow to open. `byolx prepare` writes them to a folder
+Millions of small files are slow to list and slow to open. `byolx prepare` copies their contents to a
+folder of these files:
 
   dataset.json                         manifest: splits, classes, sizes and checksums of the files;
                                        written last, so a set without it is unfinished
   train-00000-of-00016.array_record    shard in the format ArrayRecord; a record is the bytes of one
                                        image file
   train.index.npz                      label, checksum and name of each record
-  unreadable.txt                       inputs that were left out, with the reasons
+  unreadable.txt                       images that were left out, with the reasons
 
-and `prepared` opens this folder for training. Damage is detected by checksums: the index is checked
-against its SHA-256 and the shards against their sizes when a set is opened, and a record against
-its CRC-32 when it is read. The checksums of ArrayRecord do not suffice: if a shard is truncated
-while it is open, reads return empty records without an error. `verify` checks a whole set.
+`prepared` opens this folder for training. When it does, the SHA-256 of the index and the sizes of the
+shards are checked; when a record is read, its CRC-32 is. The checksums inside the ArrayRecord files do
+not suffice: if a shard is truncated while it is open, reads return empty records without an error.
+`verify` checks a whole set.
 """
 
 import bisect
@@ -51,13 +52,18 @@ from byolx.data.splits import stratified_holdout
 
 @dataclass(frozen=True, eq=False)
 class RecordSource:
-  """The records of a prepared split; a shard is opened at the first read from it.
+  """Source of the records in one split of a prepared set, which `byolx prepare` wrote.
+
+  A shard (one file of records) is opened at the first read from it.
 
   Attributes:
-    name, labels, classes, names: the attributes of `Source`.
+    name: name of the data set.
     folder: path of the prepared set.
     shards: shards of the split, in the order of their records.
-    crc32: CRC-32 of the bytes of each record.
+    labels: class of each record, -1 if it is unlabelled.
+    classes: names of the classes, empty for an unlabelled set.
+    names: name of each record.
+    crc32: CRC-32 checksum of the bytes of each record.
   """
 
   name: str
@@ -73,11 +79,11 @@ class RecordSource:
     return len(self.labels)
 
   def encoded(self, index: int) -> tuple[bytes, str]:
-    """Returns the bytes of one image file and its name.
+    """Returns the bytes of one image file, and the name of the record.
 
     Raises:
       DecodeError: the shard cannot be read, or the bytes do not match their checksum.
-      FolderLostError: the folder is missing after all retries, see `retry.with_retries`.
+      FolderLostError: the folder is missing, and did not come back while the read was retried.
     """
     index = range(len(self))[index]
     number = bisect.bisect_right(self._ends, index)
@@ -110,10 +116,11 @@ def _checked(reader: ArrayRecordReader, position: int, crc32: int) -> bytes:
 
 
 def prepared(folder: str | Path, split: str, test_share: float = 0.2) -> EncodedSource:
-  """Opens a set written by `byolx prepare`.
+  """Opens one split of a set written by `byolx prepare`.
 
-  If the set has only a training split, `test_share` of each class is held out, chosen by a hash of
-  the record names. The split is the same as that of the image folder before it was prepared.
+  If the set has only a training split, `test_share` of each class is held out as the test split, chosen
+  by a hash of the record names. This gives the same test split as the image folder from which the set
+  was prepared, unless images were left out.
 
   Args:
     folder: path of the prepared set; the field data.folder.
@@ -121,9 +128,9 @@ def prepared(folder: str | Path, split: str, test_share: float = 0.2) -> Encoded
     test_share: share of each class in the test split, 0 <= share < 1.
 
   Raises:
-    ValueError: unknown split; the folder has no prepared set, an unfinished one or one of another
-      format; an index is missing or damaged; a shard is missing or has another size; the split has
-      no record.
+    ValueError: the split is unknown or has no record; the folder has no prepared set, an unfinished one
+      or one of another format; an index is missing or damaged; a shard is missing or has another size
+      than in `dataset.json`.
   """
   check_split(split)
   manifest = read_manifest(folder)
@@ -167,19 +174,21 @@ def verify(
   images: bool = False,
   threads: int = 1,
 ) -> list[str]:
-  """Verifies a whole set: the checksums of all files and of all records.
+  """Checks a whole prepared set against the checksums of all files and all records.
 
   Args:
     folder: path of the prepared set.
-    report: callback after each shard, with its numbers of records and bytes.
-    images: True to decode each record as well.
+    report: function that is called after each shard (one file of records) with the number of records
+      and bytes of the shard.
+    images: whether to decode the image in each record as well.
     threads: number of shards read in parallel.
 
   Returns:
-    One line per problem, in the order of splits, shards and records.
+    Descriptions of the problems, one line for each, in the order of splits, shards and records; an
+    empty list for a set without damage.
 
   Raises:
-    ValueError: the manifest is missing or damaged, see `read_manifest`.
+    ValueError: the manifest `dataset.json` is missing or damaged, or the set is unfinished.
   """
   manifest = read_manifest(folder)
   problems = []
@@ -206,7 +215,15 @@ def verify(
 def _verify_shard(
   path: Path, shard: Shard, index: Index | None, part: slice, images: bool
 ) -> list[str]:
-  """Lists the problems of a shard; its records are `part` of the index, None if unreadable."""
+  """Checks one shard (file of records) of a prepared set, and returns its problems, one line for each.
+
+  Args:
+    path: path of the file.
+    shard: entry of the shard in the manifest.
+    index: index of the split; None if it cannot be read, so that the records are not checked.
+    part: positions of the shard's records in the index.
+    images: whether to decode the image in each record as well.
+  """
   try:
     check_size(path, shard.bytes)
     sha256 = sha256_of(path)

@@ -1,7 +1,7 @@
-"""The metadata files of a prepared set: `dataset.json` and the index of each split.
+"""Reads and writes the metadata of a prepared set: `dataset.json`, and the index file of each split.
 
-Neither file is trusted: file names must stay inside the folder, nothing is unpickled, and an
-inconsistent value raises an error that names the file.
+The files may be damaged or malicious: file names must stay inside the folder, nothing is unpickled, and
+an inconsistent value raises an error that names the file.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from byolx.data.sources.names import Names
 FORMAT = 1
 MANIFEST = "dataset.json"
 PROGRESS = ".prepare"
-"""Subfolder of a set with the state of an unfinished `byolx prepare`."""
+"""Name of the subfolder of a set in which an unfinished `byolx prepare` keeps its state."""
 
 
 # 1. dataset.json.
@@ -30,11 +30,11 @@ PROGRESS = ".prepare"
 
 @dataclass(frozen=True)
 class Shard:
-  """One file of records.
+  """Entry of `dataset.json` for a shard, one of the files that hold the records of a prepared set.
 
   Attributes:
-    file: file name in the folder of the set.
-    records: number of records.
+    file: name of the file in the folder of the set.
+    records: number of records in the file.
     bytes: size of the file in bytes.
     sha256: SHA-256 of the file, in hexadecimal.
   """
@@ -47,7 +47,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class IndexFile:
-  """The file of the labels, checksums and names of a split's records; fields as in `Shard`."""
+  """Entry of `dataset.json` for an index, the file of the labels, checksums and names of a split.
+
+  Attributes:
+    file: name of the file in the folder of the set.
+    bytes: size of the file in bytes.
+    sha256: SHA-256 of the file, in hexadecimal.
+  """
 
   file: str
   bytes: int
@@ -56,7 +62,13 @@ class IndexFile:
 
 @dataclass(frozen=True)
 class StoredSplit:
-  """The files of a split."""
+  """Entry of `dataset.json` for a split: its files and their number of records.
+
+  Attributes:
+    records: number of records of the split.
+    index: file of the labels, checksums and names of the records.
+    shards: files of the records, in order.
+  """
 
   records: int
   index: IndexFile
@@ -65,14 +77,14 @@ class StoredSplit:
 
 @dataclass(frozen=True)
 class Manifest:
-  """The contents of `dataset.json`.
+  """Contents of `dataset.json`, the file that describes a prepared set.
 
   Attributes:
     name: name of the data set.
     byolx: version of byolx that wrote the set.
-    encode: settings of `shards.Encode`; None if the image files were stored unchanged.
+    encode: settings with which large images were reduced; None if all files were stored unchanged.
     classes: names of the classes, empty for an unlabelled set.
-    splits: the split 'train', and 'test' if a test split was prepared.
+    splits: files of each split by its name: 'train', and 'test' if a test split was prepared.
   """
 
   name: str
@@ -86,7 +98,7 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-  """Reads `dataset.json`.
+  """Reads and checks `dataset.json`, the file that describes a prepared set.
 
   Raises:
     ValueError: the file is missing, damaged or of another format, or the set is unfinished.
@@ -112,7 +124,12 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def _manifest(name, byolx, encode, classes, splits) -> Manifest:
-  """Builds and checks a manifest; a missing or unknown field is a TypeError of the call."""
+  """Makes a `Manifest` from the fields of `dataset.json`, and checks them.
+
+  Raises:
+    TypeError, KeyError, AttributeError: a field is missing or unknown, or has another type.
+    ValueError: the fields are inconsistent, or a file is not in the folder of the set.
+  """
   stored = {}
   for split, entry in splits.items():
     check_split(split)
@@ -132,7 +149,7 @@ def _manifest(name, byolx, encode, classes, splits) -> Manifest:
 
 
 class Index(NamedTuple):
-  """Labels, checksums and names of the records of a split.
+  """Labels, checksums and names of the records of one split of a prepared set.
 
   Attributes:
     labels: class of each record, -1 if it is unlabelled.
@@ -145,7 +162,7 @@ class Index(NamedTuple):
   names: Names
 
   def to_bytes(self) -> bytes:
-    """Serialises to `.npz`; equal indices give equal bytes."""
+    """Returns the bytes of an `.npz` file with this index; equal indices give equal bytes."""
     file = io.BytesIO()
     key_bytes = np.frombuffer(self.names.buffer, np.uint8)
     np.savez(
@@ -155,12 +172,12 @@ class Index(NamedTuple):
 
 
 def read_index(folder: str | Path, stored: StoredSplit, classes: int) -> Index:
-  """Reads and checks the index of a split.
+  """Reads and checks the index of a split: the labels, checksums and names of its records.
 
   Args:
     folder: path of the prepared set.
-    stored: the split's entry in the manifest.
-    classes: number of classes; labels are -1 to classes - 1.
+    stored: entry of the split in `dataset.json`.
+    classes: number of classes; labels must be -1 to classes - 1.
 
   Raises:
     ValueError: the file is missing or damaged.
@@ -190,7 +207,11 @@ def read_index(folder: str | Path, stored: StoredSplit, classes: int) -> Index:
 
 
 def check_size(path: Path, expected: int) -> None:
-  """Checks the size of a file; raises ValueError if it differs or the file is missing."""
+  """Checks that a file has the expected size in bytes.
+
+  Raises:
+    ValueError: the file is missing or has another size.
+  """
   try:
     size = path.stat().st_size
   except OSError as error:
@@ -200,6 +221,6 @@ def check_size(path: Path, expected: int) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-  """Computes the SHA-256 of a file, in hexadecimal."""
+  """Computes the SHA-256 of the contents of a file, in hexadecimal."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

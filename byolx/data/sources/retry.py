@@ -1,9 +1,9 @@
-"""Retries of reads from storage that is unavailable for a short time.
+"""Retries reads from storage that is unavailable for a short time.
 
-A record that cannot be decoded is replaced at once (see `unreadable`). While a network file system
-is being remounted, however, every record would fail. Transient errors, and reads while the data
-folder is missing, are therefore retried after growing pauses. If the folder stays missing, the run
-ends with an error that names it; started again, the run continues from its last checkpoint.
+The loader replaces or leaves out a record that cannot be read. While a network file system is being
+remounted, however, every read would fail. A read is therefore retried, after longer and longer pauses,
+if the error is transient or the data folder is missing. If the folder stays missing, the run ends with an
+error that names the folder; started again, the run continues from its last checkpoint.
 """
 
 import errno
@@ -19,7 +19,7 @@ logger = logging.getLogger("byolx")
 Result = TypeVar("Result")
 
 PAUSES = (0.1, 0.5, 2.0, 5.0, 10.0, 20.0)
-"""Pauses before the retries, in seconds; 37.6 s in total."""
+"""Pauses before the successive retries of a read, in seconds; 37.6 s in total."""
 
 TRANSIENT = frozenset(
   {
@@ -28,22 +28,24 @@ TRANSIENT = frozenset(
     errno.ENFILE, errno.EMFILE, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT,
   }
 )  # fmt: skip
-"""Error numbers of unavailable network file systems; EIO may also be a bad sector of a disk."""
+"""Numbers of the OSErrors that are retried, those of network storage; EIO may also be a bad disk."""
 
 
 class FolderLostError(OSError):
-  """The folder of a data set is missing after all retries."""
+  """Error: the folder of a data set is missing, and did not come back during all retries."""
 
 
 def with_retries(read: Callable[[], Result], folder: str) -> Result:
-  """Calls `read`, and retries it after a transient error or while the folder is missing.
+  """Calls `read` and returns its result; calls it again after a transient error.
+
+  The call is also repeated after any DecodeError while the folder is missing.
 
   Args:
-    read: function to call; its errors are DecodeErrors, with the OSError, if any, as their cause.
+    read: function that reads a record; it raises DecodeError, with the OSError, if any, as its cause.
     folder: path of the data set's folder.
 
   Raises:
-    DecodeError: the error is not transient, or remained after all retries.
+    DecodeError: `read` failed, and the error is not transient or remained after all retries.
     FolderLostError: the folder is missing after all retries.
   """
   for pause in (*PAUSES, None):

@@ -1,4 +1,4 @@
-"""Small data sets of installed packages: scikit-learn's digits, Debian's Fashion-MNIST."""
+"""Reads small data sets that come with packages: scikit-learn's digits and Debian's Fashion-MNIST."""
 
 import gzip
 import importlib.util
@@ -19,9 +19,9 @@ FASHION_MNIST_CLASSES = (
 
 
 def digits(split: str, test_share: float = 0.2) -> ArraySource:
-  """scikit-learn's handwritten digits: 8 x 8 pixels, 10 classes, 1797 images.
+  """Reads scikit-learn's handwritten digits: 8 x 8 pixels, 10 classes, 1797 images.
 
-  With the default `test_share`, 1437 are training and 360 are test images.
+  With the default `test_share`, 1437 of them are training images and 360 are test images.
 
   Args:
     split: 'train' or 'test'.
@@ -39,18 +39,18 @@ def digits(split: str, test_share: float = 0.2) -> ArraySource:
 
 
 def _digits_table() -> np.ndarray:
-  """Reads the file of `sklearn.datasets.load_digits` without the slow import of scikit-learn."""
+  """Reads the digits' pixels and labels from a file of scikit-learn, without its slow import."""
   package = importlib.util.find_spec("sklearn").submodule_search_locations[0]
   with gzip.open(Path(package) / "datasets" / "data" / "digits.csv.gz", "rt") as file:
     return np.loadtxt(file, delimiter=",")
 
 
 def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
-  """Fashion-MNIST: 28 x 28 pixels, 10 classes, 60,000 training and 10,000 test images.
+  """Reads Fashion-MNIST: 28 x 28 pixels, 10 classes, 60,000 training and 10,000 test images.
 
   Args:
-    folder: path of the folder of the four `.gz` files; None or '' for the folder of Debian's
-      package, FASHION_MNIST_FOLDER.
+    folder: path of the folder that has the four `.gz` files; None or '' for FASHION_MNIST_FOLDER, the
+      folder of Debian's package.
     split: 'train' or 'test'.
 
   Raises:
@@ -71,7 +71,15 @@ def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-  """Reads a compressed IDX file of uint8 items of this shape, and checks its header and size."""
+  """Reads a gzip-compressed IDX file of uint8 arrays, and checks its header and size.
+
+  Args:
+    path: path of the file.
+    shape: expected shape of each array: (28, 28) for images, () for labels.
+
+  Raises:
+    ValueError: the file is missing, damaged or of another format.
+  """
   try:
     data = gzip.decompress(path.read_bytes())
   except FileNotFoundError:

@@ -1,17 +1,19 @@
-"""Parser of tf.Example messages without TensorFlow, for this part of the protocol buffers format:
+"""Parses tf.Example messages without TensorFlow.
+
+A tf.Example is a message in the format of protocol buffers, of which only this part is supported:
 
   Example   { Features features = 1; }
   Features  { map<string, Feature> feature = 1; }, whose entries are { key = 1; value = 2; }
   Feature   { oneof: BytesList = 1, FloatList = 2, Int64List = 3 }, each { repeated value = 1; }
 
-Only the requested values are copied. Damaged messages raise ValueError, whatever their bytes.
+Only the requested values are copied. A damaged message raises ValueError, whatever bytes it has.
 """
 
 from collections.abc import Iterator
 
 
 def features(record: bytes) -> dict[str, memoryview]:
-  """Returns the serialised Feature of each key of a tf.Example.
+  """Parses a tf.Example, and returns the serialised message of each feature by its key.
 
   Raises:
     ValueError: the message is damaged.
@@ -25,7 +27,7 @@ def features(record: bytes) -> dict[str, memoryview]:
 
 
 def first_bytes(features: dict[str, memoryview], key: str) -> bytes:
-  """Returns the first byte string of a feature.
+  """Returns the first byte string of the feature `key`; `features` is from the function `features`.
 
   Raises:
     ValueError: the feature is missing, damaged or has no byte string.
@@ -37,7 +39,7 @@ def first_bytes(features: dict[str, memoryview], key: str) -> bytes:
 
 
 def first_int(features: dict[str, memoryview], key: str) -> int:
-  """Returns the first integer of a feature.
+  """Returns the first integer of the feature `key`; `features` is from the function `features`.
 
   Raises:
     ValueError: the feature is missing, damaged or has no integer.
@@ -59,14 +61,20 @@ def _feature(features: dict[str, memoryview], key: str) -> memoryview:
 
 
 def _messages(message: memoryview, field_number: int) -> Iterator[memoryview]:
-  """Yields the strings and submessages with this field number."""
+  """Yields the contents of all strings and submessages of `message` that have this field number."""
   for number, value in _fields(message):
     if number == field_number and not isinstance(value, int):
       yield value
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-  """Yields (field number, value) in order; a value of fixed size is yielded as its bytes."""
+  """Yields (field number, value) of each field of a message, in order.
+
+  The value is an int for a varint (an integer of variable length), otherwise the bytes of the field.
+
+  Raises:
+    ValueError: the message is damaged.
+  """
   position = 0
   while position < len(message):
     tag, position = _varint(message, position)
@@ -90,7 +98,14 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-  """Reads a varint; returns it and the position after it."""
+  """Reads a varint (an integer of variable length) of a message.
+
+  Returns:
+    The unsigned integer, and the position of the byte after it.
+
+  Raises:
+    ValueError: the message ends inside the integer, or the integer has more than 64 bits.
+  """
   number = 0
   for shift in range(0, 64, 7):
     if position >= len(message):

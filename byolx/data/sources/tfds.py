@@ -1,9 +1,9 @@
-"""Sets written by TensorFlow Datasets (TFDS) as ArrayRecord, read without TensorFlow and TFDS.
+"""Reads data sets that TensorFlow Datasets (TFDS) wrote as ArrayRecord, without TensorFlow and TFDS.
 
-The folder of a set holds `dataset_info.json` (splits, and the number of records per file),
+The folder of a set holds `dataset_info.json` (splits, and the number of records in each file),
 `features.json` (the features of a record), the files `NAME-SPLIT.array_record-00000-of-00008` and
 so on, and the class names in `label.labels.txt`. A record is a serialised tf.Example, of which only
-image, label and file name are parsed. This command writes such a set:
+image, label and file name are used. This line of Python writes such a set:
 
   tensorflow_datasets.builder("imagenet2012", file_format="array_record").download_and_prepare()
 """
@@ -42,13 +42,16 @@ _PROGRESS_SECONDS = 10
 
 @dataclass(frozen=True, eq=False)
 class TFDSSource:
-  """Encoded images in ArrayRecord files of tf.Example messages, opened by `tfds`.
+  """Source of the records of a set that TensorFlow Datasets wrote; the function `tfds` opens it.
 
   Attributes:
-    name, labels, classes, names: the attributes of `Source`.
+    name: name of the data set.
     files: paths of the ArrayRecord files.
-    ends: cumulative number of records at the end of each file.
-    image_key: key of the image in a tf.Example.
+    ends: number of records in each file and all files before it.
+    image_key: key of the image in a tf.Example, the message that is one record.
+    labels: class of each record, -1 if it is unlabelled.
+    classes: names of the classes, empty for an unlabelled set.
+    names: name of each record.
   """
 
   name: str
@@ -64,7 +67,11 @@ class TFDSSource:
     return len(self.labels)
 
   def encoded(self, index: int) -> tuple[bytes, str]:
-    """Returns the bytes of an image file and the record's name; raises DecodeError."""
+    """Returns the bytes of one image file, and the name of the record.
+
+    Raises:
+      DecodeError: the record cannot be read or has no image.
+    """
     index = range(len(self))[index]
     shard = int(np.searchsorted(self.ends, index, side="right"))
     start = int(self.ends[shard - 1]) if shard else 0
@@ -82,9 +89,10 @@ class TFDSSource:
 
 
 def tfds(folder: str | Path, split: str) -> TFDSSource:
-  """Opens a set of TensorFlow Datasets, with one image and at most one class per record.
+  """Opens one split of a set that TensorFlow Datasets wrote, with one image and one class per record.
 
-  All records are read once for their labels; a slow read logs its progress.
+  The class may be missing. All records are read once for their labels; if this takes more than ten
+  seconds, the progress is logged.
 
   Args:
     folder: path of one version of a set, such as `imagenet2012/5.1.0`; the field data.folder.
@@ -92,8 +100,9 @@ def tfds(folder: str | Path, split: str) -> TFDSSource:
       unlabelled (as in ImageNet).
 
   Raises:
-    ValueError: unknown split; the folder is not a TFDS set in ArrayRecord; a file is missing or
-      incomplete; a record has no image feature, or several without a supervised one.
+    ValueError: the split is unknown; the folder is not a set of TensorFlow Datasets in the format
+      ArrayRecord; a file is missing or incomplete; the records have no image, or several images of
+      which none is the input for supervised learning.
   """
   check_split(split)
   root = Path(folder)
@@ -119,7 +128,14 @@ def tfds(folder: str | Path, split: str) -> TFDSSource:
 
 
 class _Keys(NamedTuple):
-  """Keys of the image, label and file name in a tf.Example ('' if missing), and class names."""
+  """Keys under which the records of a set have their image, label and file name.
+
+  Attributes:
+    image: key of the image.
+    label: key of the class; '' if records have none.
+    file_name: key of the file name; '' if records have none.
+    classes: names of the classes, empty for an unlabelled set.
+  """
 
   image: str
   label: str
@@ -128,7 +144,7 @@ class _Keys(NamedTuple):
 
 
 class _Shard(NamedTuple):
-  """One ArrayRecord file."""
+  """Path of one ArrayRecord file of a split, and the number of records that it should have."""
 
   path: Path
   records: int
@@ -151,7 +167,17 @@ def _read_json(root: Path, file: str) -> dict:
 
 
 def _keys(root: Path, info: dict, features: dict) -> _Keys:
-  """Finds the keys of the image, label and file name among the features of a record."""
+  """Finds the keys of the image, label and file name of a record, and the class names.
+
+  Args:
+    root: path of the set's folder.
+    info: contents of `dataset_info.json`.
+    features: contents of `features.json`.
+
+  Raises:
+    ValueError: records have no image, or several of which none is the input for supervised learning;
+      or the number of class names is not the number of classes.
+  """
   parts = features.get("featuresDict", {}).get("features", {})
   kinds = {key: part.get("pythonClassName", "").rpartition(".")[2] for key, part in parts.items()}
   images = [key for key, kind in kinds.items() if kind == "Image"]
@@ -181,7 +207,17 @@ def _keys(root: Path, info: dict, features: dict) -> _Keys:
 
 
 def _shards(root: Path, info: dict) -> dict[str, list[_Shard]]:
-  """Lists the files of each split with records, without checking that they exist."""
+  """Returns the files of each split that has records, by the split's name.
+
+  It is not checked that the files exist.
+
+  Args:
+    root: path of the set's folder.
+    info: contents of `dataset_info.json`.
+
+  Raises:
+    ValueError: the set is not in the format ArrayRecord.
+  """
   kind = info.get("fileFormat", "tfrecord")
   if kind != "array_record":
     raise ValueError(
@@ -199,7 +235,7 @@ def _shards(root: Path, info: dict) -> dict[str, list[_Shard]]:
 
 
 def _file_name(template: str, dataset: str, split: str, shard: int, count: int) -> str:
-  """Fills in a template, to `imagenet2012-train.array_record-00000-of-01024` by default."""
+  """Returns a file name from a template of TFDS, such as `mnist-train.array_record-00000-of-00001`."""
   values = {
     "DATASET": dataset,
     "SPLIT": split,
@@ -245,7 +281,14 @@ def _source(dataset: str, split: str, shards: list[_Shard], keys: _Keys) -> TFDS
 
 
 def _labels_and_names(shard: _Shard, keys: _Keys, count: int) -> tuple[np.ndarray, Names]:
-  """Reads int32 labels (-1 if missing or unreadable) and names of a file's first records."""
+  """Reads the labels and names of the first `count` records of a file.
+
+  Returns:
+    int32 labels, -1 for a record whose label is missing or cannot be read; and the names.
+
+  Raises:
+    ValueError: the file does not exist, or has another number of records than `shard.records`.
+  """
   if not shard.path.is_file():
     raise ValueError(f"{shard.path} does not exist; expected {shard.records} records in it")
   reader = ArrayRecordReader(str(shard.path))  # with read-ahead, unlike the readers of training
@@ -271,7 +314,7 @@ def _labels_and_names(shard: _Shard, keys: _Keys, count: int) -> tuple[np.ndarra
 
 
 def _records(reader: ArrayRecordReader, count: int) -> Iterator[bytes]:
-  """Yields the first records of a file, b"" for a damaged one."""
+  """Yields the first `count` records of a file, and b"" in place of a damaged record."""
   for start in range(0, count, _AT_ONCE):
     numbers = list(range(start, min(start + _AT_ONCE, count)))
     try:

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
-  """Raised for an unknown config field, or for values that are impossible alone or together; its
-  message is one line."""
+  """Raised for an unknown config field, or for values that are impossible alone or together.
+
+  The message is one line.
+  """
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Page:
     path: inspected path.
     steps: summaries of the checkpoints, oldest first.
     commit: git commit of the code that saved the checkpoint; empty if it is unknown.
-    fingerprint: fingerprint of the checkpoint's config; empty if it is unknown.
+    fingerprint: hash of the config fields on which results depend; empty if it is unknown.
     changes: config fields that are not at their default, each name with the list [default, value].
     parts: rows for the parts of the saved state, such as `online encoder`: name of the part, number
       of arrays, number of values, and an empty remark.

@@ -126,8 +126,10 @@ class Checkpoints:
     return self._thread is not None and self._thread.is_alive()
 
   def steps(self) -> list[int]:
-    """Returns the steps of all completed checkpoints, in ascending order; does not verify
-    checkpoints."""
+    """Returns the steps of all completed checkpoints, in ascending order.
+
+    The checkpoints are not verified.
+    """
     return distributed.agree(steps_in(self._folder))
 
   def latest(self) -> int | None:
@@ -396,7 +398,8 @@ def _clean(folder: Path) -> None:
 def _on_all_processes(work: Callable[[], Result]) -> Result:
   """Runs `work` on every process and returns the result.
 
-  If `work` raises CheckpointError in one process, CheckpointError is raised in all processes.
+  If `work` raises CheckpointError or DamagedError in one process, such an error is raised in all
+  processes.
   """
   error: CheckpointError | None = None
   result: Any = None

@@ -35,8 +35,7 @@ the checkpoint's folder. It raises ConfigError to refuse the checkpoint."""
 
 @dataclasses.dataclass(frozen=True)
 class InitSpec:
-  """The config group `init`: the pretrained encoder and the fields that a run takes from another
-  run."""
+  """The config group `init`: the encoder and the config fields that a run takes from another run."""
 
   workdir: str = field(
     "", "workdir or checkpoint of the pretrained encoder to start from; empty: random weights"
@@ -62,8 +61,8 @@ class Encoder:
   Args:
     arrays: the encoder's arrays, by their names inside the encoder, such as `stem.kernel`.
     lineage: origin of the encoder, serialisable as JSON: `path` and `step` of the checkpoint,
-      `encoder` (online or target), `commit` and `fingerprint` of the source run, and `from`, the
-      origin of the encoder that the source run itself started from.
+      `encoder` (online or target), `commit` (of git) and `fingerprint` (hash of the config) of the
+      source run, and `from`, the origin of the encoder that the source run itself started from.
     others: types and shapes, such as `float32[8, 10]`, of all other arrays in the checkpoint, by
       full name.
     data: position of the source run in its training data, with facts such as the number of images.
@@ -272,8 +271,8 @@ def parts_of(
     remarks: remarks on some of the arrays, by array name.
 
   Returns:
-    One row per part: name of the part, number of arrays, number of values, and the first remark on
-    one of its arrays, empty if there is none.
+    One row per part: name of the part, number of arrays, number of values, and a text with the
+    first remark on an array of the part and the number of further remarks, empty if there is none.
   """
   parts: dict[str, list[str]] = {}
   for name in kinds:

@@ -296,7 +296,7 @@ def leave(code: int, reason: str) -> None:
 
 
 def await_reason() -> None:
-  """Waits, after an error, until it is known whether another process has ended and so caused the error.
+  """Waits, after an error in this process, to see whether another process has ended and caused it.
 
   If another process has ended, this process prints why and exits. If none has ended within the time
   after which a process counts as lost, the function returns.

@@ -66,8 +66,9 @@ def split_cpu(images: int, devices: int = 0) -> None:
 def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mesh:
   """Makes the mesh of devices, with the axes `data` and `fsdp`.
 
-  A batch is sharded over both axes, a state over `fsdp` only. The axes are Auto, because gathers
-  over the batch axis raise an error with Explicit axes, jax's default.
+  A batch is sharded over both axes, a train state over `fsdp` (fully sharded data parallelism)
+  only. The axes have jax's type Auto, because with the default type, Explicit, gathers over the
+  batch axis raise an error.
 
   Args:
     count: number of devices, equally many of each process; 0 for all.
@@ -90,8 +91,10 @@ def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mes
 
 
 def default_fsdp(devices: int) -> int:
-  """Returns the default of `mesh.fsdp`: the largest divisor of `devices` that is at most
-  MOST_PIECES."""
+  """Returns the largest divisor of the number of devices that is at most MOST_PIECES.
+
+  This is the default of the config field `mesh.fsdp`.
+  """
   return max(n for n in range(1, MOST_PIECES + 1) if devices % n == 0)
 
 
@@ -284,8 +287,8 @@ def using(layout: Layout) -> Iterator[None]:
 def gathered(x: Any) -> Any:
   """Returns an array that every device holds as a whole, from an array that may be sharded.
 
-  Inside `using(layout)` only; elsewhere, and if the train state is replicated, the array is
-  returned unchanged.
+  The array is gathered only inside of the context `using(layout)`. Outside of it, or if the train
+  state is replicated, the array is returned unchanged.
   """
   layout = _in_use.get()
   if layout is None or layout.state == "replicated":

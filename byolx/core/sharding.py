@@ -272,7 +272,10 @@ _in_use: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def using(layout: Layout) -> Iterator[None]:
-  """Context manager that sets the placement of the train state for `gathered` and `summed`.
+  """Context manager that sets the placement of the train state on the devices.
+
+  Inside of it, `gathered` gathers sharded weights, and `summed` shards their gradients, as that
+  placement requires.
 
   Args:
     layout: placement of the train state on a mesh.

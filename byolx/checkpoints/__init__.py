@@ -1,1 +1,1 @@
-"""Checkpoints: saved, verified, restored, and the encoder in them."""
+"""Checkpoints: saves, verifies and restores them, and loads the pretrained encoders in them."""

@@ -1,9 +1,9 @@
 """32-bit checksums of arrays; a change of a single bit always changes the checksum.
 
-Each 32-bit word is mixed with its position by an invertible function, and the mixed words are summed
-modulo 2^32. So a change in one word always changes the sum. The sum does not depend on the order of
-the words, and is the same on any mesh and for any sharding. Values of 8 bytes are split into two
-words, smaller ones are widened to one.
+Each 32-bit word of an array is mixed with its position by an invertible function, and the mixed
+words are summed modulo 2^32. So a change in one word always changes the sum. The sum does not
+depend on the order in which the words are added, and is the same on any mesh and for any sharding.
+Values of 8 bytes are split into two words; values of fewer than 4 bytes are widened to one word.
 
 Large arrays on accelerators are summed there, by a jitted function. Small arrays are summed by
 numpy, because compiling the function for every shape would take longer than the sums. Small arrays,
@@ -26,26 +26,26 @@ _FIRST, _SECOND = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
 
 class Pending:
-  """Checksums being computed, returned by `start`.
+  """Checksums that are being computed; `start` returns them in this form.
 
   Args:
     sums: checksums as uint32 scalars on the devices, by array name.
-    views: arrays on the host that are still to be summed, by array name.
+    views: arrays on the host whose checksums are still to be computed, by array name.
   """
 
   def __init__(self, sums: dict[str, jax.Array], views: dict[str, np.ndarray]):
     self._sums, self._views = sums, views
 
   def result(self) -> dict[str, int]:
-    """Waits for the devices and returns each array's checksum, in 0 to 2^32 - 1, by name."""
+    """Waits for the devices and returns the checksum of each array, in 0 to 2^32 - 1, by name."""
     host = {name: _host_checksum(view) for name, view in self._views.items()}
     return host | {name: int(value) for name, value in jax.device_get(self._sums).items()}
 
 
 def start(arrays: Mapping[str, jax.Array]) -> Pending:
-  """Starts computing checksums, without waiting for the devices.
+  """Starts computing the checksums of arrays, without waiting for the devices.
 
-  In a multi-process run, all processes must call it with the same arrays.
+  In a multi-process run, all processes must call this function with the same arrays.
 
   Args:
     arrays: arrays of any shape and sharding, by name; they may be donated after the call.
@@ -64,12 +64,18 @@ def start(arrays: Mapping[str, jax.Array]) -> Pending:
 
 
 def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-  """Returns each array's checksum, in 0 to 2^32 - 1, by name; arguments as in `start`."""
+  """Computes the checksum of each array, in 0 to 2^32 - 1, and returns them by name.
+
+  In a multi-process run, all processes must call this function with the same arrays.
+
+  Args:
+    arrays: arrays of any shape and sharding, by name.
+  """
   return start(arrays).result()
 
 
 def _is_on_host(array: jax.Array) -> bool:
-  """Whether numpy can view the array's memory without a copy.
+  """Returns whether all of an array is in CPU memory, where numpy can view it without a copy.
 
   jax does not write into memory that has a view, so such an array may be donated.
   """
@@ -84,9 +90,9 @@ def _host_checksum(view: np.ndarray) -> int:
 
 @jax.jit
 def _device_checksum(array: jax.Array) -> jax.Array:
-  """Computes the checksum on the devices, as a uint32 scalar.
+  """Computes the checksum of an array on the devices, as a uint32 scalar.
 
-  It reshapes nothing, because a reshape could gather an array that is sharded over devices.
+  The array is not reshaped, because a reshape could gather an array that is sharded over devices.
   """
   if array.dtype == jnp.bool_:
     words = array.astype(jnp.uint32)
@@ -99,7 +105,7 @@ def _device_checksum(array: jax.Array) -> jax.Array:
 
 
 def _words_of_view(view: np.ndarray) -> np.ndarray:
-  """Returns an array's words as uint32, flat and in row-major order."""
+  """Returns the 32-bit words of a numpy array as uint32, flat and in row-major order."""
   flat = np.ascontiguousarray(view).reshape(-1)
   narrow = view.dtype.itemsize < 4
   words = flat.view(f"uint{8 * view.dtype.itemsize}" if narrow else "uint32")
@@ -107,7 +113,12 @@ def _words_of_view(view: np.ndarray) -> np.ndarray:
 
 
 def _sum(xp: Any, words: Any) -> Any:
-  """Returns the sum of the mixed words modulo 2^32; `xp` is numpy or jax.numpy."""
+  """Mixes the words of an array with their positions, and returns the sum modulo 2^32.
+
+  Args:
+    xp: the module that computes, numpy or jax.numpy.
+    words: words of the array, uint32 of any shape.
+  """
   mixed = words ^ _positions(xp, words.shape)
   mixed = (mixed ^ (mixed >> 16)) * _FIRST
   mixed = (mixed ^ (mixed >> 13)) * _SECOND
@@ -115,7 +126,12 @@ def _sum(xp: Any, words: Any) -> Any:
 
 
 def _positions(xp: Any, shape: tuple[int, ...]) -> Any:
-  """Returns each word's row-major index times an odd constant, modulo 2^32."""
+  """Returns the row-major index of each element of an array times an odd constant, modulo 2^32.
+
+  Args:
+    xp: the module that computes, numpy or jax.numpy.
+    shape: shape of the array.
+  """
   places = xp.zeros(shape, xp.uint32)
   for axis, length in enumerate(shape):
     stride = math.prod(shape[axis + 1 :]) % 2**32

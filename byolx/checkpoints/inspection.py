@@ -1,4 +1,4 @@
-"""Summary of a workdir or a checkpoint, on one page; its arrays are read only to verify them."""
+"""Summarises a workdir or a checkpoint on one page; arrays are read only to verify them."""
 
 import dataclasses
 import json
@@ -20,13 +20,13 @@ class Step:
   """Summary of one checkpoint.
 
   Attributes:
-    step: training step; -1 if unknown.
-    saved: time of the save, ISO 8601 in UTC; empty if unknown.
+    step: training step of the checkpoint; -1 if it is unknown.
+    saved: time of the save, ISO 8601 in UTC; empty if it is unknown.
     bytes: size of all files, in bytes.
     metrics: metrics saved with the checkpoint, by name.
-    data: data position of the training input.
-    problem: description of the damage; empty if none was found.
-    verified: True if all arrays were read and their checksums matched.
+    data: position in the training data from which training resumes, by name of each number.
+    problem: description of the damage; empty if no damage was found.
+    verified: whether all arrays were read and their checksums matched.
   """
 
   step: int
@@ -40,17 +40,22 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-  """Summary of a workdir or checkpoint; all but `steps` describes the newest readable record.
+  """Summary of a workdir, a folder of checkpoints, or one checkpoint.
+
+  All attributes but `path` and `steps` describe the newest checkpoint whose record (record.json) is
+  readable.
 
   Attributes:
     path: inspected path.
     steps: summaries of the checkpoints, oldest first.
-    commit: git commit of the code that saved the checkpoint; empty if unknown.
-    fingerprint: fingerprint of its config; empty if unknown.
-    changes: `[default, value]` of the config fields that are not at their default, by name.
-    parts: part, number of arrays, number of values and an empty remark, for each part of the state.
+    commit: git commit of the code that saved the checkpoint; empty if it is unknown.
+    fingerprint: hash of the config fields on which results depend; empty if it is unknown.
+    changes: config fields that are not at their default, each name with the list [default, value].
+    parts: rows for the parts of the saved state, such as `online encoder`: name of the part, number
+      of arrays, number of values, and an empty remark.
     lineage: origin of the encoder that the run started from; None for a run from scratch.
-    encoder: values of the config fields in `schema.encoder_fields`, by name; empty if not stored.
+    encoder: config fields with which the encoder must be used, by name; empty if the checkpoint has
+      no config.
   """
 
   path: str
@@ -64,7 +69,7 @@ class Page:
 
   @property
   def damaged(self) -> bool:
-    """Whether any checkpoint is damaged."""
+    """Whether any of the checkpoints is damaged."""
     return any(step.problem for step in self.steps)
 
   def text(self) -> str:
@@ -96,8 +101,8 @@ def inspect(
   Args:
     path: folder of the workdir, of the checkpoints, or of one checkpoint.
     defaults: default of every config field, by its dotted name.
-    encoder_fields: names of the fields that go with an encoder.
-    verify: read every array and compare its checksum.
+    encoder_fields: names of the config fields with which a pretrained encoder must be used.
+    verify: whether to read every array and compare its checksum.
 
   Raises:
     CheckpointError: there is no checkpoint, one has a newer format, or its files are not readable.
@@ -125,7 +130,13 @@ def inspect(
 def _of_encoder(
   flat: Mapping[str, Any] | None, defaults: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
-  """The fields that go with the encoder; none where the checkpoint has no config."""
+  """Returns the values of the config fields with which an encoder must be used, by name.
+
+  Args:
+    flat: config of the checkpoint, by dotted name; if None or empty, the result is empty.
+    defaults: defaults of the fields that this config does not have.
+    names: names of the fields to return.
+  """
   if not flat:
     return {}
   values = {**defaults, **flatten(flat)}
@@ -133,7 +144,16 @@ def _of_encoder(
 
 
 def _summarise(folder: Path, verify: bool) -> tuple[Step, dict[str, Any] | None]:
-  """Returns the summary of a checkpoint, and its record or None if the record is damaged."""
+  """Summarises one checkpoint.
+
+  Args:
+    folder: folder of the checkpoint.
+    verify: whether to read every array and compare its checksum.
+
+  Returns:
+    The summary, and the contents of the checkpoint's record.json; None in place of the contents if
+    the record is damaged.
+  """
   record, problem = None, ""
   try:
     record = storage.read_record(folder)
@@ -166,7 +186,14 @@ def _all_arrays(record: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _changed(flat: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, list[Any]]:
-  """Returns `{field: [default, value]}` of non-default fields, fields of other versions included."""
+  """Returns the config fields that are not at their default, as `{name: [default, value]}`.
+
+  Fields that this version of byolx does not have are included, with None as default.
+
+  Args:
+    flat: config of the checkpoint, by dotted name.
+    defaults: default of every field of this version.
+  """
   return {
     name: [plain(defaults.get(name)), plain(value)]
     for name, value in flat.items()
@@ -195,9 +222,9 @@ def _part_rows(parts: list[tuple[str, int, int, str]]) -> list[list[str]]:
 
 
 def _table(rows: list[list[str]]) -> str:
-  """Aligns the columns: the first to the left, the others to the right.
+  """Formats rows as a table: the first column is aligned to the left, all others to the right.
 
-  Text in the last column is not aligned.
+  Text in the last column is not aligned, but numbers are.
   """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join(
@@ -211,7 +238,13 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _encoder(fields: dict[str, Any]) -> str:
-  """Formats the encoder's config fields, one paragraph per group; empty tuples are left out."""
+  """Formats config fields of the encoder, one paragraph per group of fields.
+
+  Fields whose value is an empty tuple are left out.
+
+  Args:
+    fields: values by dotted name.
+  """
   groups: dict[str, list[str]] = {}
   for name, value in fields.items():
     group, _, leaf = name.partition(".")
@@ -239,7 +272,12 @@ def _changes(changes: dict[str, list[Any]]) -> str:
 
 
 def _lineage(lineage: dict[str, Any] | None) -> str:
-  """Formats the chain of warm starts, one line per run, the latest first."""
+  """Formats the chain of warm starts from which an encoder comes, one line per run, the latest first.
+
+  Args:
+    lineage: origin of the encoder, with the origin of the run before as `from`; None for a run from
+      scratch.
+  """
   lines = []
   while lineage:
     facts = f"commit {lineage['commit']}, config {lineage['fingerprint']}"

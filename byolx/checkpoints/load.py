@@ -1,4 +1,4 @@
-"""A pretrained encoder in one line: from a workdir or a checkpoint, without the data set."""
+"""Loads a pretrained encoder from a workdir or a checkpoint; the data set is not needed."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -25,23 +25,24 @@ from byolx.models.encoder import Network
 from byolx.models.resnet import ResNetSpec
 
 CROP = {"resize": 256, "crop_rule": "paper", "antialias": False}
-"""Evaluation crop, if the stored config has none: the fields of the group `eval`."""
+"""Defaults of the evaluation crop for a checkpoint whose config has none, by name of the field in
+the config group `eval`."""
 
 
 class PretrainedEncoder(nnx.Module):
-  """Encoder with the colour normalisation and the image size of its training.
+  """A trained encoder, with the colour normalisation and the image size that it was trained with.
 
   Args:
-    network: encoder, an NNX module on normalised images.
-    config: flat config of the encoder's run.
-    lineage: facts about the checkpoint.
+    network: encoder, an NNX module that takes normalised images.
+    config: config that the encoder was trained with, as values by dotted name.
+    lineage: facts about the checkpoint: its folder as `path`, and its `step`.
 
   Attributes:
-    network: encoder, an NNX module on normalised images.
+    network: encoder, an NNX module that takes normalised images.
     features: size d of the representation.
-    size: side of the training views, pixels.
-    mean, std: mean and standard deviation of each channel, for pixels in [0, 1].
-    crop: resize, crop_rule and antialias of the evaluation crop.
+    size: side of the training views, in pixels.
+    mean, std: mean and standard deviation of each colour channel, for pixels in [0, 1].
+    crop: values of resize, crop_rule and antialias, by which `prepare` crops images.
     checkpoint: folder of the checkpoint.
     step: training step of the checkpoint.
   """
@@ -55,29 +56,42 @@ class PretrainedEncoder(nnx.Module):
     self.checkpoint, self.step = lineage["path"], lineage["step"]
 
   def __call__(self, images: Array | np.ndarray) -> Float[Array, "n d"]:
-    """Representations of images, as evaluation uses them: running statistics, float32.
+    """Computes the representations of images in float32, with BatchNorm's running averages.
 
     Args:
-      images: uint8 [n, h, w, 3], RGB pixels 0..255. Images of another size than `size` are encoded
-        as they are; `prepare` makes that size of any image.
+      images: uint8 [n, h, w, 3], RGB pixels 0..255. The images are not resized; `prepare` makes
+        images of the training size from images of any size.
 
     Raises:
-      ValueError: another dtype or shape.
+      ValueError: the images have another dtype or shape.
     """
     return self._run(_features, images)
 
   def stages(self, images: Array | np.ndarray) -> tuple[Float[Array, "n _ _ _"], ...]:
-    """Feature maps of the stem and of every stage, float32, for dense prediction.
+    """Computes the float32 feature maps of a ResNet's first layers and stages, for dense prediction.
 
     Args:
-      images: uint8 [n, h, w, 3], see `__call__`.
+      images: uint8 [n, h, w, 3], RGB pixels 0..255, which are not resized.
+
+    Returns:
+      The feature maps, each [n, height, width, channels], from the first layers' to the last
+      stage's.
+
+    Raises:
+      ValueError: the images have another dtype or shape.
     """
     return self._run(_stages, images)
 
   def prepare(
     self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
   ) -> UInt8[np.ndarray, "n size size 3"]:
-    """The evaluation crops of images of any size, as the encoder's run evaluates them."""
+    """Returns the centre crops of images of any size, with the size that the encoder was trained with.
+
+    The crop is the one with which the encoder's run was evaluated.
+
+    Args:
+      images: images uint8 [height, width, 3], RGB pixels 0..255.
+    """
     resize, rule, antialias = self.crop
     resize = max(resize, self.size)
     return np.stack([evaluation_view(x, self.size, resize, rule, antialias) for x in images])
@@ -111,7 +125,7 @@ def load_encoder(
   mesh: Mesh | None = None,
   network: Network | None = None,
 ) -> PretrainedEncoder:
-  """Loads an encoder from the newest good checkpoint of a run; the data set need not be there.
+  """Loads an encoder from the newest undamaged checkpoint of a run; the data set is not needed.
 
   Architecture, padding, epsilon, compute type, colour normalisation and image size are those of the
   checkpoint.
@@ -121,14 +135,16 @@ def load_encoder(
 
   Args:
     path: workdir, its folder of checkpoints, or the folder of one checkpoint.
-    encoder: "online" or "target".
-    mesh: devices that hold the encoder, each all of it; None: the first device.
-    network: function that makes the encoder of a run that was trained with the user's own; None:
-      the ResNet of the stored config.
+    encoder: name of the encoder, "online" or "target".
+    mesh: mesh of devices, each of which will hold the whole encoder; None for the first device
+      alone.
+    network: function that makes the encoder, if the run was trained with the user's own encoder;
+      None for the ResNet of the stored config.
 
   Raises:
-    ConfigError: there is no such encoder, or nothing says what network its arrays belong to.
-    CheckpointError: there is no checkpoint, or none is good.
+    ConfigError: the checkpoint has no such encoder, no config is stored with it, or its arrays
+      belong to another network.
+    CheckpointError: there is no checkpoint, or none is undamaged.
   """
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   if mesh is not None:

@@ -1,8 +1,8 @@
-"""The checkpoints of a run: saved in the background, verified when restored, pruned by a policy.
+"""Saves the checkpoints of a run in the background, restores and verifies them, and removes old ones.
 
-An interrupted save leaves no checkpoint. A restore verifies the checksums; it logs a damaged
-checkpoint and takes the one before it. A checkpoint of another model raises an error that names the
-differences.
+An interrupted save leaves no checkpoint. A restore verifies the checksums; if a checkpoint is
+damaged, it logs a warning and restores the checkpoint before it. For a checkpoint of another model
+it raises an error that names the differences.
 """
 
 import contextlib
@@ -72,7 +72,12 @@ class Policy:
   )
 
   def kept(self, steps: list[int], metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
-    """The steps that stay, of those there are."""
+    """Returns the steps whose checkpoints are kept; all other checkpoints may be removed.
+
+    Args:
+      steps: steps of all checkpoints.
+      metrics: metrics saved with the checkpoints, by step and name.
+    """
     latest = sorted(steps)[-self.keep :]
     milestones = [step for step in steps if self.keep_every and step % self.keep_every == 0]
     values = {step: metrics.get(step, {}).get(self.best, math.nan) for step in sorted(steps)}
@@ -87,8 +92,8 @@ class Restored(NamedTuple):
 
   Attributes:
     step: training step of the checkpoint.
-    state: restored pytree, with the structure and shardings of `abstract`.
-    data: data position of the training input.
+    state: restored pytree of arrays, with the structure and shardings that the caller asked for.
+    data: position in the training data from which training resumes, by name of each number.
     meta: facts about the run, such as its commit and config.
   """
 
@@ -121,11 +126,14 @@ class Checkpoints:
     return self._thread is not None and self._thread.is_alive()
 
   def steps(self) -> list[int]:
-    """Returns the steps of all completed saves, in ascending order; their arrays are not verified."""
+    """Returns the steps of all completed checkpoints, in ascending order.
+
+    The checkpoints are not verified.
+    """
     return distributed.agree(steps_in(self._folder))
 
   def latest(self) -> int | None:
-    """Returns the last of `steps()`, or None if there is no checkpoint."""
+    """Returns the largest step of a completed checkpoint, or None if there is no checkpoint."""
     return max(self.steps(), default=None)
 
   def save(
@@ -136,22 +144,23 @@ class Checkpoints:
     meta: dict[str, Any],
     metrics: dict[str, float] | None = None,
   ) -> float:
-    """Starts a save in the background, after the one before has ended.
+    """Starts a save in the background, after waiting for the save in progress, if any.
 
-    Does nothing if a checkpoint of this step exists already.
+    Saves nothing if a checkpoint of this step exists already.
 
     Args:
       step: training step; it becomes the name of the checkpoint's folder.
       state: pytree of arrays, which may be donated after the call.
-      data: data position of the training input, serialisable as JSON.
-      meta: facts about the run, serialisable as JSON.
-      metrics: metrics of this step by name, for the policy and the summary.
+      data: position in the training data from which training resumes, serialisable as JSON.
+      meta: facts about the run, such as its commit and config, serialisable as JSON.
+      metrics: metrics of this step by name, by which the policy selects the best checkpoint, and
+        which summaries show.
 
     Returns:
       Time that the caller was blocked, in seconds.
 
     Raises:
-      CheckpointError: this save could not start, or the one before failed.
+      CheckpointError: this save could not start, or the save before it failed.
       TypeError: `data`, `meta` or `metrics` is not serialisable as JSON.
     """
     began = time.monotonic()
@@ -188,15 +197,17 @@ class Checkpoints:
     step: int | None = None,
     accept: Callable[[int, dict[str, Any]], None] | None = None,
   ) -> Restored:
-    """Restores the checkpoint of `step`, or else the newest undamaged one.
+    """Restores the checkpoint of a given step, or the newest undamaged checkpoint.
 
-    Without `step`, a damaged checkpoint is logged as a warning, and the one before it is read.
+    If no step is given and a checkpoint is damaged, a warning is logged and the checkpoint before
+    it is read.
 
     Args:
-      abstract: pytree of `jax.ShapeDtypeStruct` with shardings, of the structure of the saved state.
-      step: training step of the checkpoint; None for the newest one.
-      accept: check of the step and the data position, called before the arrays are read; it raises
-        to refuse the checkpoint.
+      abstract: description of the saved state: a pytree with a `jax.ShapeDtypeStruct`, with its
+        sharding, for each array.
+      step: training step of the checkpoint; None for the newest undamaged one.
+      accept: function that takes the step and the saved position in the training data, before the
+        arrays are read, and raises an error to refuse the checkpoint. None to accept any.
 
     Raises:
       ValueError: names, shapes or types of the checkpoint's arrays differ from those of `abstract`.
@@ -213,7 +224,7 @@ class Checkpoints:
     return first_good(folders, lambda folder: _restore(folder, abstract, templates, accept))
 
   def discard_after(self, step: int) -> None:
-    """Removes the checkpoints of all steps after `step`, so that these can be saved again."""
+    """Removes the checkpoints of all steps after `step`, so that these steps can be saved again."""
     self.wait()
     if distributed.is_writer():
       for later in steps_in(self._folder):
@@ -222,7 +233,7 @@ class Checkpoints:
     distributed.barrier("discard")
 
   def wait(self) -> None:
-    """Waits for the save in progress, which then writes without throttling.
+    """Waits for the save in progress, which writes at full speed from now on.
 
     Raises:
       CheckpointError: the save failed; raised only once per save.
@@ -245,7 +256,7 @@ class Checkpoints:
         self._writer = None
 
   def _complete(self, step: int) -> None:
-    """Waits, in the background, until a save is complete, then removes old checkpoints."""
+    """Waits in a background thread until a step's save is complete, then removes old checkpoints."""
     try:
       self._writer.wait()
     except Exception as error:  # raised in the main thread by the next `wait`
@@ -280,7 +291,7 @@ class Checkpoints:
     self._metrics.pop(step, None)
 
   def _failed(self, step: int, error: Exception) -> str:
-    """Returns the error message of a failed save."""
+    """Returns the error message for a failed save of the checkpoint of a step."""
     last = max(steps_in(self._folder), default=None)
     older = "there is no earlier one" if last is None else f"the last one is of step {last}"
     reason = text.one_line(error)
@@ -294,7 +305,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def folders_at(path: Path) -> list[Path]:
-  """Returns the folders of checkpoints below a path, the newest first.
+  """Returns the folders of all checkpoints in a workdir or folder, the newest first.
 
   Args:
     path: folder of a workdir, of its checkpoints, or of one checkpoint.
@@ -312,14 +323,14 @@ def folders_at(path: Path) -> list[Path]:
 
 
 def first_good(folders: list[Path], read: Callable[[Path], Result]) -> Result:
-  """Returns the result of `read` for the first undamaged checkpoint; logs the damaged ones.
+  """Reads checkpoints in order until one is undamaged, and returns the result; logs each damaged one.
 
   Args:
-    folders: folders of checkpoints, in the order in which they are read.
-    read: function that reads a checkpoint and raises DamagedError if it is damaged.
+    folders: folders of the checkpoints, in the order in which they are read.
+    read: function that reads the checkpoint in a folder and raises DamagedError if it is damaged.
 
   Raises:
-    CheckpointError: all are damaged.
+    CheckpointError: all checkpoints are damaged.
   """
   for number, folder in enumerate(folders):
     try:
@@ -336,12 +347,15 @@ def first_good(folders: list[Path], read: Callable[[Path], Result]) -> Result:
 def load(
   folder: Path, choose: Callable[[dict[str, Any]], Mapping[str, jax.ShapeDtypeStruct]]
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-  """Reads a checkpoint's record and some of its arrays, and verifies their checksums.
+  """Reads the record and some of the arrays of a checkpoint, and verifies the arrays' checksums.
 
   Args:
     folder: folder of the checkpoint.
-    choose: function of the record that returns shape, type and sharding of each array to read, by
-      array name.
+    choose: function that takes the record and returns shape, type and sharding of each array to
+      read, by array name.
+
+  Returns:
+    The record, which is the contents of record.json, and the arrays by name.
 
   Raises:
     DamagedError: a file is missing or damaged.
@@ -376,13 +390,17 @@ def _restore(
 
 
 def _clean(folder: Path) -> None:
-  """Removes the temporary folders that interrupted saves and removals have left."""
+  """Removes the temporary folders that interrupted saves and removals have left in a folder."""
   for path in folder.glob(f"*{storage.TEMPORARY}*"):
     shutil.rmtree(path, ignore_errors=True)
 
 
 def _on_all_processes(work: Callable[[], Result]) -> Result:
-  """Returns the result of `work`; if it raises CheckpointError in one process, raises it in all."""
+  """Runs `work` on every process and returns the result.
+
+  If `work` raises CheckpointError or DamagedError in one process, such an error is raised in all
+  processes.
+  """
   error: CheckpointError | None = None
   result: Any = None
   try:
@@ -402,7 +420,16 @@ def _on_all_processes(work: Callable[[], Result]) -> Result:
 def _refuse_other_arrays(
   step: int, record: Mapping[str, Any], templates: Mapping[str, jax.ShapeDtypeStruct]
 ) -> None:
-  """Raises ValueError unless record and templates have the same names, shapes and types."""
+  """Checks that a checkpoint has the same arrays as the state to restore.
+
+  Args:
+    step: training step of the checkpoint.
+    record: record of the checkpoint, with type and shape of each array.
+    templates: shape and type of each array of the state, by name.
+
+  Raises:
+    ValueError: names, shapes or types differ.
+  """
   expected = {name: storage.kind(array) for name, array in templates.items()}
   saved = {name: kind for name, (kind, _) in record["arrays"].items()}
   differences = [

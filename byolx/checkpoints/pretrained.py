@@ -1,9 +1,9 @@
-"""Warm start: initialises the encoders of a run with the encoder of another run's checkpoint.
+"""Warm start: initialises the encoders of a run with the encoder in another run's checkpoint.
 
 Only the encoder's arrays are read; projector, predictor, heads, optimiser and devices may differ.
-Every encoder of the new state (online and target) gets the arrays; all other arrays keep their
-initial values. The config fields that go with an encoder must be equal, because with other values the
-same weights would compute another function.
+Every encoder of the new state (online and target) gets a copy of these arrays; all other arrays
+keep their initial values. The config fields with which an encoder must be used have to be equal in
+both runs, because with other values the same weights would compute another function.
 """
 
 import dataclasses
@@ -29,12 +29,13 @@ State = TypeVar("State")
 _VARIABLES = ("params", "rest")
 
 Accept = Callable[[Mapping[str, Any], Path], None]
-"""Takes a flat config and the checkpoint that it goes with; raises ConfigError to refuse it."""
+"""Function that takes the config that a checkpoint was saved with, as values by dotted name, and
+the checkpoint's folder. It raises ConfigError to refuse the checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InitSpec:
-  """The config group `init`: what a run takes from another one."""
+  """The config group `init`: the encoder and the config fields that a run takes from another run."""
 
   workdir: str = field(
     "", "workdir or checkpoint of the pretrained encoder to start from; empty: random weights"
@@ -55,15 +56,17 @@ class InitSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """An encoder of another run.
+  """An encoder that was read from a checkpoint of another run, the source run.
 
   Args:
-    arrays: the encoder's arrays, by their names inside the encoder.
-    lineage: origin of the encoder, as JSON: `path`, `step`, `encoder`, `commit`, `fingerprint`, and
-      `from`, the lineage of that run.
-    others: types and shapes, such as `float32[8, 10]`, of the checkpoint's other arrays, by full name.
-    data: data position of that run, see `fit.data_position`.
-    config: flat config of that run; empty if it was not saved.
+    arrays: the encoder's arrays, by their names inside the encoder, such as `stem.kernel`.
+    lineage: origin of the encoder, serialisable as JSON: `path` and `step` of the checkpoint,
+      `encoder` (online or target), `commit` (of git) and `fingerprint` (hash of the config) of the
+      source run, and `from`, the origin of the encoder that the source run itself started from.
+    others: types and shapes, such as `float32[8, 10]`, of all other arrays in the checkpoint, by
+      full name.
+    data: position of the source run in its training data, with facts such as the number of images.
+    config: config of the source run, as values by dotted name; empty if it was not saved.
   """
 
   arrays: dict[str, jax.Array]
@@ -75,7 +78,10 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Summary of a warm start, with rows of part, number of arrays, number of values and remark.
+  """Summary of a warm start: which arrays were loaded from a checkpoint, and which were not.
+
+  Each attribute is a list of rows, one per part of the state, such as `online encoder`: name of the
+  part, number of arrays, number of values, and a remark.
 
   Attributes:
     loaded: parts of the new state that were loaded from the checkpoint.
@@ -110,13 +116,13 @@ def read(
     path: folder of the workdir, of its checkpoints, or of one checkpoint.
     which: encoder to read, `online` or `target`.
     place: sharding of the arrays.
-    accept: check of the config that the encoder was trained with; it raises ConfigError where that
-      does not fit the run that uses the encoder. None for no check. If the checkpoint has no config,
-      a warning is logged.
+    accept: function that takes the config that the encoder was trained with, and the checkpoint's
+      folder, and raises ConfigError to refuse the checkpoint. If the checkpoint has no config, a
+      warning is logged instead. None for no check.
 
   Raises:
-    ConfigError: the checkpoint has no such encoder, or a field of `fields.ENCODER` differs in `run`.
-    CheckpointError: there is no checkpoint, or no undamaged one.
+    ConfigError: the checkpoint has no such encoder, or `accept` refuses it.
+    CheckpointError: there is no checkpoint, or all are damaged.
   """
   inner_names: dict[str, str] = {}
 
@@ -149,11 +155,11 @@ def read(
 
 
 def apply(state: State, encoder: Encoder) -> tuple[State, Table]:
-  """Replaces all encoders of a state by a loaded one.
+  """Replaces the arrays of all encoders in a training state by those of a loaded encoder.
 
   Args:
-    state: state with one or more encoders.
-    encoder: encoder to copy into each of them.
+    state: training state with one or more encoders.
+    encoder: loaded encoder, whose arrays are copied.
 
   Returns:
     The new state, each array with the sharding that it had in `state`, and a summary.
@@ -187,10 +193,10 @@ def apply(state: State, encoder: Encoder) -> tuple[State, Table]:
 
 
 def arrays_of(state: Any, which: str = "online") -> dict[str, jax.Array]:
-  """Returns an encoder's arrays in a state, by their names inside the encoder.
+  """Returns the arrays of one encoder of a training state, by their names inside the encoder.
 
   Args:
-    state: state with one or more encoders.
+    state: training state with one or more encoders.
     which: encoder to return, `online` or `target`.
   """
   named = storage.named(state)
@@ -199,10 +205,16 @@ def arrays_of(state: Any, which: str = "online") -> dict[str, jax.Array]:
 
 
 def _in_encoder(name: str) -> tuple[str, str] | None:
-  """Splits an array's full name into its encoder's and its name inside; None if it is in no encoder.
+  """Returns the encoder that an array belongs to, and the array's name inside the encoder.
 
-  `params.target.encoder.stem.kernel` gives `("target", "stem.kernel")`. A model with one encoder has
-  no name before `encoder`; its encoder is `online`.
+  `params.target.encoder.stem.kernel` gives `("target", "stem.kernel")`. A model with a single
+  encoder has no name before `encoder`; the encoder is then `online`.
+
+  Args:
+    name: full name of the array in the state.
+
+  Returns:
+    The two names; None if the array belongs to no encoder.
   """
   variables, *parts = name.split(".")
   if variables not in _VARIABLES or "encoder" not in parts[:-1]:
@@ -217,7 +229,13 @@ def _abstract(kind: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _compare(record: Mapping[str, Any], folder: Path, accept: Accept) -> None:
-  """Checks the config that a checkpoint was saved with."""
+  """Checks the config that a checkpoint was saved with; logs a warning if there is no config.
+
+  Args:
+    record: record of the checkpoint, the contents of record.json.
+    folder: folder of the checkpoint.
+    accept: function that takes config and folder, and raises ConfigError to refuse the checkpoint.
+  """
   saved = record["meta"].get("config") or stored(folder)
   if saved:
     accept(saved, folder)
@@ -246,14 +264,15 @@ def _refuse_other_architecture(
 def parts_of(
   kinds: Mapping[str, str], remarks: Mapping[str, str] = {}
 ) -> list[tuple[str, int, int, str]]:
-  """Counts arrays by the part of the state that they belong to.
+  """Counts the arrays and values in each part of a training state, such as `online encoder`.
 
   Args:
     kinds: types and shapes, such as `float32[8, 10]`, by array name.
     remarks: remarks on some of the arrays, by array name.
 
   Returns:
-    Rows of part, number of arrays, number of values, and first remark ("" if none).
+    One row per part: name of the part, number of arrays, number of values, and a text with the
+    first remark on an array of the part and the number of further remarks, empty if there is none.
   """
   parts: dict[str, list[str]] = {}
   for name in kinds:
@@ -268,7 +287,7 @@ def parts_of(
 
 
 def _part(name: str) -> str:
-  """Returns the part that an array belongs to, such as `online encoder`, `predictor`, `opt_state`."""
+  """Returns the part of the state that an array belongs to, such as `online encoder` or `opt_state`."""
   first, *parts = name.split(".")
   if first not in _VARIABLES:
     return first

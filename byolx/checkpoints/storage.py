@@ -1,8 +1,8 @@
 """Format of one checkpoint on disk, written in the background and read by orbax.
 
-    STEP/state/    every array under its dotted name, in orbax's format
-    STEP/record/   record.json: format, step, time, data position, facts about the run, metrics,
-                   type, shape and checksum of every array, and a CRC-32 of the record itself
+  STEP/state/    every array under its dotted name, in orbax's format
+  STEP/record/   record.json: format, step, time, data position, facts about the run, metrics,
+                 type, shape and checksum of every array, and a CRC-32 of the record itself
 
 A folder is written under a temporary name and renamed when it is complete. Writes are throttled, to
 leave the machine to training, until `Writer.stop_throttling` is called.
@@ -26,31 +26,34 @@ import orbax.checkpoint as ocp
 from byolx.core.text import one_line
 
 FORMAT = 1
-"""Version of the checkpoint format, increased when older code could not read new checkpoints."""
+"""Version of the checkpoint format. It is increased when older code could not read new checkpoints."""
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-"""Part of the name of every incomplete folder."""
+"""Text that the name of every incomplete checkpoint folder contains."""
 
 IN_FLIGHT = 2**26
-"""Limit in bytes of the arrays being written, or read, at one time; at least two arrays of the
-largest size are read at one time."""
+"""Largest number of bytes of arrays that are being written, or read, at one time. At least two
+arrays of the largest size can always be read at one time."""
 
 CHUNK = 2**25
-"""Size in bytes of a stored chunk of an array; chunks are read as a whole, even for one device."""
+"""Size in bytes of the chunks in which an array is stored. A chunk is read as a whole, even if a
+device needs only a part of it."""
 
 _FILE = "record.json"
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint that is missing, cannot be used, or could not be saved."""
+  """Raised if a checkpoint is missing, cannot be used, or could not be saved."""
 
 
 class DamagedError(CheckpointError):
-  """A checkpoint with missing or changed files."""
+  """Raised if files of a checkpoint are missing or changed."""
 
 
 def named(tree: Any) -> dict[str, Any]:
-  """Returns the leaves of a pytree by their dotted paths, without the `value` of nnx variables.
+  """Returns the leaves of a pytree by their dotted paths, such as `params.online.encoder.stem.kernel`.
+
+  The key `value` of an nnx variable is left out of the path.
 
   Raises:
     ValueError: two leaves have the same name.
@@ -73,12 +76,12 @@ def kind(array: Any) -> str:
 
 
 def shape_of(kind: str) -> tuple[int, ...]:
-  """Returns the shape in the text of `kind`: (8, 10) for `float32[8, 10]`."""
+  """Returns the shape in a text such as `float32[8, 10]`, here (8, 10)."""
   return tuple(int(size) for size in kind.partition("[")[2].rstrip("]").split(",") if size)
 
 
 class Writer:
-  """Saves checkpoints in the background, one at a time."""
+  """Saves checkpoints to disk in the background, one at a time."""
 
   def __init__(self):
     _quiet_orbax()
@@ -99,13 +102,16 @@ class Writer:
     record: dict[str, Any],
     checksums: Callable[[], dict[str, int]],
   ) -> None:
-    """Starts a throttled save.
+    """Starts saving a checkpoint in the background.
+
+    The writes are throttled, to leave the machine to training, until `stop_throttling` is called.
 
     Args:
       folder: folder of the checkpoint.
       arrays: arrays by name, which may be donated after the call.
-      record: contents of the record, to which types, shapes and checksums of the arrays are added.
-      checksums: function that returns the checksum of each array by name; called in the background.
+      record: contents of record.json, to which types, shapes and checksums of the arrays are added.
+      checksums: function that returns the checksum of each array by name; it is called in the
+        background.
     """
     self._unthrottled.clear()
     chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK))
@@ -119,11 +125,14 @@ class Writer:
     )
 
   def stop_throttling(self) -> None:
-    """Ends the throttling of writes until the next save starts."""
+    """Lets the save in progress write at full speed; the next save is throttled again."""
     self._unthrottled.set()
 
   def wait(self) -> None:
-    """Waits until all writes of the save in progress have ended; raises its error, if any."""
+    """Waits until the save in progress has ended, including all of its writes.
+
+    If the save failed, the error that made it fail is raised.
+    """
     try:
       self._checkpointer.wait_until_finished()
     finally:
@@ -135,9 +144,14 @@ class Writer:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-  """Reads a checkpoint's record, with the keys `format step time data meta metrics arrays`.
+  """Reads record.json of a checkpoint: facts about the run and the saved arrays.
 
-  `arrays` maps each array's name to its type and shape, as text, and its checksum.
+  Args:
+    folder: folder of the checkpoint.
+
+  Returns:
+    A dictionary with the keys `format step time data meta metrics arrays`. `arrays` has for each
+    array's name a pair: type and shape as text, and checksum.
 
   Raises:
     DamagedError: the record is missing or damaged.
@@ -165,7 +179,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def read_arrays(
   folder: Path, templates: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-  """Reads some arrays of a checkpoint, and no others.
+  """Reads the given arrays of a checkpoint; other arrays are not read from disk.
 
   Args:
     folder: folder of the checkpoint.
@@ -173,7 +187,7 @@ def read_arrays(
 
   Raises:
     DamagedError: an array cannot be read, or has another type or shape.
-    CheckpointError: the files are not readable.
+    CheckpointError: permission to read the files is missing.
   """
   _quiet_orbax()
   largest = max(array.size * array.dtype.itemsize for array in templates.values())
@@ -203,7 +217,15 @@ def read_arrays(
 
 
 def verify_checksums(record: dict[str, Any], checksums: Mapping[str, int]) -> None:
-  """Raises DamagedError unless checksums of arrays, by name, equal those in the record."""
+  """Checks that the checksums of arrays are equal to those in a checkpoint's record.
+
+  Args:
+    record: record of the checkpoint, the contents of record.json.
+    checksums: checksums of the arrays that were read, by name.
+
+  Raises:
+    DamagedError: a checksum differs.
+  """
   wrong = [name for name, value in checksums.items() if record["arrays"][name][1] != value]
   if wrong:
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -211,7 +233,7 @@ def verify_checksums(record: dict[str, Any], checksums: Mapping[str, int]) -> No
 
 
 class _RecordHandler(ocp.AsyncCheckpointHandler):
-  """Writes the record, from process 0, as soon as the checksums are computed."""
+  """Writes record.json in the background, from process 0, once the arrays' checksums are computed."""
 
   async def async_save(self, directory, args):
     write = ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args))
@@ -247,9 +269,9 @@ class _RecordRestore(ocp.args.CheckpointArgs):
 
 
 class _Throttle:
-  """Limits the bytes being written at one time, and pauses after each write for as long as it took.
+  """Slows the writes of a save: limits the bytes written at one time, and pauses after each write.
 
-  Has the interface of orbax's byte limiters.
+  The pause is as long as the write took. The class has the interface of orbax's byte limiters.
 
   Args:
     limit: largest number of bytes being written at one time; a larger array is written alone.
@@ -280,10 +302,13 @@ class _Throttle:
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
-  """Writes arrays with a throttle, each from one replica.
+  """Handler by which orbax writes and reads arrays; its writes are throttled.
 
-  Replicas do not share the write (`use_replica_parallel`), because splitting them would block the
-  caller.
+  Each part of an array is written from one of the devices that hold a copy. The copies do not share
+  the write (`use_replica_parallel`), because splitting it would block the caller.
+
+  Args:
+    unthrottled: event that ends the throttling when it is set.
   """
 
   def __init__(self, unthrottled: threading.Event):
@@ -300,7 +325,10 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
     return self._writes
 
   def wait_for_writes(self) -> None:
-    """Waits until all writes have ended; orbax does not if another part of the save failed."""
+    """Waits until all writes of arrays have ended.
+
+    orbax itself does not wait for them if another part of the save has failed.
+    """
     writes, self._writes = self._writes, []
     for write in writes:
       with contextlib.suppress(Exception):  # already raised by the save
@@ -325,7 +353,7 @@ def _canonical(record: dict[str, Any]) -> str:
 
 
 class _NotOrbax(logging.Filter):
-  """Removes orbax's lines from absl's log; byolx logs what the user needs."""
+  """Log filter that removes orbax's lines from absl's log; byolx itself logs what the user needs."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
-  """Raised for an unknown config field, or for values that are impossible alone or together; its
-  message is one line."""
+  """Raised for an unknown config field, or for values that are impossible alone or together.
+
+  The message is one line.
+  """
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,8 +50,8 @@ def stored(path: str | Path) -> dict[str, Any] | None:
 
   Returns:
     The config as values by dotted name, from the newest readable checkpoint. If this checkpoint has
-    no config, or none is readable, it is read from the workdir's config.json. None if there is no
-    such file.
+    no config, or none is readable, the config is read from the workdir's config.json. None if there
+    is no such file.
 
   Raises:
     ConfigError: the config.json is not a JSON object.

@@ -220,15 +220,14 @@ def any_process(flag: bool) -> bool:
 
 
 class Soon:
-  """A request, such as to stop, that any process may make and that all processes grant at the same
-  call.
+  """A request that any process may make and that is granted at the same call on all processes.
 
-  Every process calls the object equally often, for example after every step. After one process has
-  requested, by `soon(True)`, one later call returns True on all processes; all other calls return
-  False. Threads in the background agree on that call, which takes about a second. The caller waits
-  only if it makes its next call during the agreement. A request in the last second of a loop may
-  not be granted, because no call is left: use `any_process` after the loop. If there is only one
-  process, each call returns its argument.
+  The request to stop a run is an example. Every process calls the object equally often, such as
+  after every step. After one process has requested, by `soon(True)`, one later call returns True on
+  all processes; all other calls return False. Threads in the background agree on that call, which
+  takes about a second. The caller waits only if it makes its next call during the agreement. A
+  request in the last second of a loop may not be granted, because no call is left: use
+  `any_process` after the loop. If there is only one process, each call returns its argument.
 
   Args:
     name: name of the request, the same on every process.
@@ -297,7 +296,7 @@ def leave(code: int, reason: str) -> None:
 
 
 def await_reason() -> None:
-  """Waits, after an error, until it is known whether another process has ended and so caused the error.
+  """Waits, after an error in this process, to see whether another process has ended and caused it.
 
   If another process has ended, this process prints why and exits. If none has ended within the time
   after which a process counts as lost, the function returns.
@@ -307,8 +306,7 @@ def await_reason() -> None:
 
 
 def finish() -> None:
-  """Waits for all processes and disconnects this one, so that no process counts as lost at a normal
-  end."""
+  """Waits for all processes, then disconnects this one; after a normal end, none counts as lost."""
   global _group
   if _group:
     barrier("finish")
@@ -320,6 +318,8 @@ def finish() -> None:
 
 
 def prefix() -> str:
-  """Returns the text that begins each line that this process prints, such as `process 1: `; empty
-  if the run has only one process."""
+  """Returns the text that begins each line that this process prints, such as `process 1: `.
+
+  The text is empty if the run has only one process.
+  """
   return _group.prefix if _group else ""

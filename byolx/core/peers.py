@@ -82,8 +82,7 @@ class Group:
     print(f"byolx: error: {self.prefix}{reason}", file=sys.stderr, flush=True)
 
   def next_call(self, kind: str) -> int:
-    """Returns how often `next_call` was called before with the same `kind`, to number calls of one
-    kind.
+    """Returns the number of a call: how often `next_call` was called before with the same `kind`.
 
     Every process makes the calls of a kind in the same order, so a call has the same number on all
     processes.

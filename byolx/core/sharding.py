@@ -38,8 +38,7 @@ LEAST_IMAGES_PER_CORE = 16
 
 
 def find_devices(config: ConfigDict) -> list[jax.Device]:
-  """Returns all jax devices of a run; first splits a CPU into several devices as the config
-  requires."""
+  """Splits a CPU into several jax devices as the config requires, and returns all jax devices."""
   images = config.train.micro_batch or config.train.batch_size
   split_cpu(images // distributed.count(), config.mesh.cpu_devices)
   return jax.devices()
@@ -67,8 +66,9 @@ def split_cpu(images: int, devices: int = 0) -> None:
 def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mesh:
   """Makes the mesh of devices, with the axes `data` and `fsdp`.
 
-  A batch is sharded over both axes, a state over `fsdp` only. The axes are Auto, because gathers
-  over the batch axis raise an error with Explicit axes, jax's default.
+  A batch is sharded over both axes, a train state over `fsdp` (fully sharded data parallelism)
+  only. The axes have jax's type Auto, because with the default type, Explicit, gathers over the
+  batch axis raise an error.
 
   Args:
     count: number of devices, equally many of each process; 0 for all.
@@ -91,8 +91,10 @@ def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mes
 
 
 def default_fsdp(devices: int) -> int:
-  """Returns the default of `mesh.fsdp`: the largest divisor of the number of devices up to
-  MOST_PIECES."""
+  """Returns the largest divisor of the number of devices that is at most MOST_PIECES.
+
+  This is the default of the config field `mesh.fsdp`.
+  """
   return max(n for n in range(1, MOST_PIECES + 1) if devices % n == 0)
 
 
@@ -149,8 +151,7 @@ def by_example(mesh: Mesh) -> NamedSharding:
 
 
 def in_pieces(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-  """Returns the sharding of an array over the mesh axis `fsdp`, along the array's largest divisible
-  axis.
+  """Returns the sharding that divides an array's largest divisible axis over the mesh axis `fsdp`.
 
   An axis is divisible if its size is a multiple of the number of devices along `fsdp`. Arrays
   without such an axis, and arrays with fewer than LEAST_TO_CUT elements, are replicated.
@@ -216,8 +217,11 @@ class Layout:
   state: str = "replicated"
 
   def of_params(self, tree: Any) -> Any:
-    """Returns the shardings of the trained parameters, as a tree like the given tree of arrays or
-    shapes."""
+    """Returns the shardings of the trained parameters, as a tree like the given one.
+
+    Args:
+      tree: trained parameters, as arrays or shapes.
+    """
     return self._of(tree, self.state == "full")
 
   def of_rest(self, tree: Any) -> Any:
@@ -268,7 +272,10 @@ _in_use: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def using(layout: Layout) -> Iterator[None]:
-  """Context manager that sets the placement of the train state for `gathered` and `summed`.
+  """Context manager that sets the placement of the train state on the devices.
+
+  Inside of it, `gathered` gathers sharded weights, and `summed` shards their gradients, as that
+  placement requires.
 
   Args:
     layout: placement of the train state on a mesh.
@@ -283,8 +290,8 @@ def using(layout: Layout) -> Iterator[None]:
 def gathered(x: Any) -> Any:
   """Returns an array that every device holds as a whole, from an array that may be sharded.
 
-  Inside `using(layout)` only; elsewhere, and if the train state is replicated, the array is
-  returned unchanged.
+  The array is gathered only inside of the context `using(layout)`. Outside of it, or if the train
+  state is replicated, the array is returned unchanged.
   """
   layout = _in_use.get()
   if layout is None or layout.state == "replicated":
@@ -293,8 +300,7 @@ def gathered(x: Any) -> Any:
 
 
 def summed(gradient: Callable[..., Any], shape: Sequence[int], *rows: Any) -> Any:
-  """Computes the gradient of a weight, summed over all examples, and shards it if gradients are
-  sharded.
+  """Computes the gradient of a weight, summed over all examples; shards it if gradients are sharded.
 
   By default, XLA's partitioner sums whole gradients on every device and then selects each device's
   part. Here each device computes the gradient of its rows, and one reduce-scatter over `fsdp` both

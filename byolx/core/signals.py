@@ -1,5 +1,4 @@
-"""Graceful stops: SIGTERM and Ctrl-C become a request to stop, and a stopped run raises
-StoppedError."""
+"""Graceful stops: SIGTERM and Ctrl-C become a request to stop; a stopped run raises StoppedError."""
 
 import contextlib
 import signal
@@ -7,11 +6,12 @@ from typing import Any
 
 
 class StoppedError(RuntimeError):
-  """Raised when a signal has stopped a run and the run's state is saved.
+  """Raised when a signal has stopped a run or a sweep; the training done so far is saved.
 
   Args:
     signal_name: name of the signal, such as SIGTERM; empty if another process received it.
-    progress: end of the error message: when the run stopped, and which part of its state is saved.
+    progress: end of the error message: how far the run or the sweep has come, such as `after step
+      10 of 20, which is saved`.
   """
 
   def __init__(self, signal_name: str, progress: str):

@@ -4,8 +4,7 @@ from collections.abc import Container, Sequence
 
 
 def first_few(differences: list[str], most: int = 3) -> str:
-  """Joins the first `most` differences to one text, and adds the number of the remaining ones, if
-  any."""
+  """Joins the first `most` texts of a list, and adds the number of the remaining texts, if any."""
   more = len(differences) - most
   return "; ".join(differences[:most]) + (f"; and {more} more" if more > 0 else "")
 

@@ -71,7 +71,8 @@ class BatchNorm(nnx.Module):
       Normalised batch in the type `dtype`.
 
     Raises:
-      ValueError: in training, the number of rows is not a multiple of views * group.
+      ValueError: in training, the number of rows is not a multiple of views * group, or of views if
+        group is 0.
     """
     if not train:
       mean, var = self.averages()

@@ -151,10 +151,9 @@ class BYOL(nnx.Module):
     return checkpoint_name(prediction, OUTPUTS)
 
   def follow(self, tau: Float[Array, ""], *, statistics: bool = False) -> None:
-    """Moves the target network towards the online network, parameters theta (Algorithm 1, line 11).
+    """Moves the target's parameters xi towards the online parameters theta (Algorithm 1, line 11).
 
-    Each parameter xi of the target becomes xi + (1 - tau) * (theta - xi). Does nothing if there is
-    no target network.
+    Each xi becomes xi + (1 - tau) * (theta - xi). Does nothing if there is no target network.
 
     Args:
       tau: decay rate, in [0, 1].

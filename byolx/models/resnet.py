@@ -73,7 +73,8 @@ class ResNetSpec:
 
   The inner convolutions of a bottleneck block have a quarter of the block's output channels. With a
   `dilation` above 1, the stride of the last stage is 1 (appendix E.4). Parameters, statistics and
-  gradients of weights are float32 for any `dtype`.
+  gradients of weights are float32 for any `dtype`. `byolx fields` explains the attributes that are
+  not listed here.
 
   Args:
     kernel_init: initialiser of kernels, or its name in the config.
@@ -82,8 +83,8 @@ class ResNetSpec:
       default backend is a CPU. Not a config field.
 
   Raises:
-    ValueError: `blocks`, `channels` and `strides` do not have one number per stage each, or are set
-      although `arch` is not "custom".
+    ValueError: `blocks`, `channels` and `strides` (if not empty) do not have one number per stage
+      each, or are set although `arch` is not "custom".
   """
 
   arch: str = field(

@@ -134,7 +134,7 @@ def lars(
 
   Args:
     rate: learning rate as a function of the step.
-    weight_decay: factor of the weights in the gradient.
+    weight_decay: factor of w in the term weight_decay * w, which is added to the gradient.
     momentum: factor of the momentum, in [0, 1].
     trust: factor of the trust ratio.
     mask: tree with True for the parameters that get weight decay and the trust ratio. The first
@@ -176,9 +176,9 @@ def scale_by_trust_ratio(trust: float) -> optax.GradientTransformation:
 
 
 def _norms(arrays: Sequence[jax.Array]) -> jax.Array:
-  """Returns one vector with the l2 norm of each array.
+  """Returns a vector that has the l2 norm of each array as one element.
 
-  In one vector, because later operations then run once, and not once per array.
+  With all norms in one vector, later operations run once, and not once per array.
   """
   return jnp.sqrt(jnp.stack([jnp.sum(x * x) for x in arrays]))
 
@@ -190,7 +190,7 @@ def sgd(
 
   Args:
     rate: learning rate as a function of the step.
-    weight_decay: factor of the weights in the gradient.
+    weight_decay: factor of w in the term weight_decay * w, which is added to the gradient.
     momentum: factor of the momentum, in [0, 1].
     mask: tree with True for the parameters that get weight decay.
   """

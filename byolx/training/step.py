@@ -130,7 +130,8 @@ def _accumulate(
   Every micro-batch updates the batch statistics.
 
   Args:
-    gradient: function of other variables, micro-batch and random key; it returns gradient, other
+    gradient: function that computes the gradient of one micro-batch. It takes the model's variables
+      that are not trained, the micro-batch and a random key; it returns the gradient, these
       variables after the forward pass, and scalars.
     passes: number of micro-batches.
     state: training state.
@@ -138,7 +139,8 @@ def _accumulate(
     key: random key of the step, from which each micro-batch's key is derived.
 
   Returns:
-    The averaged gradient, the other variables after the last micro-batch, and the averaged scalars.
+    The averaged gradient, the variables that are not trained after the last micro-batch, and the
+    averaged scalars.
   """
 
   def split(x: Array) -> Array:

@@ -132,7 +132,7 @@ def predictions(
 def _unmasked(
   function: Callable[[Batch], Batch], batches: Iterable[Batch], mesh: Mesh, collect: bool
 ) -> dict[str, np.ndarray]:
-  """Applies a function to all batches, and concatenates the rows of its results without masked rows.
+  """Applies a function to all batches, and concatenates the unmasked rows of its results.
 
   Masked rows are padding. If `collect` is False, the returned arrays have no rows.
   """

@@ -28,7 +28,7 @@ from byolx.tasks import TASKS
 
 
 def defaults() -> ConfigDict:
-  """Returns a new ConfigDict with the default of every field."""
+  """Returns a new ConfigDict in which every field has its default."""
   config = ConfigDict()
   for name, field in schema.fields().items():
     *groups, leaf = name.split(".")
@@ -44,13 +44,11 @@ def defaults() -> ConfigDict:
 def load(path: str, overrides: Sequence[str] = (), workdir: Path | None = None) -> ConfigDict:
   """Loads a config file, applies overrides and checks all values.
 
-  Fields can also come from another run, if neither the file nor an override sets them:
-  - With init.inherit, the fields of the groups named there are copied from the run of init.like or
-    init.workdir.
-  - With init.workdir, the fields that determine the encoder (`schema.encoder_fields`) are copied from
-  the
-    run that trained it. Other values of these fields in the file or an override are refused. If that run
-    does not exist yet, nothing is copied, and an error is raised later, when the encoder is read.
+  Fields that neither the file nor an override sets can come from another run. With init.inherit, the
+  groups of fields named there are copied from the run of init.like or init.workdir. With init.workdir,
+  the fields that determine the encoder (`schema.encoder_fields`) are copied from the run that trained
+  it, and other values of these fields in the file or an override are refused. If that run does not
+  exist yet, the encoder's fields are not copied, and an error is raised later, when the encoder is read.
 
   Args:
     path: config file, `FILE.py`, or `FILE.py:key=value,...` with arguments of its `get_config`.
@@ -60,8 +58,7 @@ def load(path: str, overrides: Sequence[str] = (), workdir: Path | None = None) 
 
   Raises:
     ConfigError: the file or the run of init.inherit is missing, a field or argument is unknown, a value
-      is impossible, or the file or an override gives a field of the encoder another value than the run
-      that trained it.
+      is impossible, or a field of the encoder has another value than in the run that trained it.
   """
   return complete(_read(path), overrides, path, workdir)
 
@@ -216,7 +213,7 @@ def merge(settings: ConfigDict, origin: str) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the value of each field by itself. The code that uses several fields checks that they fit.
+  """Checks the value of each field by itself, not whether the values of several fields fit each other.
 
   Raises:
     ConfigError: a value is impossible.

@@ -103,11 +103,11 @@ def policy(c: ConfigDict) -> manager.Policy:
 def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
   """Returns the position of the input after a step, which the checkpoint of this step stores.
 
-  The position is the number of the next training example, with the seed and the size of the data set. It
-  depends only on step, seed, images and rollbacks.
+  The position is the number of the next training example, with the seed and facts about the data set. It
+  depends only on step, seed, images and rollbacks (returns to an earlier checkpoint).
 
   Args:
-    exp: the experiment.
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
     step: number of optimiser steps taken.
     skipped: number of batches that earlier rollbacks have left out.
   """
@@ -162,7 +162,10 @@ def restore(exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollba
 
 
 def _batches(exp: Experiment, rollbacks: Rollbacks, start: int) -> Iterator[Any]:
-  """Yields the batches of the steps after `start`, except those that rollbacks leave out."""
+  """Yields the training batches of the steps after `start`, except those that rollbacks leave out.
+
+  A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in between.
+  """
   for first, end in rollbacks.segments(start):
     with contextlib.closing(exp.train_batches(first + rollbacks.skipped(first))) as batches:
       yield from itertools.islice(batches, None if end is None else end - first)
@@ -255,14 +258,14 @@ def _go_back(
   workdir: Path,
   error: loop.DivergedError,
 ) -> tuple[TrainState, int]:
-  """Goes back to the newest checkpoint after a divergence.
+  """Goes back to the newest checkpoint after training diverged.
 
   The batches between the checkpoint and the divergence are left out when training continues.
 
   Args:
-    exp: the experiment.
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
     checkpoints: checkpoints of the run.
-    rollbacks: rollbacks of the run; the new one is added.
+    rollbacks: earlier returns to a checkpoint; the new one is added.
     workdir: folder of the run.
     error: the divergence.
 

@@ -98,7 +98,7 @@ class RunLog:
       self._events.add_scalar(name, value, step)
 
   def close(self) -> None:
-    """Flushes and closes all files."""
+    """Writes what is still buffered, and closes metrics.jsonl and the TensorBoard file."""
     if self._writer:
       self._file.close()
       self._events.close()

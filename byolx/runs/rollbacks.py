@@ -48,21 +48,30 @@ class Rollbacks:
 
   @property
   def count(self) -> int:
-    """Number of rollbacks of the run so far."""
+    """Number of rollbacks (returns to an earlier checkpoint after a divergence) of the run so far."""
     return max((rollback.number for rollback in self._all), default=0)
 
   def skipped(self, step: int) -> int:
-    """Returns the number of batches that rollbacks leave out before the batch of step `step` + 1."""
+    """Returns the number of batches that rollbacks leave out before the batch of step `step` + 1.
+
+    A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in
+    between.
+    """
     return sum(rollback.left_out for rollback in self._all if rollback.to <= step)
 
   def skipped_before(self, step: int) -> int:
-    """Returns the number of batches that rollbacks leave out before the batch of step `step`."""
+    """Returns the number of batches that rollbacks leave out before the batch of step `step`.
+
+    A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in
+    between.
+    """
     return sum(rollback.left_out for rollback in self._all if rollback.to < step)
 
   def segments(self, start: int) -> list[tuple[int, int | None]]:
-    """Divides the steps after `start` into ranges in which no batch is left out.
+    """Divides the steps after `start` into ranges in which no training batch is left out.
 
-    Rollbacks leave out batches only between two ranges.
+    A rollback returns to an earlier checkpoint after a divergence and leaves out the batches in
+    between, so batches are left out only between two ranges.
 
     Returns:
       Pairs (first, end) for the steps first + 1 to end. The end of the last range is None: this range

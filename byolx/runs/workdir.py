@@ -17,7 +17,7 @@ from byolx.runs import config
 def commit() -> str:
   """Returns the git commit of this code, followed by `+` if files were changed since the commit.
 
-  Without git, returns the version.
+  Without git, returns the version of this package.
   """
   here = Path(__file__).parents[1]
 

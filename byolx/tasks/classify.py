@@ -211,9 +211,8 @@ class Classify(Task):
       key: random key, which is not used.
 
     Returns:
-      The loss, and scalars: `loss`, the mean of the heads' losses; `top1`, the accuracy of the best
-        head,
-      in [0, 1]; with several heads also `loss_N`, the loss of head N, from 0.
+      The loss and a dict of scalars. `loss` is the mean of the heads' losses, and `top1` is the
+      accuracy of the best head, in [0, 1]. With several heads, `loss_N` is the loss of head N, from 0.
     """
     del (
       key

@@ -130,7 +130,7 @@ class Pretrain(Task):
 
     L = || q(z_1)/||q(z_1)|| - z'_2/||z'_2|| ||^2 + || q(z_2)/||q(z_2)|| - z'_1/||z'_1|| ||^2
 
-    The online probe is a linear classifier on the representation, whose gradient does not reach the
+    The online probe is a linear classifier on the representation; its gradient does not reach the
     encoder.
 
     Args:
@@ -140,7 +140,7 @@ class Pretrain(Task):
       key: random key, which is not used.
 
     Returns:
-      The loss, and scalars: `loss`, `loss_byol`, and the collapse monitors `std`, `rank`,
+      The loss and a dict of scalars: `loss`, `loss_byol`, and the collapse monitors `std`, `rank`,
       `norm_representation` and `norm_projection`. With a probe also `loss_probe`, and `top1`, the
       accuracy of the probe in [0, 1].
     """

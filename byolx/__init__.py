@@ -1,9 +1,10 @@
-"""BYOL in Flax NNX: pretrain image encoders without labels, and measure what they know.
+"""BYOL in Flax NNX: pretrains image encoders without labels, and evaluates their features.
 
-byolx.load_encoder(path)      a pretrained encoder, without its data set
-byolx.train(config, workdir)  one run, with images or an encoder of one's own
-byolx.TASKS                   the protocols by name; one's own are added here
-byolx.Task, byolx.field       what a protocol inherits from, and how it declares a config field
+byolx.load_encoder(path)      loads a pretrained encoder, without its data set
+byolx.train(config, workdir)  trains and evaluates one run; takes the user's own images or encoder
+byolx.TASKS                   training protocols by name; users add their own here
+byolx.Task                    base class of a training protocol
+byolx.field                   declares a config field of a training protocol
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ __version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:
-  """Imports a public name at its first use: `byolx --help` must not wait for jax."""
+  """Imports a public name at its first use, so that `byolx --help` need not wait for jax."""
   match name:
     case "load_encoder":
       from byolx.checkpoints.load import load_encoder as value

@@ -1,1 +1,1 @@
-"""Features, k-NN, logistic regression, probes, metrics."""
+"""Evaluates encoders and classifiers: features, k-NN, logistic regression, probes and metrics."""

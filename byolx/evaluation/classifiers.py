@@ -1,4 +1,7 @@
-"""Evaluation of classifiers: selection on validation images, accuracy on test images (appendix D)."""
+"""Evaluates trained classifiers: selects one on validation images, and tests it (appendix D).
+
+A head is one linear classifier. A model may have several heads, trained with different learning rates.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -18,18 +21,18 @@ _CONFIDENCE = (2.5, 97.5)
 
 
 def choose_and_test(task: Task, finished: Finished) -> list[Record]:
-  """Selects the best head on the validation images and measures it on the test images.
+  """Selects the best head (linear classifier) on the validation images, and tests it.
 
-  Without validation images, the first head is measured. All processes share the work on images; only
-  the writer writes files.
+  Without validation images, the first head is tested. All processes share the work on images; only the
+  process with `finished.writer` writes files.
 
   Args:
     task: task whose `evaluate` and `predict` return one value per head.
-    finished: finished run.
+    finished: the finished run, with its model and images.
 
   Returns:
-    The records of `results.json`: top-1 and top-5 of each head on the validation images, and of the
-    selected head on the test images.
+    The records of `results.json`: top-1 and top-5 accuracy of each head on the validation images, and of
+    the selected head on the test images.
   """
   common, model, optim = _facts(finished), finished.model, finished.config.optim
   rates = tuple(optim.rates) or (optim.base_rate,)
@@ -51,15 +54,18 @@ def choose_and_test(task: Task, finished: Finished) -> list[Record]:
 
 
 def _measure(task: Task, finished: Finished, source: Source) -> dict[str, np.ndarray]:
-  """Measures each metric of each head, as an array over heads."""
+  """Computes each metric on the images of a source, as an array with one value per head (classifier)."""
   return inference.measure(task, finished.model, finished.batches(source), finished.mesh)
 
 
 def _predict_test(task: Task, finished: Finished, model: Any, head: int) -> dict[str, float]:
-  """Predicts the test images, if eval.predictions or eval.bootstrap is set.
+  """Predicts the classes of the test images, if eval.predictions or eval.bootstrap is set.
 
-  Writes predictions.npz for eval.predictions. Returns the half-widths of the 95 % intervals by metric for
-  eval.bootstrap, else an empty dict.
+  Writes predictions.npz if eval.predictions is set.
+
+  Returns:
+    Half the width of the 95 % interval of each metric, if eval.bootstrap is set. Otherwise, and in
+    processes that write no files, an empty dict.
   """
   settings, source = finished.config.eval, finished.test
   if not (settings.predictions or settings.bootstrap):
@@ -83,13 +89,13 @@ def _predict_test(task: Task, finished: Finished, model: Any, head: int) -> dict
 
 
 def bootstrap_interval(correct: np.ndarray, resamples: int, seed: int) -> float:
-  """Half-width of the 95 % bootstrap interval of an accuracy, in [0, 0.5].
+  """Computes half the width of the 95 % bootstrap interval of an accuracy, in [0, 0.5].
 
   The mean of a resample of n boolean values is a binomial number divided by n, so binomial numbers are
-  drawn.
+  drawn instead of resamples.
 
   Args:
-    correct: bool [n], True for each correct prediction.
+    correct: whether each prediction is correct, bool [n].
     resamples: number of bootstrap resamples.
     seed: seed of the bootstrap draws.
   """
@@ -106,7 +112,7 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _facts(finished: Finished) -> Record:
-  """Keys and values that all records of a run share."""
+  """Returns the keys and values that all records of a finished run share."""
   c, facts, before = finished.config, finished.facts, finished.lineage or {}
   return {
     "task": facts["task"],
@@ -130,7 +136,10 @@ def _record(
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Formats records as a table for a terminal: a row per split and rate, * for the selected rate."""
+  """Formats records as a table for a terminal, with one row per split and learning rate.
+
+  An asterisk marks the learning rate that was selected on the validation images.
+  """
   rows = [("split", "rate", *(f"{metric[:3]}-{metric[3:]}" for metric in METRICS))]
   groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
   for record in records:
@@ -145,7 +154,7 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rate(record: Mapping[str, Any]) -> str:
-  """Text of a record's rate, or of the rates that several seeds selected."""
+  """Returns the text of a record's learning rate, or of the rates that several seeds selected."""
   rate = record["rate"]
   return ", ".join(f"{value:g}" for value in rate) if isinstance(rate, list) else f"{rate:g}"
 

@@ -1,4 +1,4 @@
-"""Context of an evaluation: a finished run."""
+"""The finished run that an evaluation receives: its model, images and settings."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,25 +16,27 @@ from byolx.training.task import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """Finished run: the inputs of the task's evaluation of the model.
+  """A finished run: everything that a task needs to evaluate the trained model.
 
   With several processes, each process has its own instance.
 
   Args:
-    config: all fields.
+    config: config of the run, with all fields.
     model: the trained model.
-    untrained: function that returns a new model as it was at step 0.
+    untrained: function that returns a new model with the parameters of step 0.
     mesh: devices of the run.
     train: training images.
-    validation: validation images; None without them.
+    validation: validation images; None if the run has none.
     test: test images; None if the run does not measure them.
     labels: share of the training labels that was used, in (0, 1].
-    batches: function from a source to this process's rows of its evaluation batches.
+    batches: function from images to their evaluation batches. It returns the rows of each batch that
+      belong to this process.
     normalise: function from uint8 images to the encoder's input.
     workdir: folder of the run.
-    lineage: facts about the checkpoint of a pretrained encoder; None for an encoder from scratch.
-    facts: keys that all records of the run share: task, seed, step, config (fingerprint), commit.
-    writer: True in the process that writes files.
+    lineage: facts about the checkpoint from which the encoder was loaded; None for an encoder from
+      scratch.
+    facts: values that all records of the run share: task, seed, step, config (fingerprint), commit.
+    writer: whether this process writes the files of the run.
   """
 
   config: ConfigDict
@@ -54,12 +56,15 @@ class Finished:
 
   @property
   def held_out(self) -> tuple[str, Source]:
-    """Name and images of the split that measures a run without model selection."""
+    """Name and images of the split that measures a run that selects no model, such as pretraining.
+
+    These are the validation images, or the test images if the run has no validation images.
+    """
     if self.validation is not None:
       return "validation", self.validation
     return "test", self.test
 
   @property
   def devices(self) -> str:
-    """Number and kind of devices, such as `2 x cpu`."""
+    """Number and kind of the run's devices, such as `2 x cpu`."""
     return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"

@@ -1,4 +1,7 @@
-"""Evaluation of pretraining: k-NN and linear probes, with untrained and raw-pixel baselines."""
+"""Evaluates pretrained encoders by k-NN and linear probes.
+
+An untrained encoder and raw pixels are measured as baselines.
+"""
 
 import functools
 
@@ -14,21 +17,21 @@ from byolx.evaluation.context import Finished
 from byolx.training.task import Record, Task
 
 EMBEDDED_IMAGES = 1000
-"""Largest number of images in embedding.png."""
+"""Largest number of images in embedding.png, the map of images by their features."""
 
 
 def compare(task: Task, finished: Finished) -> list[Record]:
   """Measures the online, target and untrained encoders and raw pixels by k-NN and linear probes.
 
-  All processes compute features. Only the writer fits and measures the probes; the other processes wait
-  for its records.
+  All processes compute features. Only the process with `finished.writer` fits and measures the probes;
+  the other processes wait for the records. Also draws embedding.png, a map of images by their features.
 
   Args:
-    task: task whose `evaluate` measures the online probe.
-    finished: finished run, whose model has `online`, `target` and `probe`.
+    task: task whose `evaluate` measures the online probe, the classifier trained with the encoder.
+    finished: the finished run, whose model has `online`, `target` and `probe`.
 
   Returns:
-    The records of `results.json`, on every process; none if no held-out image is labelled.
+    The records of `results.json`, on every process; an empty list if no held-out image is labelled.
   """
   model, writer = finished.model, finished.writer
   encoders = {"online": model.online.encoder}
@@ -54,7 +57,7 @@ def compare(task: Task, finished: Finished) -> list[Record]:
 
 
 def _draw(finished: Finished, test: dict[str, np.ndarray], labels: np.ndarray) -> None:
-  """Draws embedding.png of held-out images, and prints the effective rank of their features."""
+  """Draws embedding.png, a map of held-out images, and prints the effective rank of their features."""
   features, step = test["online"][:EMBEDDED_IMAGES], finished.facts["step"]
   title = f"{finished.train.name}: held-out images, online encoder, step {step:,}"
   path, classes = finished.workdir / "embedding.png", finished.train.classes
@@ -66,7 +69,16 @@ def _draw(finished: Finished, test: dict[str, np.ndarray], labels: np.ndarray) -
 def _records(
   finished: Finished, split: str, training: tuple, test: tuple, online_probe: dict[str, float]
 ) -> list[Record]:
-  """Measures the features by k-NN and linear probes; adds a record of the online probe's metrics."""
+  """Measures features by k-NN and linear probes, and returns the records.
+
+  Args:
+    finished: the finished run.
+    split: name of the split of the test features, "validation" or "test".
+    training: features by encoder, labels and indices of the training images.
+    test: features by encoder, labels and indices of the held-out images.
+    online_probe: metrics of the classifier trained with the encoder; they get a record too. Empty if
+      there is no such classifier.
+  """
   facts = finished.facts
   common = {"task": facts["task"], "split": split, **facts}
   records = probes.evaluate_features(
@@ -85,7 +97,7 @@ def _records(
 
 
 def untrained_encoder(finished: Finished) -> nnx.Module:
-  """Returns the online encoder at step 0, with BatchNorm statistics of the training images."""
+  """Returns the online encoder at step 0, with BatchNorm statistics computed on training images."""
   # By the compiled program of the initial state: without jit it takes several times as long.
   encoder = finished.untrained().online.encoder
   images = finished.batches(training_subset(finished, most=20_000))
@@ -94,11 +106,13 @@ def untrained_encoder(finished: Finished) -> nnx.Module:
 
 
 def training_subset(finished: Finished, most: int = 0) -> base.Source:
-  """Returns the training images used in evaluation: all of them, or a class-balanced subset.
+  """Returns the training images that the evaluation uses: all of them, or a class-balanced subset.
+
+  If the images have no classes, the subset is evenly spaced in the data set.
 
   Args:
     finished: finished run, whose `eval.max_train` limits the number of images.
-    most: additional limit of the number of images; 0 for none.
+    most: additional limit of the number of images; 0 for no additional limit.
   """
   source = finished.train
   limit = min(filter(None, (most, finished.config.eval.max_train)), default=0)

@@ -1,8 +1,8 @@
-"""Inference over a whole data set: metrics, features and predictions, in padded and masked batches.
+"""Computes metrics, features and predictions of all images of a data set.
 
-With several processes, each has its block of rows of every batch, from `loader.evaluation_batches`. The
-results equal those of one process. Metrics are returned on every process; features and predictions on
-those that set `collect`.
+The last batch of a data set is padded to full size with masked rows, which do not count. With several
+processes, each process loads its own rows of every batch; the results equal those of one process.
+Every process gets the metrics. Features and predictions go only to processes that set `collect`.
 """
 
 import functools
@@ -23,23 +23,25 @@ from byolx.models.batch_norm import BatchNorm
 from byolx.training.task import Batch, Task
 
 PIXELS_SIDE = 32
-"""Largest side, in pixels, of the images whose raw pixels are features; larger ones are reduced."""
+"""Largest side, in pixels, of images whose raw pixels are used as features. Larger images are shrunk."""
 
 
 def measure(
   task: Task, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh
 ) -> dict[str, float | np.ndarray]:
-  """Computes the task's metrics over all batches; they do not depend on batch size, mesh or processes.
+  """Computes a task's metrics over all batches.
+
+  The metrics do not depend on the batch size, the devices or the number of processes.
 
   Args:
     task: task whose `evaluate` computes the metrics of a batch.
     model: model of the task.
-    batches: rows of this process of each evaluation batch.
+    batches: evaluation batches, with only the rows of this process.
     mesh: devices that compute.
 
   Returns:
-    Values by name, on every process: a float, or an array for a metric with several values; empty
-    without batches.
+    Values by the name of the metric, on every process: a float, or an array if the metric has several
+    values. The dict is empty if there are no batches.
   """
   graphdef, state = nnx.split(model)
 
@@ -72,15 +74,16 @@ def features(
   Args:
     encoders: encoders by name, called with `train=False`.
     normalise: function from uint8 images to the encoders' input.
-    batches: rows of this process of each batch, with `image`, `label`, `mask` and `index`.
+    batches: batches with `image`, `label`, `mask` and `index`, with only the rows of this process.
     mesh: devices that compute.
-    collect: True to return the results on this process. If False, it computes its part, and the
-      returned arrays have no rows.
+    collect: whether this process returns the results. If False, this process takes part in the
+      computation, but the returned arrays have no rows.
 
   Returns:
-    Features by name of the encoder, float32 [n, d], and "pixels", uint8, see `raw_pixels`; labels, int32
-    [n]; indices of records, int32 [n]. Masked rows are left out. Rows are in the order of the batches,
-    and within a batch in the order of processes.
+    Three values. First, features by the name of the encoder, float32 [n, d], and under "pixels" the raw
+    pixels of the images (shrunk if large), uint8 [n, p]. Second, labels, int32 [n]. Third, the indices
+    of the images in their source, int32 [n]. Masked rows (padding) are left out. Rows are in the order
+    of the batches, and within a batch in the order of the processes.
   """
   split = {name: nnx.split(encoder) for name, encoder in encoders.items()}
 
@@ -102,17 +105,19 @@ def features(
 def predictions(
   task: Task, model: nnx.Module, batches: Iterable[Batch], mesh: Mesh, *, collect: bool = True
 ) -> dict[str, np.ndarray]:
-  """Computes `task.predict` for all images.
+  """Computes the predictions (`task.predict`) for all images.
 
   Args:
     task: task with a function `predict` of a model and a batch.
     model: model of the task.
-    batches: rows of this process of each evaluation batch.
+    batches: evaluation batches, with only the rows of this process.
     mesh: devices that compute.
-    collect: True to return the results on this process, as in `features`.
+    collect: whether this process returns the results. If False, this process takes part in the
+      computation, but the returned arrays have no rows.
 
   Returns:
-    Arrays of `task.predict` for the unmasked images, and their `label` and `index`.
+    The arrays of `task.predict` by name, and the arrays `label` and `index` of the images. Masked rows
+    (padding) are left out.
   """
   graphdef, state = nnx.split(model)
 
@@ -127,7 +132,10 @@ def predictions(
 def _unmasked(
   function: Callable[[Batch], Batch], batches: Iterable[Batch], mesh: Mesh, collect: bool
 ) -> dict[str, np.ndarray]:
-  """Concatenates the unmasked rows of a function of all batches; without `collect`, no rows."""
+  """Applies a function to all batches, and concatenates the unmasked rows of its results.
+
+  Masked rows are padding. If `collect` is False, the returned arrays have no rows.
+  """
   collected: dict[str, list[np.ndarray]] = {}
   for batch in batches:
     for name, rows in function(_placed(batch, mesh)).items():
@@ -140,7 +148,10 @@ def _unmasked(
 
 
 def raw_pixels(images: UInt8[np.ndarray, "b s s 3"]) -> UInt8[np.ndarray, "b d"]:
-  """Flattens images to vectors of pixels, after reducing them to a side of at most PIXELS_SIDE."""
+  """Flattens each image to a vector of its pixels.
+
+  Images with a side above PIXELS_SIDE are first shrunk to that side.
+  """
   if images.shape[1] > PIXELS_SIDE:
     size = (PIXELS_SIDE, PIXELS_SIDE)
     small = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in images]
@@ -154,16 +165,16 @@ def warm_statistics(
   batches: Iterator[Batch],
   mesh: Mesh,
 ) -> None:
-  """Sets the BatchNorm running averages of an untrained encoder to those of images, in place.
+  """Fills the BatchNorm running averages of an untrained encoder with statistics of images, in place.
 
-  Padding must not enter the statistics. So masked rows are dropped, each batch is cut to a multiple of
-  the number of devices and of the encoder's normalisation groups, and a batch with masked rows is used
-  only if no batch was used before.
+  Padding must not enter the statistics. So masked rows (padding) are dropped. Then each batch is
+  shortened to a multiple of the number of devices and of the encoder's normalisation groups (images
+  that are normalised together). A batch with masked rows is used only if no batch was used before.
 
   Args:
     encoder: untrained encoder, which is changed.
     normalise: function from uint8 images to the encoder's input.
-    batches: rows of this process of each batch, with `image` and `mask`.
+    batches: batches with `image` and `mask`, with only the rows of this process.
     mesh: devices that compute.
   """
   graphdef, state = nnx.split(encoder)
@@ -192,7 +203,10 @@ def warm_statistics(
 
 
 def _placed(batch: Batch, mesh: Mesh) -> Batch:
-  """Puts a batch on the mesh, padded with masked rows to a multiple of this process's devices."""
+  """Puts this process's rows of a batch on its devices.
+
+  The rows are first padded with masked rows to a multiple of the number of these devices.
+  """
   short = -len(batch["mask"]) % len(mesh.local_devices)
 
   def padded(rows: np.ndarray) -> np.ndarray:

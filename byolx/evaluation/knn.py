@@ -23,24 +23,24 @@ def knn_probe(
   k: int = 20,
   temperature: float = 0.07,
 ) -> Int[np.ndarray, "m"]:
-  """Classify test images by a weighted vote of their k nearest labelled neighbours.
+  """Classifies test images by a weighted vote of their k nearest labelled training images.
 
-  The nearest neighbours are those with the largest cosine s, and each votes with weight
+  The nearest images are those with the largest cosine s between the features, and each votes with weight
   exp(s / temperature) (Wu et al. 2018, section 3.4).
 
   Args:
     features: features of the training images, real numbers.
-    labels: classes of the training images, -1 = unlabelled, without a vote.
+    labels: classes of the training images. An image with label -1 is unlabelled and has no vote.
     test_features: features of the test images, real numbers.
     classes: number of classes, at least 2.
-    k: number of neighbours; if fewer images are labelled, all of them vote.
+    k: number of neighbours that vote; if fewer images are labelled, all of them vote.
     temperature: temperature of the weights, above 0.
 
   Returns:
-    Class of each test image.
+    Predicted class of each test image.
 
   Raises:
-    ValueError: no training image is labelled, or a label is not below `classes`.
+    ValueError: no training image is labelled, a label is not below `classes`, or `classes` is below 2.
   """
   _check_labels(labels, classes)
   x, y = _padded(features, labels)

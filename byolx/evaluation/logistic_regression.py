@@ -1,6 +1,6 @@
 """Multinomial logistic regression on frozen features, by L-BFGS (appendix E.2).
 
-Arrays are padded, so that few distinct shapes are compiled.
+Arrays are padded with zeros to a few distinct shapes, because each new shape must be compiled.
 """
 
 import functools
@@ -22,14 +22,15 @@ _ROWS, _COLUMNS = 256, 256  # features are padded to multiples of these
 
 
 class LinearProbes(NamedTuple):
-  """Linear classifiers, one per l2 value; their logits are x @ kernel + bias.
+  """Linear classifiers, one per l2 penalty. The logits of features x are x @ kernel + bias.
 
   Attributes:
-    kernel: weights, float32[l, d, classes].
+    kernel: weights, float32[l, d, classes], for l penalties and d features.
     bias: biases, float32[l, classes].
-    objective: final sum of cross-entropies + l2/2 * |kernel|^2, float32[l].
-    converged: True where the next step is expected to reduce the objective by less than the tolerance.
-    iterations: number of joint evaluations of all objectives.
+    objective: final value of the objective, the sum of cross-entropies + l2/2 * |kernel|^2, float32[l].
+    converged: whether the next step is expected to reduce the objective by less than the tolerance,
+      bool[l].
+    iterations: number of iterations of the search. Each evaluates the objectives of all classifiers.
   """
 
   kernel: Float32[np.ndarray, "l d classes"]
@@ -48,25 +49,27 @@ def linear_probe(
   tolerance: float = 1e-7,
   max_iterations: int = 1000,
 ) -> LinearProbes:
-  """Fit multinomial logistic regressions for several l2 values at once, by L-BFGS (appendix E.2).
+  """Fits multinomial logistic regressions for several l2 penalties at once, by L-BFGS (appendix E.2).
 
-  Minimises sum of cross-entropies + l2/2 * |kernel|^2; the bias is not penalised. This equals
+  Minimises the sum of cross-entropies + l2/2 * |kernel|^2; the bias is not penalised. This equals
   scikit-learn's `LogisticRegression(C=1 / l2)`.
 
   Args:
-    features: real numbers; features from `preprocess` need fewer iterations.
-    labels: class of each row; rows with label -1 are ignored.
-    l2: penalties, above 0.
+    features: features of the images, real numbers. Features from `probes.preprocess` (centred, scaled
+      and rotated) need fewer iterations.
+    labels: class of each row of the features; rows with label -1 are ignored.
+    l2: penalties, finite and above 0.
     classes: number of classes, at least 2.
-    tolerance: relative reduction of the objective, expected from the next step, below which the search
-      stops. float32 cannot resolve values below about 1e-7.
+    tolerance: relative reduction of the objective at which the search stops: it stops when the next step
+      is expected to reduce the objective by less. float32 cannot resolve values below about 1e-7.
     max_iterations: largest number of iterations.
 
   Returns:
-    One classifier per l2 value.
+    One classifier per l2 penalty.
 
   Raises:
-    ValueError: no row is labelled, a label is not below `classes`, or an l2 is not above 0.
+    ValueError: no row is labelled, a label is not below `classes`, `classes` is below 2, or a penalty is
+      not a finite number above 0.
   """
   _check_labels(labels, classes)
   if not l2 or not all(value > 0 and math.isfinite(value) for value in l2):
@@ -87,7 +90,10 @@ def _fit(
   tolerance: Float[Array, ""],
   max_iterations: Int[Array, ""],
 ):
-  """`linear_probe` on padded arrays; returns kernel, bias, objective, converged and iterations."""
+  """Computes `linear_probe`, the logistic regressions for several penalties, on padded arrays.
+
+  Returns the arrays kernel, bias, objective, converged and iterations of `LinearProbes`.
+  """
   counted = (labels >= 0).astype(x.dtype)
   is_label = (labels[:, None] == jnp.arange(classes))[:, None]
   # Parameters are [l, d + 1, classes]: the rows of the kernel, then the bias.
@@ -113,7 +119,10 @@ def _fit(
 
 
 class _Search(NamedTuple):
-  """State of L-BFGS on l objectives in parallel. The next trial point is point - length * direction."""
+  """State of L-BFGS for l objectives that are minimised in parallel.
+
+  The next trial point is point - length * direction.
+  """
 
   point: Float32[Array, "l a b"]
   value: Float32[Array, "l"]
@@ -131,11 +140,20 @@ def _minimise(
   tolerance: Float[Array, ""],
   max_iterations: Int[Array, ""],
 ) -> _Search:
-  """Minimise l independent convex objectives at once, by L-BFGS with backtracking.
+  """Minimises l independent convex objectives at once, by L-BFGS with backtracking.
 
-  Each iteration evaluates all objectives once, and each objective either accepts its step or halves it.
-  `jax.vmap` of `optax.lbfgs` is slower: it computes both branches of the conditionals in its line
-  search, and repeats the search until all objectives accept.
+  Each iteration evaluates all objectives once. Each objective then either accepts its step or halves the
+  step length. `jax.vmap` of `optax.lbfgs` is slower: it computes both branches of the conditionals in
+  its line search, and repeats the search until all objectives accept.
+
+  Args:
+    objectives: function from l points to the values of the l objectives.
+    start: first points.
+    tolerance: relative reduction of an objective: its search stops when less is expected of a step.
+    max_iterations: largest number of iterations.
+
+  Returns:
+    The last state of the search, with the final points and values.
   """
   lbfgs = optax.scale_by_lbfgs(_MEMORY)
   n = len(start)
@@ -190,7 +208,10 @@ def _check_labels(labels: Int[np.ndarray, "n"], classes: int) -> None:
 def _padded(
   features: Num[np.ndarray, "n d"], labels: Int[np.ndarray, "n"]
 ) -> tuple[Float32[np.ndarray, "rows columns"], Int[np.ndarray, "rows"]]:
-  """Append rows (label -1) and columns of zeros, so that few distinct shapes are compiled."""
+  """Pads features and labels to one of a few shapes, because each new shape must be compiled.
+
+  Appended rows and columns of the features are zero. Appended labels are -1, which means unlabelled.
+  """
   n, d = features.shape
   x = np.zeros((_padded_rows(n), math.ceil(d / _COLUMNS) * _COLUMNS), np.float32)
   x[:n, :d] = features
@@ -200,6 +221,9 @@ def _padded(
 
 
 def _padded_rows(n: int) -> int:
-  """Round n up to a multiple of `_ROWS`, or of 1/16 of the next power of two if that is larger."""
+  """Rounds a number of rows n up, so that few distinct numbers remain.
+
+  The result is a multiple of `_ROWS` or, for large n, of 1/16 of the next power of two.
+  """
   step = max(_ROWS, 2 ** math.ceil(math.log2(n)) // 16)
   return math.ceil(n / step) * step

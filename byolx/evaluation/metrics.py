@@ -1,7 +1,8 @@
-"""Metrics of training and evaluation: collapse monitors of a batch of vectors, norms, accuracy.
+"""Metrics of training and evaluation: collapse monitors, norms and accuracy.
 
-BYOL has no negatives, so its loss allows collapse, where all images get the same vector (appendix J.2
-and Table 22 give examples). The loss does not show collapse, since it is lowest there. The monitors do.
+BYOL has no negative examples, so its loss allows collapse, where all images get the same vector
+(appendix J.2 and Table 22 give examples). The loss does not show collapse, since it is lowest there.
+The collapse monitors show it: they measure how different the vectors of a batch are.
 
 All functions on arrays are pure, and cheap enough for each training step, except `effective_rank`: it
 needs singular values, and is for evaluation.
@@ -14,20 +15,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 STD_WARNING = 0.1
-"""Smallest normalised std s without a warning. The mean cosine between images is then 1 - s^2 = 0.99."""
+"""Smallest normalised std without a collapse warning.
+
+At this std s, the mean cosine between the vectors of two images is 1 - s^2 = 0.99.
+"""
 
 RANK_WARNING = 1.5
-"""Smallest rank without a warning: between 1 (a line) and 2 (an evenly filled plane)."""
+"""Smallest rank of a batch of vectors without a collapse warning.
+
+The rank is 1 if all vectors lie on a line, and 2 if they fill a plane evenly.
+"""
 
 _NO_SPREAD = 1e-12
-"""Variance that counts as 0. Rounding in float32 gives about 1e-14 for equal unit vectors."""
+"""Largest variance that counts as 0. Rounding in float32 gives about 1e-14 for equal unit vectors."""
 
 
 def normalised_std(z: Float[Array, "b d"]) -> Float[Array, ""]:
-  """Spread of the directions of vectors, from 0 (collapsed) to 1 (isotropic).
+  """Computes the spread of the directions of vectors, from 0 (all equal) to 1 (isotropic).
 
-  This is sqrt(d) times the mean over dimensions of the standard deviation of z / |z| over the batch.
-  The variances of all dimensions sum to at most 1, and each is 1/d for isotropic directions.
+  The spread is sqrt(d) times the mean over dimensions of the standard deviation of z / |z| over the
+  batch. The variances of all dimensions sum to at most 1, and each is 1/d for isotropic directions.
 
   Args:
     z: vectors, in any float dtype.
@@ -40,11 +47,11 @@ def normalised_std(z: Float[Array, "b d"]) -> Float[Array, ""]:
 
 
 def participation_ratio(z: Float[Array, "b d"]) -> Float[Array, ""]:
-  """Participation ratio of z / |z|: the number of directions that share the variance.
+  """Computes the participation ratio of z / |z|: the number of directions that share the variance.
 
   This is tr(C)^2 / tr(C^2) for the covariance C of z / |z|, or (sum l)^2 / sum l^2 over the eigenvalues
-  l of C: k equal non-zero eigenvalues give k. It needs one matrix product and no eigenvalues. It is
-  smaller than `effective_rank`, since it gives more weight to large eigenvalues.
+  l of C: k equal non-zero eigenvalues give k. The computation needs one matrix product and no
+  eigenvalues. The ratio is at most `effective_rank`, since it gives more weight to large eigenvalues.
 
   Args:
     z: vectors, in any float dtype.
@@ -61,10 +68,10 @@ def participation_ratio(z: Float[Array, "b d"]) -> Float[Array, ""]:
 
 
 def effective_rank(z: Float[Array, "b d"]) -> Float[Array, ""]:
-  """Effective rank of z / |z|, centred over the batch (Roy & Vetterli 2007, eq. 4).
+  """Computes the effective rank of z / |z|, centred over the batch (Roy & Vetterli 2007, eq. 4).
 
   This is exp(entropy) of the singular values, scaled to sum 1: k equal non-zero values give k. The
-  singular values are those of the batch itself. The square roots of float32 eigenvalues of its Gram
+  singular values are computed from the batch itself. The square roots of float32 eigenvalues of its Gram
   matrix would be too inaccurate: a rounding error of 1e-7 becomes a singular value of 3e-4.
 
   Args:
@@ -80,20 +87,21 @@ def effective_rank(z: Float[Array, "b d"]) -> Float[Array, ""]:
 
 
 def mean_norm(z: Float[Array, "b d"]) -> Float[Array, ""]:
-  """Mean l2 norm of vectors, as a float32 scalar (Figure 7)."""
+  """Computes the mean l2 norm of vectors, as a float32 scalar (Figure 7)."""
   return jnp.mean(jnp.linalg.norm(z.astype(jnp.float32), axis=1))
 
 
 def topk_accuracy(
   logits: Float[Array, "b classes"], labels: Int[Array, "b"], k: int = 1
 ) -> Float[Array, ""]:
-  """Top-k accuracy: share of the labelled examples whose class is among the k largest logits.
+  """Computes the share of the labelled examples whose class is among the k largest logits.
 
-  Equal logits are ordered by class number, as in `jax.lax.top_k`. A NaN logit counts as wrong.
+  Of equal logits, that of the lower class number counts as larger, as in `jax.lax.top_k`. An example
+  whose label has the logit NaN counts as wrong.
 
   Args:
     logits: logits; larger is more likely.
-    labels: classes, -1 = unlabelled, ignored.
+    labels: classes of the examples; examples with label -1 are unlabelled and ignored.
     k: number of largest logits.
 
   Returns:
@@ -105,14 +113,14 @@ def topk_accuracy(
 
 
 def rank_of_label(logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]) -> Int[Array, "*b"]:
-  """Rank of the label's class by decreasing logit: 0 for the largest.
+  """Computes the rank of the label's class by decreasing logit: 0 if its logit is the largest.
 
-  Equal logits are ordered by class number. NaN logits of other classes come first; if the logit of the
-  label is NaN, the label comes last.
+  Of equal logits, that of the lower class number comes first. NaN logits of other classes come first; if
+  the logit of the label is NaN, the label comes last.
 
   Args:
     logits: logits; larger is more likely.
-    labels: classes; the rank of label -1 is meaningless.
+    labels: classes of the examples; the rank of label -1 (unlabelled) is meaningless.
 
   Returns:
     Integers in 0..classes - 1, or `classes` if the label's logit is NaN.
@@ -125,7 +133,7 @@ def rank_of_label(logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]) 
 
 
 def collapse_warning(std: float, rank: float, dimension: int) -> str | None:
-  """Warning about collapsed vectors, or None.
+  """Returns a warning if vectors have collapsed (are nearly equal, or lie nearly on a line), else None.
 
   Args:
     std: `normalised_std` of the vectors, in 0..1.
@@ -133,7 +141,8 @@ def collapse_warning(std: float, rank: float, dimension: int) -> str | None:
     dimension: dimension of the vectors. Below 2, the rank is not checked.
 
   Returns:
-    One line if std is below `STD_WARNING`, rank is below `RANK_WARNING`, or either is not finite.
+    One line of text if std is below `STD_WARNING`, rank is below `RANK_WARNING`, or either is not
+    finite. None if there is no warning.
   """
   if not (math.isfinite(std) and math.isfinite(rank)):
     return f"the collapse monitors are not finite (normalised std {std}, rank {rank})"
@@ -151,7 +160,7 @@ def collapse_warning(std: float, rank: float, dimension: int) -> str | None:
 
 
 def _unit(z: Float[Array, "b d"]) -> Float[Array, "b d"]:
-  """z / |z| in float32; zero vectors stay zero."""
+  """Computes z / |z| in float32; zero vectors stay zero."""
   z = z.astype(jnp.float32)
   return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
 

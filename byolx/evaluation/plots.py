@@ -1,4 +1,4 @@
-"""Map of images by their features, and the common style of all figures.
+"""Draws a map of images by their features, and has the style that all figures share.
 
 Files are replaced atomically. Figures do not use pyplot, so any thread or notebook may draw them.
 """
@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from byolx.core.files import write_atomically
 
 LARGEST_EMBEDDING = 2000
-"""Largest number of images on a map. More images would overlap, and make t-SNE slow."""
+"""Largest number of images on a map of images. More images would overlap, and make t-SNE slow."""
 
 INK, FAINT = "#262626", "#8c8c8c"
 BLUE, ORANGE = "#0072B2", "#D55E00"  # from Okabe and Ito, safe for colour-blind readers
@@ -40,18 +40,18 @@ def embedding(
   title: str,
   seed: int = 0,
 ) -> None:
-  """Draw a map of images as a PNG: images with similar features are close, colours show the classes.
+  """Draws a map of images as a PNG: images with similar features are close, and colours show the classes.
 
   The positions do not depend on the labels. They are the t-SNE of 50 principal components of the
   directions of the features (the loss compares only directions).
 
   Args:
     features: features of the images, real numbers.
-    labels: class of each image, -1 = unlabelled.
+    labels: class of each image; -1 means unlabelled.
     classes: names of the classes; a label without a name is shown as a number.
     path: path of the PNG.
     title: title above the map.
-    seed: seed of t-SNE, and of the sample if there are more than `LARGEST_EMBEDDING` images.
+    seed: seed of t-SNE, and of the choice of images if there are more than `LARGEST_EMBEDDING`.
 
   Raises:
     ValueError: features are not finite.
@@ -91,9 +91,9 @@ def embedding(
 
 
 def _project(features: Num[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
-  """Two coordinates per image: t-SNE of 50 principal components.
+  """Computes two coordinates per image: t-SNE of 50 principal components of the features' directions.
 
-  With fewer than 5 images, or without variance, they are the first two principal components.
+  With fewer than 5 images, or without variance, the coordinates are the first two principal components.
   """
   unit = np.asarray(features, np.float64)
   unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
@@ -117,7 +117,7 @@ def _project(features: Num[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "
 
 
 def _appearance(label: int) -> tuple[str, str]:
-  """Colour and marker of a class."""
+  """Returns the colour and the marker of a class; those of unlabelled images for label -1."""
   if label < 0:
     return FAINT, "o"
   cycle = label // len(COLOURS)
@@ -125,7 +125,10 @@ def _appearance(label: int) -> tuple[str, str]:
 
 
 def _name(label: int, classes: Sequence[str]) -> str:
-  """Name of a class in the legend, escaped: matplotlib reads $ as a formula and hides a leading _."""
+  """Returns the name of a class for the legend, shortened and escaped.
+
+  Without the escape, matplotlib reads $ as a formula, and hides a name that starts with _.
+  """
   if label < 0:
     return "unlabelled"
   name = classes[label] if label < len(classes) else f"class {label}"
@@ -134,7 +137,7 @@ def _name(label: int, classes: Sequence[str]) -> str:
 
 
 def _legend(figure: Figure, labels: Sequence[int], classes: Sequence[str], columns: int) -> None:
-  """Add names of classes beside the map, at most `_LARGEST_LEGEND`."""
+  """Adds a legend with the names of the classes beside the map, at most `_LARGEST_LEGEND` names."""
   shown = labels[:_LARGEST_LEGEND]
   names = [_name(label, classes) for label in shown]
   appearances = [_appearance(label) for label in shown]
@@ -158,7 +161,7 @@ def _legend(figure: Figure, labels: Sequence[int], classes: Sequence[str], colum
 
 
 def style(ax: Axes, title: str) -> None:
-  """Apply the common style to axes: title at the left, no box, small ticks."""
+  """Applies the common style to axes: title at the left, no box, small ticks."""
   ax.set_title(title, fontsize=9, loc="left", color=INK)
   ax.tick_params(labelsize=7.5, colors=INK, length=3)
   ax.spines[["top", "right"]].set_visible(False)
@@ -166,7 +169,7 @@ def style(ax: Axes, title: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-  """Save a figure as a PNG, and replace an existing file atomically."""
+  """Saves a figure as a PNG. An existing file is replaced atomically."""
   png = io.BytesIO()
   FigureCanvasAgg(figure).print_figure(png, format="png", dpi=160, facecolor="white")
   write_atomically(path, png.getvalue())

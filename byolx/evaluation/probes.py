@@ -1,4 +1,4 @@
-"""Linear probe and k-NN on frozen features, at several shares of the labels.
+"""Measures frozen features by a linear probe and k-NN, at several shares of the labels.
 
 The rules are the same for all encoders: features are centred and scaled by one number, and validation
 images choose the l2 penalty from a fixed grid (appendix E.2). The classifiers are in
@@ -21,7 +21,7 @@ from byolx.evaluation.logistic_regression import LinearProbes, linear_probe
 _log = logging.getLogger("byolx")
 
 L2_VALUES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
-"""Grid of l2 penalties, for features of mean squared norm 1.
+"""Grid of l2 penalties of the linear probe, for features of mean squared norm 1.
 
 Appendix E.2 has 45 values from 1e-6 to 1e5, for features that are not scaled.
 """
@@ -37,25 +37,26 @@ class Examples(NamedTuple):
   """Features and labels of images.
 
   Attributes:
-    features: real numbers, [n, d].
-    labels: classes, [n], integers; -1 = unlabelled, ignored.
+    features: features of the images, real numbers, [n, d].
+    labels: classes of the images, integers [n]. Images with label -1 are unlabelled and ignored.
   """
 
   features: Num[np.ndarray, "n d"]
   labels: Int[np.ndarray, "n"]
 
   def at(self, indices: Int[np.ndarray, "k"]) -> "Examples":
-    """Select examples by index."""
+    """Returns the examples with the given indices."""
     return Examples(self.features[indices], self.labels[indices])
 
 
 class Draw(NamedTuple):
-  """Training images whose labels a probe may use, as sorted indices.
+  """A subset of the training images whose labels a probe may use, as sorted indices.
 
   Attributes:
-    fit: indices of the images to train on.
-    validation: indices of the images that choose the l2 value.
-    retrain: True to train again on both sets with the chosen value (E.2).
+    fit: indices of the images on which the probe is trained.
+    validation: indices of the images that choose the l2 penalty.
+    retrain: whether the probe is trained again with the chosen penalty, on the images of `fit` and
+      `validation` together (E.2).
   """
 
   fit: Int[np.ndarray, "k"]
@@ -68,9 +69,9 @@ class Score(NamedTuple):
 
   Attributes:
     accuracy: top-1 accuracy on the test images, in 0..1.
-    l2: chosen penalty.
-    at_edge: True if the chosen penalty is at an edge of the grid and clearly better than the next, so
-      that the grid should be extended.
+    l2: chosen l2 penalty.
+    at_edge: whether the chosen penalty is the smallest or largest of the grid and clearly better than
+      the next one. Then the grid should be extended.
   """
 
   accuracy: float
@@ -81,22 +82,25 @@ class Score(NamedTuple):
 def preprocess(
   train: Num[np.ndarray, "n d"], test: Num[np.ndarray, "m d"], rule: str = "centre"
 ) -> tuple[Float32[np.ndarray, "n r"], Float32[np.ndarray, "m r"]]:
-  """Centre, scale and rotate the features of an encoder for the probes.
+  """Centres, scales and rotates the features of an encoder for the probes.
 
   Subtracts the mean of the training features, divides by one number so that the mean squared norm of the
   training features is 1, and rotates to their principal axes. A rotation does not change the results of
   the probes, which depend on |kernel| and on cosines. It reduces the iterations of L-BFGS, and removes
-  dimensions without information (grey pixels repeated in three channels, units that are always 0).
+  dimensions without information (units that are always 0). Equal neighbouring dimensions, such as grey
+  pixels in three channels, are merged before. The rotation is left out if it would take too long: if n
+  and d are both above `_LARGEST_ROTATION`.
 
   Args:
     train: features of all training images, real numbers.
     test: features of all test images, real numbers.
-    rule: "centre", or "standardise" to divide each dimension by its standard deviation first.
+    rule: name of the rule, "centre" or "standardise". "standardise" divides each dimension by its
+      standard deviation before the scaling.
 
   Returns:
-    Training and test features, float32, with r <= d dimensions. If r < d, the last dimension is 0 for
-    training images; for test images it is the length of the component that is orthogonal to the span of
-    the training images.
+    Training and test features, float32, with r <= d dimensions. If the rotation removes dimensions, it
+    adds a last one. This is 0 for training images; for test images, it is the length of the component
+    that is orthogonal to the span of the training images.
 
   Raises:
     ValueError: the rule is unknown, or features are not finite.
@@ -122,7 +126,11 @@ def preprocess(
 def _rotate(
   train: Float32[np.ndarray, "n d"], test: Float32[np.ndarray, "m d"]
 ) -> tuple[Float32[np.ndarray, "n r"], Float32[np.ndarray, "m r"]]:
-  """Coordinates along the principal axes of the training images, in order of decreasing variance."""
+  """Returns the coordinates of features along the principal axes of the training features.
+
+  The axes are in the order of decreasing variance. Axes without variance are removed; then a last
+  coordinate is added, the length of the component outside the remaining axes (0 for training images).
+  """
   n, d = train.shape
   # Both Gram matrices have the same non-zero eigenvalues: take the smaller one.
   values, vectors = np.linalg.eigh(train.T @ train if d <= n else train @ train.T)
@@ -141,9 +149,9 @@ def _rotate(
 def _merge_equal_columns(
   train: Float32[np.ndarray, "n d"], test: Float32[np.ndarray, "m d"]
 ) -> tuple[Float32[np.ndarray, "n r"], Float32[np.ndarray, "m r"]]:
-  """Replace k equal adjacent columns, such as grey pixels in RGB, by one column times sqrt(k).
+  """Replaces k equal neighbouring columns, such as grey pixels in RGB, by one column times sqrt(k).
 
-  This keeps all inner products, as a rotation does.
+  All inner products between rows stay the same, as with a rotation.
   """
   equal = [(x[:, 1:] == x[:, :-1]).all(axis=0) for x in (train, test)]
   first = np.flatnonzero(np.concatenate([[True], ~(equal[0] & equal[1])]))
@@ -159,19 +167,23 @@ def label_draws(
   seed: int,
   validation_share: float = 0.1,
 ) -> list[Draw]:
-  """Draw class-balanced subsets of the training labels.
+  """Draws class-balanced subsets of the training labels.
 
-  The same stratified set of labelled images is held out in all draws, to choose l2. Small subsets are
-  drawn from the remaining images. Subsets that are larger than the remaining images are drawn from all
-  labelled images; the classifier is then trained on the part that is not held out to choose l2, and
-  again on the whole subset.
+  The same images, a stratified share of the labelled ones, are held out in all draws to choose the l2
+  penalty. A small subset is drawn from the remaining images. A subset that is larger than the remaining
+  images is drawn from all labelled images. The classifier is then trained on the images of the subset
+  that are not held out, and after the choice of l2 again on the whole subset.
 
   Args:
-    labels: classes of the training images, -1 = unlabelled.
-    fraction: size of a subset, as a fraction of all labelled training images, in (0, 1].
-    draws: number of draws; all labels make one draw.
-    seed: seed of the draws and of the held-out set.
+    labels: classes of the training images; -1 means unlabelled.
+    fraction: size of a subset, as a fraction of all labelled training images, in (0, 1]. A subset has at
+      least one image per class.
+    draws: number of subsets. If a subset has all labels, only one is returned.
+    seed: seed of the subsets and of the held-out images.
     validation_share: fraction of the labelled images to hold out.
+
+  Returns:
+    The subsets, each divided into images to train on and images that choose the l2 penalty.
 
   Raises:
     ValueError: the fraction is outside (0, 1], or no image is labelled.
@@ -208,25 +220,30 @@ def select_and_score(
   tolerance: float = 1e-5,
   max_iterations: int = 100,
 ) -> Score:
-  """Choose the l2 value by accuracy on the validation images, and score the test images (E.2).
+  """Chooses the l2 penalty by accuracy on the validation images, and measures the test accuracy (E.2).
 
-  Of equally good values, the middle one is chosen. Without labelled validation images, all values are
-  equally good.
+  Of equally good penalties, the middle one is chosen. Without labelled validation images, all penalties
+  are equally good.
 
   Args:
     train: training images.
-    validation: images that choose the l2 value.
-    test: images that are scored.
+    validation: images that choose the l2 penalty.
+    test: images on which the accuracy is measured.
     classes: number of classes, at least 2.
     l2: candidate penalties, above 0.
-    retrain: True to train again with the chosen value, on training and validation images together,
-      before scoring.
-    tolerance: tolerance of `linear_probe`. With the default, weakly penalised classifiers on large sets
-      stop before their optimum, which saves time.
+    retrain: whether the classifier is trained again with the chosen penalty, on training and validation
+      images together, before the test.
+    tolerance: tolerance of `linear_probe`, the relative reduction of the objective at which it stops.
+      With the default, weakly penalised classifiers on large sets stop before their optimum, which
+      saves time.
     max_iterations: largest number of iterations of `linear_probe`.
 
+  Returns:
+    The test accuracy, the chosen penalty, and whether the grid of penalties should be extended.
+
   Raises:
-    ValueError: no training image is labelled, a label is not below `classes`, or an l2 is not above 0.
+    ValueError: no training image is labelled, a label is not below `classes`, or a penalty is not above
+      0.
   """
   options = {"classes": classes, "tolerance": tolerance, "max_iterations": max_iterations}
   probes = linear_probe(*train, l2, **options)
@@ -244,9 +261,14 @@ def select_and_score(
 
 
 def _clearly_at_edge(accuracies: Float[np.ndarray, "l"], chosen: int, images: int) -> bool:
-  """Whether the chosen value is at an edge of the grid and better than its neighbour.
+  """Returns whether the chosen penalty is at an edge of the grid and clearly better than its neighbour.
 
-  Better means a difference in accuracy above two standard errors of a binomial share of the images.
+  Clearly better means a difference in accuracy above two standard errors of the accuracy.
+
+  Args:
+    accuracies: accuracy of each penalty of the grid, in 0..1.
+    chosen: index of the chosen penalty.
+    images: number of images on which the accuracies were measured.
   """
   neighbour = {0: 1, len(accuracies) - 1: len(accuracies) - 2}.get(chosen)
   if neighbour is None or len(accuracies) == 1:
@@ -257,7 +279,10 @@ def _clearly_at_edge(accuracies: Float[np.ndarray, "l"], chosen: int, images: in
 
 
 def _accuracies(probes: LinearProbes, examples: Examples) -> Float[np.ndarray, "l"]:
-  """Top-1 accuracy of each classifier on the labelled examples, in 0..1; 0 if there are none."""
+  """Computes the top-1 accuracy of each classifier on the labelled examples, in 0..1.
+
+  The accuracies are 0 if no example is labelled.
+  """
   labelled = examples.at(np.flatnonzero(examples.labels >= 0))
   x = np.asarray(labelled.features, np.float32)
   predicted = [(x @ w + b).argmax(axis=1) for w, b in zip(probes.kernel, probes.bias, strict=True)]
@@ -280,26 +305,27 @@ def evaluate_features(
   rule: str = "centre",
   l2: Sequence[float] = L2_VALUES,
 ) -> list[dict[str, Any]]:
-  """Evaluate encoders with a linear probe and k-NN at each fraction of the labels.
+  """Evaluates encoders by a linear probe and k-NN at each fraction of the labels.
 
   Args:
     features: pairs of training and test features, by name of the encoder.
-    train_labels: classes of the training images, -1 = unlabelled.
-    test_labels: classes of the test images, -1 = unlabelled.
-    fractions: fractions of the training labels, each in (0, 1].
-    draws: number of draws of labels per fraction.
-    task: name of the task, for the records.
-    seed: seed of the draws, also in the records.
-    step: training step in the records.
-    config: fingerprint of the config in the records.
-    commit: commit in the records.
-    split: split in the records.
-    rule: rule of `preprocess`.
-    l2: candidate penalties, above 0.
+    train_labels: classes of the training images; -1 means unlabelled.
+    test_labels: classes of the test images; -1 means unlabelled.
+    fractions: fractions of the training labels that the probes use, each in (0, 1].
+    draws: number of random subsets of labels per fraction.
+    task: name of the task, written to the records.
+    seed: seed of the random subsets, also written to the records.
+    step: training step of the encoders, written to the records.
+    config: fingerprint of the config, written to the records.
+    commit: commit of the code, written to the records.
+    split: name of the split of the test images, written to the records.
+    rule: name of the preprocessing rule, "centre" or "standardise" (see `preprocess`).
+    l2: candidate penalties of the linear probe, above 0.
 
   Returns:
-    One record per encoder, protocol and fraction: its value is the mean accuracy over draws in 0..1, its
-    interval half their range (None for one draw). Empty if no training or no test image is labelled.
+    One record per encoder, protocol ("linear" or "knn") and fraction. Its value is the mean accuracy
+    over the subsets, in 0..1. Its interval is half the range of the accuracies, or None if there is
+    only one subset. The list is empty if no training image or no test image is labelled.
 
   Raises:
     ValueError: a fraction or the rule is invalid, or features are not finite.
@@ -362,9 +388,10 @@ def _record(
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Format records as a text table: encoders by protocols and shares of the labels, in %.
+  """Formats records as a text table of accuracies in %.
 
-  There is one table for each combination of task, split, metric, step and seed.
+  The rows are encoders; the columns are protocols and shares of the labels. There is one table for each
+  combination of task, split, metric, step and seed.
   """
   keys = ("task", "split", "metric", "step", "seed")
   groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
@@ -379,7 +406,7 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Lines of the table of one group of records."""
+  """Returns the lines of the table of one group of records, with encoders as rows."""
   encoders = list(dict.fromkeys(r["encoder"] for r in records))
   lines = ["", "encoder", *encoders]
   margin = max(map(len, lines))
@@ -406,7 +433,10 @@ def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cell(record: Mapping[str, Any] | None, spread: bool) -> str:
-  """Text of a value in %, padded for an interval if others in its column have one."""
+  """Returns the text of a record's value in %, with its interval if it has one.
+
+  If `spread` is True, other cells of the column have intervals, and the text is padded to their width.
+  """
   if record is None:
     return "    -"
   interval = record["interval"]

@@ -7,7 +7,10 @@ from byolx.core.fields import at_least, between, each, field, one_of
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-  """The config group `eval`: evaluation of an encoder or classifier; training does not depend on it."""
+  """The config group `eval`: settings of the evaluation of encoders and classifiers.
+
+  Training does not depend on these fields.
+  """
 
   test: bool = field(
     True, "classification: measurement of the selected classifier on the test images", free=True

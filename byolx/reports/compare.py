@@ -406,10 +406,10 @@ def _identity(measurement: Measurement) -> str:
 
 
 def _repeats(group: Sequence[Measurement]) -> list[list[Measurement]]:
-  """Removes duplicates from a group of measurements, and divides the rest by commits where necessary.
+  """Removes duplicates from a group of measurements, and divides the others by commits if necessary.
 
-  Measurements with the same seeds, commit and value are duplicates: only the first is kept. The rest is
-  divided into one list per commit only if several of its measurements have the same seeds.
+  Measurements with the same seeds, commit and value are duplicates: only the first is kept. If several
+  of the others still have the same seeds, they are divided into one list per commit.
   """
   distinct: dict[tuple, Measurement] = {}
   for measurement in group:

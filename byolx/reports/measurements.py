@@ -49,7 +49,7 @@ class Measurement:
 
 
 def read(paths: Iterable[Path], include_all: bool = False) -> list[Measurement]:
-  """Reads the records of runs and sweeps. A workdir that several paths contain is read once.
+  """Reads the records of runs and sweeps. A workdir that several paths contain is counted once.
 
   Args:
     paths: workdirs of runs or sweeps, or folders with workdirs at any depth.
@@ -57,8 +57,8 @@ def read(paths: Iterable[Path], include_all: bool = False) -> list[Measurement]:
       sweep itself.
 
   Raises:
-    ConfigError: a path is not a folder or has no workdir, none of its workdirs has results or records, or
-      a file is damaged.
+    ConfigError: a path is not a folder or has no workdir, none of its workdirs has results or records,
+      or a file is damaged.
   """
   by_folder: dict[Path, list[Measurement]] = {}
   for path in paths:

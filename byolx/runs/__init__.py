@@ -1,1 +1,1 @@
-"""Runs: config, training, checkpoints, evaluation and results in one workdir."""
+"""Executes runs: config, training, checkpoints, evaluation and results in one workdir (output folder)."""

@@ -1,8 +1,10 @@
-"""Loading of configs: defaults, the fields of a config file, and command-line overrides.
+"""Loads configs: defaults, the fields of a config file, and command-line overrides.
 
 A config file sets some fields; the others keep their defaults (`byolx.runs.schema`). `load` merges
 the defaults, the file and the `--config.FIELD=VALUE` overrides. It refuses unknown fields and
 impossible values with a one-line message that names the field, the value and the choices.
+
+A flat config is a mapping from full field names, such as "train.epochs", to values.
 """
 
 import difflib
@@ -26,7 +28,7 @@ from byolx.tasks import TASKS
 
 
 def defaults() -> ConfigDict:
-  """Returns a new ConfigDict with the default of every field."""
+  """Returns a new ConfigDict in which every field has its default."""
   config = ConfigDict()
   for name, field in schema.fields().items():
     *groups, leaf = name.split(".")
@@ -42,20 +44,21 @@ def defaults() -> ConfigDict:
 def load(path: str, overrides: Sequence[str] = (), workdir: Path | None = None) -> ConfigDict:
   """Loads a config file, applies overrides and checks all values.
 
-  Fields of the groups in init.inherit are copied from another run if neither the file nor an override
-  sets them. With init.workdir, the fields of the encoder (`schema.encoder_fields`) are copied from the
-  run of that encoder; see `refuse_other_function`. If that run does not exist yet, nothing is copied,
-  and an error is raised later, when the encoder is read.
+  Fields that neither the file nor an override sets can come from another run. With init.inherit, the
+  groups of fields named there are copied from the run of init.like or init.workdir. With init.workdir,
+  the fields that determine the encoder (`schema.encoder_fields`) are copied from the run that trained
+  it, and other values of these fields in the file or an override are refused. If that run does not
+  exist yet, the encoder's fields are not copied, and an error is raised later, when the encoder is read.
 
   Args:
     path: config file, `FILE.py`, or `FILE.py:key=value,...` with arguments of its `get_config`.
-    overrides: `--config.FIELD=VALUE`, applied in order.
-    workdir: folder of the run. If it is resumed after the other run was deleted, the copied fields are
-      read from its own config.json.
+    overrides: command-line overrides, each as `--config.FIELD=VALUE`, applied in order.
+    workdir: folder of the run. If the other run has been deleted when this run is resumed, the copied
+      fields are read from the config.json in this folder.
 
   Raises:
-    ConfigError: the file is missing, a field or argument is unknown, a value is impossible, or the
-      file or an override sets a field of the encoder to another value than its run.
+    ConfigError: the file or the run of init.inherit is missing, a field or argument is unknown, a value
+      is impossible, or a field of the encoder has another value than in the run that trained it.
   """
   return complete(_read(path), overrides, path, workdir)
 
@@ -66,16 +69,21 @@ def complete(
   origin: str = "config",
   workdir: Path | None = None,
 ) -> ConfigDict:
-  """Completes a partial config: merges it into the defaults, applies overrides, inherits, checks.
+  """Completes a partial config with the defaults, overrides and fields of another run, and checks it.
+
+  Fields that neither `settings` nor an override sets are copied from another run if init.inherit or
+  init.workdir says so (see `load`).
 
   Args:
     settings: values of some fields, by group.
-    overrides: `--config.FIELD=VALUE`, applied in order.
+    overrides: command-line overrides, each as `--config.FIELD=VALUE`, applied in order.
     origin: name of the source of `settings`, for error messages.
-    workdir: folder of the run, as in `load`.
+    workdir: folder of the run. If the other run has been deleted when this run is resumed, the copied
+      fields are read from the config.json in this folder.
 
   Raises:
-    ConfigError: see `load`.
+    ConfigError: a field is unknown, a value is impossible, the run of init.inherit is missing, or a
+      field of the encoder has another value than in the run that trained it.
   """
   config = merge(settings, origin)
   for flag in overrides:
@@ -89,13 +97,13 @@ def complete(
 
 
 def of_run(path: str | Path) -> ConfigDict:
-  """Reads the config of a run.
+  """Reads the config of a run from its config.json.
 
   Args:
-    path: workdir, folder of checkpoints, or folder of one checkpoint.
+    path: path of the run's workdir, of its folder of checkpoints, or of the folder of one checkpoint.
 
   Raises:
-    ConfigError: the run has no config.json.
+    ConfigError: the run has no config.json, or the file does not fit this version.
   """
   file = file_of(Path(path))
   if file is None:
@@ -104,7 +112,13 @@ def of_run(path: str | Path) -> ConfigDict:
 
 
 def of_encoder(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the encoder's fields of a flat config; a missing field gets its default."""
+  """Returns the fields of a flat config that determine the encoder's function.
+
+  A missing field gets its default.
+
+  Args:
+    flat: mapping from field names to values.
+  """
   fields, flat = schema.encoder_fields(), flatten(flat)
   return {name: _in_type(flat.get(name, field.default), field) for name, field in fields.items()}
 
@@ -112,15 +126,15 @@ def of_encoder(flat: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_other_function(
   run: Mapping[str, Any], pretrained: Mapping[str, Any], task: str, path: str | Path
 ) -> None:
-  """Refuses fields with which a pretrained encoder would compute another function.
+  """Refuses fields of a run with which its pretrained encoder would compute another function.
 
   Two fields may differ in some cases: views.size if the task has `own_size`, such as pretraining, and
   model.bn_decay if the encoder's running averages are not debiased.
 
   Args:
-    run: flat fields of the run, all of them or only those that were set explicitly.
-    pretrained: flat config of the run that trained the encoder.
-    task: task of the run.
+    run: fields of the run and their values, all of them or only those that were set explicitly.
+    pretrained: config of the run that trained the encoder, as a mapping from field names to values.
+    task: name of the run's task.
     path: path of the encoder, for the error message.
 
   Raises:
@@ -142,15 +156,24 @@ def refuse_other_function(
 
 
 def encoder_check(run: ConfigDict) -> Callable[[Mapping[str, Any], Path], None]:
-  """Returns a function (config, path) that checks an encoder's config against the run's.
+  """Returns a function that checks whether a pretrained encoder fits a run.
 
-  The function is an argument of `pretrained.read` and raises as `refuse_other_function` does.
+  The function takes the config of the run that trained the encoder, and the path of the encoder. It
+  raises a ConfigError if fields differ that determine the encoder's function. `pretrained.read` calls
+  it.
+
+  Args:
+    run: config of the run, with all fields.
   """
   return lambda pretrained, path: refuse_other_function(flatten(run), pretrained, run.task, path)
 
 
 def value(name: str, text: str) -> Any:
-  """Converts the text of `--config.NAME=TEXT` to a value of the field's type.
+  """Converts the text of an override `--config.NAME=TEXT` to a value of the field's type.
+
+  Args:
+    name: name of the field.
+    text: text of the value.
 
   Raises:
     ConfigError: the field is unknown, or the value is impossible.
@@ -162,14 +185,14 @@ def value(name: str, text: str) -> Any:
 
 
 def merge(settings: ConfigDict, origin: str) -> ConfigDict:
-  """Merges a partial config into the defaults; each value must have the type of its default.
+  """Returns the defaults of all fields with the values of a partial config in their place.
 
   Args:
     settings: values of some fields, by group.
     origin: name of the source of `settings`, for error messages.
 
   Raises:
-    ConfigError: a field is unknown, or a value has another type than its default.
+    ConfigError: a field is unknown, or a value has another type than the default of its field.
   """
   config, fields = defaults(), schema.fields()
   flat = flatten(settings)
@@ -190,7 +213,7 @@ def merge(settings: ConfigDict, origin: str) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks the value of each field alone; combinations are checked by the code that uses them.
+  """Checks the value of each field by itself, not whether the values of several fields fit each other.
 
   Raises:
     ConfigError: a value is impossible.
@@ -210,9 +233,10 @@ def _check_field(name: str, value: Any) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Lists the differences of two flat configs as `field: old -> new`.
+  """Returns the differences of two flat configs, each as a text `field: old -> new`.
 
-  Free fields, on which no result depends, are left out.
+  A flat config is a mapping from field names to values. Free fields, on which no result depends, are
+  left out.
   """
   fields = schema.fields()
   names = [name for name in {**old, **new} if name not in fields or not fields[name].free]
@@ -224,9 +248,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def changes(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of a flat config that differ from the defaults.
+  """Returns the fields of a config that differ from their defaults.
 
   Fields that this version does not have are included.
+
+  Args:
+    flat: config as a mapping from field names to values.
   """
   default = flatten(defaults())
   return {
@@ -237,7 +264,7 @@ def changes(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(config: ConfigDict) -> str:
-  """Returns a hash, 12 hex digits, of the fields on which results depend, without the seed."""
+  """Returns a hash, 12 hex digits, of all fields except the seed on which results depend."""
   fields, others = schema.fields(), schema.other_groups(config.task)
   relevant = {
     name: plain(value)
@@ -248,19 +275,19 @@ def fingerprint(config: ConfigDict) -> str:
 
 
 def to_json(config: ConfigDict) -> str:
-  """Returns the flat config as JSON, with one field per line."""
+  """Returns a config as JSON, with one line per field and its full name, such as "train.epochs"."""
   return json.dumps(flatten(config), indent=2) + "\n"
 
 
 def from_json(text: str, origin: str = "config.json") -> ConfigDict:
-  """Reads a config from the JSON of `to_json`.
+  """Reads a config from JSON that `to_json` wrote: an object with full field names.
 
   Args:
-    text: JSON of a flat config.
-    origin: name of the file of the text, for error messages.
+    text: JSON of the config.
+    origin: name of the file with the text, for error messages.
 
   Raises:
-    ConfigError: this version does not have a field, or a value is impossible.
+    ConfigError: the text has a field that this version does not have, or a value is impossible.
   """
   nested = ConfigDict()
   for name, value in json.loads(text).items():
@@ -280,7 +307,11 @@ def from_json(text: str, origin: str = "config.json") -> ConfigDict:
 
 
 def _override(config: ConfigDict, flag: str) -> None:
-  """Applies one `--config.FIELD=VALUE`; the value is converted to the field's type."""
+  """Applies one override `--config.FIELD=VALUE` to a config; the value is converted to the field's type.
+
+  Raises:
+    ConfigError: the override has another form, the field is unknown, or the value has another type.
+  """
   name, equals, value = flag.removeprefix("--config.").partition("=")
   if not flag.startswith("--config.") or not equals:
     raise ConfigError(f"{flag}: expected --config.FIELD=VALUE")
@@ -296,7 +327,14 @@ def _override(config: ConfigDict, flag: str) -> None:
 
 
 def _inherit(config: ConfigDict, explicit: Set[str], workdir: Path | None) -> None:
-  """Copies the groups of init.inherit from the other run, except for fields set explicitly."""
+  """Copies the groups of fields named in init.inherit from the run of init.like or init.workdir.
+
+  Args:
+    config: config that is changed.
+    explicit: names of the fields that the user has set; they are not copied.
+    workdir: folder of the run. If the other run has been deleted, the fields are copied from the
+      config.json in this folder.
+  """
   run = config.init.like or config.init.workdir
   if not (config.init.inherit and run):
     return
@@ -310,7 +348,17 @@ def _inherit(config: ConfigDict, explicit: Set[str], workdir: Path | None) -> No
 
 
 def _take_encoder_fields(config: ConfigDict, explicit: Set[str], workdir: Path | None) -> None:
-  """Copies the encoder's fields from init.workdir; refuses explicit values that differ."""
+  """Copies the fields that determine the encoder from the run of init.workdir, which trained it.
+
+  Args:
+    config: config that is changed.
+    explicit: names of the fields that the user has set; they are not copied.
+    workdir: folder of the run. If the run of init.workdir has been deleted, the fields are copied from
+      the config.json in this folder.
+
+  Raises:
+    ConfigError: a field that the user has set differs from the encoder's.
+  """
   if not config.init.workdir:
     return
   check(config)
@@ -335,20 +383,20 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
 
 
 def _config_of(path: str) -> ConfigDict:
-  """Reads the config of a run, or of a checkpoint outside a workdir."""
+  """Reads the config of a run, or the config stored in a checkpoint that is not in a workdir."""
   if file_of(Path(path)) is None and (flat := stored(path)):
     return from_json(json.dumps(flat))
   return of_run(path)
 
 
 def _kind(field: Field) -> str:
-  """Description of the type of a field's values, for error messages."""
+  """Describes the type of a field's values, for error messages."""
   kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
   return kinds.get(type(field.default), "values in brackets, such as (0.1, 1.0)")
 
 
 def _in_type(value: Any, field: Field) -> Any:
-  """Converts an integer to a float if the field is a float."""
+  """Converts an integer value to a float if the field is a float; returns other values as they are."""
   return float(value) if isinstance(field.default, float) and isinstance(value, int) else value
 
 
@@ -365,11 +413,11 @@ def _unknown(name: str) -> str:
 
 
 def run_file(path: str, flag: str = "--config") -> ModuleType:
-  """Imports a Python file by path: a config file, or one that registers the user's own task.
+  """Imports a Python file by its path: a config file, or a file that registers the user's own task.
 
   Args:
     path: path of the file.
-    flag: command-line argument that has the path, for error messages.
+    flag: name of the command-line argument that gives the path, for error messages.
 
   Raises:
     ConfigError: the file does not exist, or is not a Python file.
@@ -393,7 +441,14 @@ def run_file(path: str, flag: str = "--config") -> ModuleType:
 
 
 def _read(path: str) -> ConfigDict:
-  """Calls the file's `get_config` with the arguments after the colon."""
+  """Calls the `get_config` of a config file, and returns its partial config.
+
+  Args:
+    path: path of the file, with arguments of `get_config` after a colon: `FILE.py:key=value,...`.
+
+  Raises:
+    ConfigError: the file or its `get_config` is missing, or an argument is unknown or invalid.
+  """
   name, _, argument = path.partition(":")
   module = run_file(name)
   if not hasattr(module, "get_config"):
@@ -406,7 +461,18 @@ def _read(path: str) -> ConfigDict:
 
 
 def _arguments(function: Callable[..., ConfigDict], text: str, path: str) -> dict[str, Any]:
-  """Parses `arch=resnet200,width=2` to keyword arguments, of the types of the function's defaults."""
+  """Parses a text such as `arch=resnet200,width=2` to keyword arguments of a function.
+
+  The values are converted to the types of the function's defaults.
+
+  Args:
+    function: function that takes the arguments, `get_config` of a config file.
+    text: the arguments as text.
+    path: path of the config file, for error messages.
+
+  Raises:
+    ConfigError: an argument is unknown, or its value has another type than its default.
+  """
   parameters = inspect.signature(function).parameters
   arguments = {}
   for part in filter(None, text.split(",")):

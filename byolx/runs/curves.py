@@ -1,4 +1,4 @@
-"""Training curves: a PNG with one plot per panel of the task."""
+"""Draws training curves as a PNG, with one plot per panel of the task."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,15 @@ from byolx.training.task import Panel
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, panels: Sequence[Panel]) -> None:
-  """Draws training curves.
+  """Draws the training curves of a run as a PNG.
 
-  For pretraining these are losses, accuracy, collapse monitors, norms (Figure 7) and schedules.
+  For pretraining, the curves are losses, accuracy, collapse monitors, norms (Figure 7) and schedules.
 
   Args:
     rows: rows of metrics.jsonl. A missing or non-finite value leaves a gap in its curve.
     path: path of the PNG.
-    panels: panels of the run's task. A panel without any finite value is not drawn.
+    panels: panels of the run's task, each the description of one plot. A panel without any finite value
+      is not drawn.
   """
   panels = [p for p in panels if any(_finite(_column(rows, key)) for key, _ in p.lines)]
   across = min(4, max(1, len(panels)))
@@ -88,7 +89,7 @@ def _scale_y(ax: Axes, panel: Panel, values: Float[np.ndarray, "n"]) -> None:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> Float[np.ndarray, "n"]:
-  """Values of one key in all rows; NaN if missing or not finite."""
+  """Returns the values of one key in all rows. A missing or non-finite value becomes NaN."""
   values = np.array([row[key] if row.get(key) is not None else math.nan for row in rows], float)
   return np.where(np.isfinite(values), values, math.nan)
 
@@ -98,7 +99,7 @@ def _finite(values: Float[np.ndarray, "n"]) -> bool:
 
 
 def _running_mean(y: Float[np.ndarray, "n"], window: int) -> Float[np.ndarray, "n"]:
-  """Mean of the finite values in a centred window; NaN where y is not finite."""
+  """Computes the mean of the finite values in a window around each value; NaN where y is not finite."""
   finite = np.isfinite(y)
   kernel = np.ones(2 * (window // 2) + 1)
   totals = np.convolve(np.where(finite, y, 0.0), kernel, "same")

@@ -1,4 +1,4 @@
-"""Experiments: the recipe of a config together with its images."""
+"""Experiments: everything that a run needs for training, built from its config and its images."""
 
 import dataclasses
 import functools
@@ -22,12 +22,14 @@ from byolx.training.state import TrainState, initialiser
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Recipe):
-  """Recipe of a config with its images, built and checked.
+  """Everything that a run needs for training, built and checked.
+
+  It adds the images to a `Recipe`, which has the networks, task, optimiser and devices of a config.
 
   Args:
     sources: images of the training, validation and test splits.
-    named: reasons of unreadable files already logged, see `FailureLog`.
-    kept: cached programs of the run.
+    named: reasons for unreadable images that were already logged, so that each is logged only once.
+    kept: compiled programs that earlier starts stored on disk.
   """
 
   sources: Sources
@@ -35,7 +37,10 @@ class Experiment(Recipe):
   kept: programs.Kept = dataclasses.field(default_factory=programs.none)
 
   def initialise(self) -> TrainState:
-    """Computes the state at step 0, on the devices that hold it, by a cached program."""
+    """Computes the state at step 0, on the devices that hold it.
+
+    Uses a compiled program from the disk if an earlier start stored it.
+    """
     return self._initialiser(self.encoder_key)
 
   @functools.cached_property
@@ -47,7 +52,7 @@ class Experiment(Recipe):
     return self.kept.compile("initialise", lowered, arguments, state, self._counts)
 
   def compile_step(self) -> jax.stages.Compiled:
-    """Loads the train step from the cache of compiled programs, or compiles it."""
+    """Returns the compiled train step, loaded from the disk if an earlier start stored it."""
     arguments, state = self.step_arguments(), self.abstract_state
     if program := self.kept.find("step", arguments, state, self._counts):
       print("the step was compiled in an earlier start, and is loaded", flush=True)
@@ -60,16 +65,20 @@ class Experiment(Recipe):
 
   @property
   def _counts(self) -> dict[str, int]:
-    """Numbers of training images and classes, on which programs depend besides the config."""
+    """Numbers of training images and classes. Compiled programs depend on them besides the config."""
     return {"images": len(self.train_source), "classes": len(self.train_source.classes)}
 
   @property
   def train_source(self) -> base.Source:
-    """Training images."""
+    """Training images of the run."""
     return self.sources.train
 
   def train_batches(self, start_step: int) -> loader.Batches:
-    """Training batches, from the batch of `start_step` on; see `loader.train_batches`."""
+    """Loads training batches without an end.
+
+    Args:
+      start_step: number of the first batch, from 0: the number of batches that were used before.
+    """
     c = self.config
     transform = self.task.transform("train")
     return loader.train_batches(
@@ -77,13 +86,13 @@ class Experiment(Recipe):
     )
 
   def evaluation_batches(self, source: base.Source) -> loader.Batches:
-    """Evaluation batches of all images of a source; see `loader.evaluation_batches`."""
+    """Loads all images of a source once, in evaluation batches; the last batch is padded."""
     transform, rows = self.task.transform("test"), self.config.eval.batch_size
     return loader.evaluation_batches(source, transform, rows, **self._input)
 
   @property
   def _input(self) -> dict[str, Any]:
-    """Loader arguments that training and evaluation share."""
+    """Arguments of the loader that training and evaluation batches share."""
     data = self.config.data
     return {
       "workers": data.workers,
@@ -102,16 +111,18 @@ def build(
   images: Sources | None = None,
   network: Network | None = None,
 ) -> Experiment:
-  """Builds and checks an experiment from its config.
+  """Builds and checks an experiment: everything that a run needs for training.
 
   Args:
-    config: all fields.
-    kept: cached programs from `compile_cache.begin`; None looks them up here.
-    images: the user's own images, instead of those of the group `data`.
-    network: the user's own encoder, see `task.Setting`.
+    config: config of the run, with all fields.
+    kept: compiled programs that earlier starts stored, from `compile_cache.begin`; None to look them up
+      here. They are not used with the user's own encoder.
+    images: the user's own images, instead of those of the config group `data`; None for the config's.
+    network: the user's own encoder, a function from `nnx.Rngs` to a module; None for the config's
+      ResNet.
 
   Raises:
-    ConfigError: fields do not go together, or images are missing.
+    ConfigError: values of fields do not fit each other, or images are missing.
   """
   check(config)
   images = images or build_sources(config)
@@ -127,10 +138,10 @@ def build(
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses fields that do not go together, before any image is read.
+  """Checks that values of fields fit each other, before any image is read.
 
   Raises:
-    ConfigError: fields do not go together.
+    ConfigError: values of fields do not fit each other.
   """
   TASKS[config.task].check(config)
   if config.init.inherit and not (config.init.like or config.init.workdir):
@@ -146,7 +157,11 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_evaluation(config: ConfigDict) -> None:
-  """Refuses evaluation batches that the processes cannot divide evenly."""
+  """Checks that the processes can divide evaluation batches evenly.
+
+  Raises:
+    ConfigError: eval.batch_size is not a multiple of the number of processes.
+  """
   if config.eval.batch_size % jax.process_count():
     raise ConfigError(
       f"eval.batch_size={config.eval.batch_size}: expected a multiple of the {jax.process_count()} "

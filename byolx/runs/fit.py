@@ -1,4 +1,4 @@
-"""Training in a workdir, with checkpoints, stops, restarts and rollbacks.
+"""Trains in a workdir (output folder of a run), with checkpoints, stops, restarts and rollbacks.
 
 A run resumes from its newest good checkpoint and continues exactly as it would have without a stop.
 The state is restored bit for bit, and each batch is a function of the step. Rows of `metrics.jsonl`
@@ -30,10 +30,10 @@ from byolx.training.state import TrainState
 
 
 def fit(exp: Experiment, workdir: Path) -> TrainState:
-  """Trains from the newest good checkpoint, or from step 0, to the last step.
+  """Trains from the newest good checkpoint, or from step 0 if there is none, to the last step.
 
   Args:
-    exp: the experiment.
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
     workdir: folder of the run.
 
   Returns:
@@ -96,19 +96,20 @@ def _stopped(stop: Stop, step: int, steps: int) -> StoppedError:
 
 
 def policy(c: ConfigDict) -> manager.Policy:
-  """Returns the config's policy of which checkpoints to keep."""
+  """Returns the settings of which checkpoints are saved and kept, from a config with all fields."""
   return manager.Policy(**c.checkpoint)
 
 
 def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
-  """Returns the position of the input after a step, which is saved in its checkpoint.
+  """Returns the position of the input after a step, which the checkpoint of this step stores.
 
-  It is a pure function of step, seed, images and rollbacks.
+  The position is the number of the next training example, with the seed and facts about the data set. It
+  depends only on step, seed, images and rollbacks (returns to an earlier checkpoint).
 
   Args:
-    exp: the experiment.
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
     step: number of optimiser steps taken.
-    skipped: number of batches left out by rollbacks before.
+    skipped: number of batches that earlier rollbacks have left out.
   """
   return {
     "next_example": (step + skipped) * exp.config.train.batch_size,
@@ -122,7 +123,10 @@ def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
 def first_state(
   exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollbacks, workdir: Path
 ) -> tuple[TrainState, int]:
-  """Returns the state of the newest good checkpoint, or a new state, and its step."""
+  """Returns the state from which training starts or continues, and the step of this state.
+
+  This is the state of the newest good checkpoint. If there is no checkpoint, it is a new state.
+  """
   if checkpoints.latest() is None:
     return initial_state.new_state(exp, workdir), 0
   state = restore(exp, checkpoints, rollbacks)
@@ -133,10 +137,11 @@ def first_state(
 
 
 def restore(exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollbacks) -> TrainState:
-  """Restores the newest good checkpoint.
+  """Restores the state of the newest good checkpoint.
 
   Raises:
-    ConfigError: the checkpoint was trained on other images than the present ones.
+    ConfigError: the checkpoint was trained on other images than the experiment has.
+    storage.CheckpointError: no checkpoint can be restored.
   """
   abstract = exp.abstract_state
 
@@ -157,7 +162,10 @@ def restore(exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollba
 
 
 def _batches(exp: Experiment, rollbacks: Rollbacks, start: int) -> Iterator[Any]:
-  """Batches of the steps after `start`, without the batches left out by rollbacks."""
+  """Yields the training batches of the steps after `start`, except those that rollbacks leave out.
+
+  A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in between.
+  """
   for first, end in rollbacks.segments(start):
     with contextlib.closing(exp.train_batches(first + rollbacks.skipped(first))) as batches:
       yield from itertools.islice(batches, None if end is None else end - first)
@@ -184,7 +192,10 @@ def _compile(exp: Experiment) -> Callable:
 
 
 def _writer(exp: Experiment, log: metrics_log.RunLog) -> Callable[[int, dict[str, float]], None]:
-  """Returns a function that writes a row of scalars and prints the task's first warning."""
+  """Returns a function that writes the scalars of a step to the log.
+
+  The function also prints the first warning of the task after the warm-up, such as one about collapse.
+  """
   warned = set()
 
   def write(step: int, scalars: dict[str, float]) -> None:
@@ -199,7 +210,10 @@ def _writer(exp: Experiment, log: metrics_log.RunLog) -> Callable[[int, dict[str
 
 
 def _save_when(exp: Experiment) -> Callable[[int], bool]:
-  """Returns a function of the step: True if a checkpoint is due, by epochs, steps or minutes."""
+  """Returns a function that takes a step and returns whether a checkpoint must be saved after it.
+
+  A checkpoint is due by epochs, steps or minutes, as the config group `checkpoint` sets.
+  """
   c = exp.config.checkpoint
   by_epoch = max(1, round(c.every_epochs * exp.steps_per_epoch))
   # Clocks differ between processes: the first process whose time is up requests the save of all.
@@ -244,7 +258,16 @@ def _go_back(
   workdir: Path,
   error: loop.DivergedError,
 ) -> tuple[TrainState, int]:
-  """Rolls back to the newest checkpoint after a divergence; the batches since it are left out.
+  """Goes back to the newest checkpoint after training diverged.
+
+  The batches between the checkpoint and the divergence are left out when training continues.
+
+  Args:
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
+    checkpoints: checkpoints of the run.
+    rollbacks: earlier returns to a checkpoint; the new one is added.
+    workdir: folder of the run.
+    error: the divergence.
 
   Returns:
     The restored state and its step.

@@ -1,4 +1,4 @@
-"""Images of a run: the training, validation and test split."""
+"""Opens the images of a run, and divides them into the training, validation and test splits."""
 
 import dataclasses
 import functools
@@ -29,12 +29,15 @@ SOURCES: dict[str, Callable[["DataSpec"], Callable[..., base.Source]]] = {
   ),
   "tfds": lambda data: functools.partial(tfds.tfds, data.folder),
 }
-"""Function that returns the opener of a source's splits, by the value of data.source."""
+"""Functions by the value of data.source.
+
+Each takes the config group `data` and returns a function that opens one split, "train" or "test".
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-  """The config group `data`: images, their split, and how they are loaded."""
+  """The config group `data`: the images, their division into splits, and how they are loaded."""
 
   source: str = field("digits", "data set, or format of the user's own images", one_of(*SOURCES))
   folder: str = field(
@@ -83,11 +86,11 @@ class DataSpec:
 
 
 class Sources(NamedTuple):
-  """Images of a run by split.
+  """Images of a run, by split.
 
   Attributes:
     train: training images.
-    validation: validation images, see data.validation; None without them.
+    validation: validation images; None if data.validation is "none".
     test: test images; None if the run does not measure them.
     labels: share of the training labels that is used, in (0, 1].
   """
@@ -99,19 +102,25 @@ class Sources(NamedTuple):
 
   @property
   def held_out(self) -> tuple[str, base.Source]:
-    """Name and images of the split that measures a run without model selection."""
+    """Name and images of the split that measures a run that selects no model, such as pretraining.
+
+    These are the validation images, or the test images if the run has no validation images.
+    """
     if self.validation is not None:
       return "validation", self.validation
     return "test", self.test
 
 
 def build_sources(config: ConfigDict) -> Sources:
-  """Opens the images of a run and splits them.
+  """Opens the images of a run and divides them into splits.
 
-  With data.validation, a task without model selection, such as pretraining, is measured on the
+  If data.validation is set, a task that selects no model, such as pretraining, is measured on the
   validation images, and the test images need not exist. data.labels selects from the training images
-  that are not held out. The images of data.label_list are all used for training, and none of them for
-  validation.
+  that are not held out for validation. The images of data.label_list are all used for training, and
+  none of them for validation.
+
+  Args:
+    config: config of the run, with all fields.
 
   Raises:
     ConfigError: images are missing, too few or not labelled.
@@ -144,7 +153,15 @@ def build_sources(config: ConfigDict) -> Sources:
 
 
 def _validation(config: ConfigDict, train: base.Source) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of the training images that remain, and of the validation images."""
+  """Returns the indices of the images left for training, and of the validation images.
+
+  Args:
+    config: config of the run; data.validation is not "none".
+    train: all training images of the source.
+
+  Raises:
+    ConfigError: the rule of data.validation does not fit the images.
+  """
   data = config.data
   if data.validation == "share":
     return splits.stratified_holdout(
@@ -162,9 +179,19 @@ def _validation(config: ConfigDict, train: base.Source) -> tuple[np.ndarray, np.
 def _used(
   config: ConfigDict, train: base.Source, rest: np.ndarray, held: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of the images used for training, and of the validation images without these.
+  """Returns the indices of the images used for training, and of the validation images.
 
-  All images of data.label_list are used for training, as in other work with such lists.
+  With data.label_list, all images of the list are used for training, as in other work with such lists,
+  and they are removed from the validation images.
+
+  Args:
+    config: config of the run, with all fields.
+    train: all training images of the source.
+    rest: indices of the images that are not held out for validation.
+    held: indices of the validation images.
+
+  Raises:
+    ConfigError: data.labels or data.label_list does not fit the images.
   """
   data = config.data
   if data.label_list:

@@ -1,7 +1,7 @@
-"""Initial state of a run: random from its seed, or with the pretrained encoder of another run.
+"""Makes the initial state of a run, with random parameters or the pretrained encoder of another run.
 
-The workdir records the checkpoint of the encoder, so a restart loads the same one. For a frozen
-encoder it also records the checksum of each array, to check at the end that none has changed.
+The workdir records which checkpoint the encoder comes from, so a restart loads the same one. For a
+frozen encoder it also records the checksum of each array, to check at the end that none has changed.
 """
 
 import json
@@ -18,13 +18,17 @@ from byolx.training.state import TrainState, state_shardings
 
 LINEAGE = "lineage.json"
 FROZEN = "frozen_encoder.json"
-"""File of the checksums of a frozen encoder's arrays, by name."""
+"""Name of the file with the checksum of each array of a frozen encoder."""
 
 
 def new_state(exp: Experiment, workdir: Path) -> TrainState:
-  """Initialises the state from the seed, and loads the encoder of `init.workdir` if it is set.
+  """Initialises the state from the seed, and loads the encoder of `init.workdir` if that is set.
 
-  The checkpoint of the encoder is recorded in the workdir, so that a restart loads the same one.
+  The workdir records which checkpoint the encoder comes from, so that a restart loads the same one.
+
+  Args:
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
+    workdir: folder of the run.
 
   Raises:
     ConfigError: the encoder does not exist, or does not fit the run.
@@ -48,7 +52,11 @@ def new_state(exp: Experiment, workdir: Path) -> TrainState:
 
 
 def _facts(encoder: pretrained.Encoder) -> dict[str, Any]:
-  """Facts about an encoder's pretraining: data set, fields that differ from the defaults, finished."""
+  """Returns facts about the pretraining of an encoder.
+
+  The keys are data (name of the data set), changes (fields that differ from the defaults) and finished
+  (whether the pretraining reached its last step). Unknown facts are None.
+  """
   flat = encoder.config
   if not flat or "images" not in encoder.data:
     return {"data": encoder.data.get("source"), "changes": None, "finished": None}
@@ -66,7 +74,10 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def lineage(workdir: Path) -> dict[str, Any] | None:
-  """Reads the facts about the checkpoint of the run's encoder; None for an encoder from scratch."""
+  """Reads the facts about the checkpoint from which the run's encoder was loaded.
+
+  Returns None for an encoder from scratch.
+  """
   path = workdir / LINEAGE
   return json.loads(path.read_text()) if path.exists() else None
 
@@ -74,8 +85,12 @@ def lineage(workdir: Path) -> dict[str, Any] | None:
 def check_frozen(state: TrainState, workdir: Path) -> None:
   """Checks that every bit of the encoder is as it was when the run started.
 
+  Args:
+    state: state after training.
+    workdir: folder of the run, which has the checksums of the encoder's arrays.
+
   Raises:
-    RuntimeError: parameters or statistics have changed.
+    RuntimeError: parameters or BatchNorm statistics have changed.
   """
   before = json.loads((workdir / FROZEN).read_text())
   after = checksums.digests(pretrained.arrays_of(state))

@@ -1,4 +1,4 @@
-"""Log of a run's metrics: metrics.jsonl, TensorBoard and progress lines."""
+"""Writes a run's metrics to metrics.jsonl and TensorBoard, and prints progress lines."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from byolx.core.text import duration
 
 @dataclasses.dataclass(frozen=True)
 class LogSpec:
-  """The config group `log`: intervals of the metrics log."""
+  """The config group `log`: how often metrics are written and progress lines are printed."""
 
   every_steps: int = field(50, "steps between rows of metrics.jsonl", at_least(1), free=True)
   every_seconds: float = field(10.0, "least seconds between progress lines", at_least(0), free=True)
@@ -26,13 +26,14 @@ class RunLog:
   """Writes the scalars of a run to metrics.jsonl and TensorBoard, and prints progress lines.
 
   Args:
-    folder: folder of `metrics.jsonl` and `tensorboard/`.
+    folder: folder for `metrics.jsonl` and `tensorboard/`.
     steps: number of steps of the whole run.
     steps_per_epoch: optimiser steps per epoch, a float.
     images_per_step: batch size, over all devices.
-    start: step from which the run continues; later rows of an earlier start are dropped.
-    every_seconds: least seconds between progress lines.
-    writer: True in the process that writes and prints; in the others, nothing is written or printed.
+    start: step from which the run continues. Rows of later steps, which an earlier start wrote, are
+      dropped.
+    every_seconds: shortest time between progress lines, in seconds.
+    writer: whether this process writes and prints; only one process of a run does.
     accuracy: name of the scalar `top1` in progress lines.
   """
 
@@ -59,11 +60,14 @@ class RunLog:
       self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
   def begin(self) -> None:
-    """Starts the clock of the speed; call it right before the first step."""
+    """Starts the clock for the images per second. Call it right before the first step."""
     self._last_time = self._printed = time.monotonic()
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Appends a row, and prints a progress line if `every_seconds` have passed.
+    """Writes a row to metrics.jsonl and TensorBoard.
+
+    Also prints a progress line if `every_seconds` have passed since the last one, or after the last
+    step.
 
     Args:
       step: number of optimiser steps taken.
@@ -86,15 +90,15 @@ class RunLog:
       print(self._line(step, epoch, row, rate), file=sys.stderr, flush=True)
 
   def event(self, step: int, name: str, value: float) -> None:
-    """Writes a scalar to TensorBoard only.
+    """Writes a scalar to TensorBoard, but not to metrics.jsonl.
 
-    Rows of metrics.jsonl leave out values, such as waiting times, that differ in a repeated run.
+    metrics.jsonl must not have values, such as waiting times, that differ when a run is repeated.
     """
     if self._writer:
       self._events.add_scalar(name, value, step)
 
   def close(self) -> None:
-    """Flushes and closes all files."""
+    """Writes what is still buffered, and closes metrics.jsonl and the TensorBoard file."""
     if self._writer:
       self._file.close()
       self._events.close()
@@ -112,7 +116,7 @@ class RunLog:
 
 
 def _open_after(path: Path, start: int):
-  """Opens a log for appending, after removing rows later than `start` and incomplete lines."""
+  """Opens a log for appending, after removing incomplete lines and rows of steps after `start`."""
   kept = []
   if path.exists():
     for line in path.read_text().splitlines():
@@ -127,7 +131,7 @@ def _open_after(path: Path, start: int):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-  """Reads the rows of a metrics.jsonl; an empty list if the file does not exist.
+  """Reads the rows of a metrics.jsonl; returns an empty list if the file does not exist.
 
   A last line that is not JSON is ignored: a killed run may leave an incomplete one.
 

@@ -1,4 +1,4 @@
-"""Records of `results.json`: reading, and means over seeds."""
+"""Reads the records of `results.json`, and averages records over seeds."""
 
 import json
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 Record = dict[str, Any]
-"""One measurement: task, protocol, encoder, labels, split, metric, value, interval, n, seed, ..."""
+"""One measurement: a dict with the keys task, protocol, encoder, labels, split, metric, value, ..."""
 
 KEYS = ("task", "protocol", "encoder", "labels", "split", "metric", "step", "commit")
-"""Keys that are equal in the records of one measurement with different seeds."""
+"""Keys whose values are equal in all records of one measurement that was repeated with other seeds."""
 
 
 def read(workdir: Path) -> list[Record]:
-  """Reads the records of a workdir; an empty list if it has no `results.json`."""
+  """Reads the records of a workdir; returns an empty list if the workdir has no `results.json`."""
   path = workdir / "results.json"
   return json.loads(path.read_text()) if path.exists() else []
 
@@ -25,12 +25,13 @@ def mean_over_seeds(records: Sequence[Record], keys: Sequence[str] = KEYS) -> li
 
   Args:
     records: measurements of several seeds.
-    keys: keys of a record that identify its measurement.
+    keys: keys whose values are equal in the records of one measurement.
 
   Returns:
-    One record per group, in the order of first occurrence. `value` is the mean. `interval` is half the
-    range over seeds, as in the paper; for one record, its own interval. `n` is the sum of the records'
-    `n`. `seed`, and any other key with different values, is a list over the records.
+    One record per group of averaged records, in the order of first occurrence. `value` is the mean.
+    `interval` is half the range over seeds, as in the paper; for a group of one record, it is the
+    interval of this record. `n` is the sum of the records' `n`. `seed`, and any other key with different
+    values, has a list with the value of each record.
   """
   groups: dict[tuple, list[Record]] = {}
   for record in records:

@@ -1,4 +1,8 @@
-"""Rollbacks after a divergence, recorded in the workdir."""
+"""Records the rollbacks of a run in its workdir.
+
+A rollback goes back to an earlier checkpoint after a divergence of the training, and leaves out the
+batches in between.
+"""
 
 import dataclasses
 import json
@@ -11,7 +15,7 @@ ROLLBACKS = "rollbacks.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Rollback:
-  """One rollback from a divergence to an earlier checkpoint.
+  """One rollback: the return to an earlier checkpoint after training diverged.
 
   Attributes:
     number: number of the rollback in the run, from 1.
@@ -29,7 +33,9 @@ class Rollback:
 
 
 class Rollbacks:
-  """Rollbacks of a workdir; each is written to disk before training continues.
+  """The rollbacks of a run (returns to an earlier checkpoint after a divergence).
+
+  Each rollback is written to disk before training continues, and leaves out batches.
 
   Args:
     workdir: folder of the run.
@@ -42,27 +48,42 @@ class Rollbacks:
 
   @property
   def count(self) -> int:
-    """Number of rollbacks so far."""
+    """Number of rollbacks (returns to an earlier checkpoint after a divergence) of the run so far."""
     return max((rollback.number for rollback in self._all), default=0)
 
   def skipped(self, step: int) -> int:
-    """Number of batches left out before the batch of step `step` + 1."""
+    """Returns the number of batches that rollbacks leave out before the batch of step `step` + 1.
+
+    A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in
+    between.
+    """
     return sum(rollback.left_out for rollback in self._all if rollback.to <= step)
 
   def skipped_before(self, step: int) -> int:
-    """Number of batches left out before the batch of step `step`."""
+    """Returns the number of batches that rollbacks leave out before the batch of step `step`.
+
+    A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in
+    between.
+    """
     return sum(rollback.left_out for rollback in self._all if rollback.to < step)
 
   def segments(self, start: int) -> list[tuple[int, int | None]]:
-    """Ranges of steps, (first, end), in which no batch is left out; together all from `start` on.
+    """Divides the steps after `start` into ranges in which no training batch is left out.
 
-    The end of the last range is None.
+    A rollback returns to an earlier checkpoint after a divergence and leaves out the batches in
+    between, so batches are left out only between two ranges.
+
+    Returns:
+      Pairs (first, end) for the steps first + 1 to end. The end of the last range is None: this range
+      has all further steps.
     """
     cuts = [start, *sorted({rollback.to for rollback in self._all if rollback.to > start})]
     return list(zip(cuts, [*cuts[1:], None], strict=True))
 
   def add(self, at: int, to: int, reason: str) -> None:
-    """Adds a rollback: the batches between the checkpoint and the divergence are left out.
+    """Adds a rollback, which leaves out the batches between a checkpoint and a divergence.
+
+    Earlier rollbacks to later checkpoints are removed: their batches are among those left out.
 
     Args:
       at: step of the divergence.

@@ -1,4 +1,4 @@
-"""A whole run in a workdir: training, evaluation, results and pictures."""
+"""Executes a whole run in a workdir (output folder): training, evaluation, results and pictures."""
 
 import contextlib
 import json
@@ -56,17 +56,19 @@ def train_run(
   """Trains or resumes the run of a workdir, evaluates it, and writes results and pictures.
 
   Args:
-    cfg: all fields.
+    cfg: config of the run, with all fields.
     workdir: folder of the run.
-    kept: cached programs from `compile_cache.begin`; None looks them up here.
-    images: the user's own images, instead of those of the group `data`.
-    network: the user's own encoder, see `task.Setting`.
+    kept: compiled programs that earlier starts stored, from `compile_cache.begin`; None to look them up
+      here.
+    images: the user's own images, instead of those of the config group `data`; None for the config's.
+    network: the user's own encoder, a function from `nnx.Rngs` to a module; None for the config's
+      ResNet.
 
   Returns:
     The records of `results.json`.
 
   Raises:
-    ConfigError: the workdir belongs to another config, or fields do not go together.
+    ConfigError: the workdir belongs to another config, or values of fields do not fit each other.
     loop.DivergedError: training diverged; the last good checkpoint remains.
     StoppedError: a signal stopped the run; the same call resumes it.
   """
@@ -101,10 +103,11 @@ def train(
     byolx.train("configs/quickstart.py", "runs/quickstart", ["--config.train.epochs=10"])
 
   Args:
-    fields: config file `FILE[:ARGS]`, or values of some fields by group; others have their defaults.
+    fields: config file as `FILE[:ARGS]`, or the values of some fields by group. Other fields have their
+      defaults.
     workdir: folder of the run.
-    overrides: `--config.FIELD=VALUE`, applied in order.
-    images: the user's own images, instead of those of the group `data`: training, validation and
+    overrides: overrides of fields, each as `--config.FIELD=VALUE`, applied in order.
+    images: the user's own images, instead of those of the config group `data`: training, validation and
       test split, each with the attributes of `sources.base.Source`.
     network: the user's own encoder: a function from `nnx.Rngs` to a module with `features` (int),
       which is called as `module(x, train=..., views=...)` on normalised images.
@@ -113,7 +116,10 @@ def train(
     The records of `results.json`.
 
   Raises:
-    ConfigError: a field has an impossible value, or fields do not go together.
+    ConfigError: a field has an impossible value, values do not fit each other, or the workdir belongs to
+      another config.
+    loop.DivergedError: training diverged; the last good checkpoint remains.
+    StoppedError: a signal stopped the run; the same call resumes it.
   """
   workdir = Path(workdir)
   if isinstance(fields, str):
@@ -124,7 +130,15 @@ def train(
 
 
 def conclude(exp: Experiment, state: TrainState, workdir: Path) -> list[Record]:
-  """Evaluates the model of a finished run, writes `results.json` and pictures, prints the table.
+  """Evaluates the model of a finished run, writes `results.json` and pictures, and prints the results.
+
+  Args:
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
+    state: state after training.
+    workdir: folder of the run.
+
+  Returns:
+    The records of `results.json`.
 
   Raises:
     RuntimeError: an encoder that must stay frozen has changed.
@@ -152,7 +166,13 @@ def conclude(exp: Experiment, state: TrainState, workdir: Path) -> list[Record]:
 
 
 def finished(exp: Experiment, state: TrainState, workdir: Path) -> Finished:
-  """Collects the inputs of the task's evaluation of a finished run."""
+  """Returns everything that the task needs to evaluate the model of a finished run.
+
+  Args:
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
+    state: state after training.
+    workdir: folder of the run.
+  """
   c = exp.config
   facts = {
     "task": c.task,
@@ -180,14 +200,17 @@ def finished(exp: Experiment, state: TrainState, workdir: Path) -> Finished:
 
 
 def evaluate_run(workdir: Path, test: bool = False) -> list[Record]:
-  """Evaluates the newest checkpoint of a workdir again, with the config of that workdir.
+  """Evaluates the newest good checkpoint of a workdir again, with the config in this workdir.
 
   Args:
     workdir: folder of the run.
-    test: True to measure the test images even if the run has eval.test=False.
+    test: whether to measure the test images even if the run has eval.test=False.
+
+  Returns:
+    The records of `results.json`.
 
   Raises:
-    ConfigError: the workdir has no config.json or no checkpoint.
+    ConfigError: the workdir has no config.json or no checkpoint, or the images have changed.
   """
   try:
     cfg = config.of_run(workdir)
@@ -208,9 +231,9 @@ def train_seeds(cfg: ConfigDict, workdir: Path, seeds: list[int]) -> list[Record
   """Trains one run per seed, and averages their records.
 
   Args:
-    cfg: all fields; its seed is not used.
-    workdir: folder of all runs. Seed N is trained in `workdir/seed_N`; `workdir/results.json` gets
-      the records of all seeds and their means.
+    cfg: config of the runs, with all fields. The seed in it is not used.
+    workdir: folder of all runs. The run of seed N is in `workdir/seed_N`. The records of all seeds and
+      their means are written to `workdir/results.json`.
     seeds: seeds of the runs.
 
   Returns:
@@ -241,11 +264,13 @@ def write_views(
   images: int = SHEET_IMAGES,
   repeats: int = SHEET_REPEATS,
 ) -> bool:
-  """Draws training images, evenly spaced in the data set, with their views in the first epochs.
+  """Draws some training images with their augmented views of the first epochs, as a PNG.
+
+  The images are evenly spaced in the data set.
 
   Args:
-    config: all fields.
-    transform: training transform; its uint8 arrays of shape [size, size, 3] are drawn.
+    config: config of the run, with all fields.
+    transform: transform of the training images. Its uint8 arrays of shape [size, size, 3] are drawn.
     source: training images.
     path: path of the PNG.
     images: number of rows, one image each.
@@ -255,7 +280,7 @@ def write_views(
     False if the transform has no such array: nothing is written.
 
   Raises:
-    ConfigError: none of the images tried can be read.
+    ConfigError: none of the images that were tried can be read.
   """
   preview, stream = transform.preview(), sampler.Stream(config.seed)
   originals, rows, unreadable = [], [], []
@@ -287,7 +312,10 @@ def write_views(
 
 
 def _pictures(transform: Transform, example: base.Example, random: Random) -> tuple:
-  """The square uint8 RGB images among the arrays of a transform, of the size of the first one."""
+  """Applies a transform to an example, and returns the square uint8 RGB images among its arrays.
+
+  Images of another size than the first one are left out.
+  """
   rows = empty_rows(transform.arrays)
   transform(example, random, rows)
   arrays = [x for x in rows.values() if isinstance(x, np.ndarray) and x.dtype == np.uint8]

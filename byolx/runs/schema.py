@@ -1,4 +1,4 @@
-"""Schema of the config: all fields, assembled from the dataclasses of the config groups.
+"""All config fields, collected from the dataclasses of the config groups.
 
 The default, meaning and check of a field are declared in the module that uses it. This module only
 names the groups.
@@ -38,7 +38,7 @@ def _task_name(value: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-  """Fields outside of all groups."""
+  """Config fields that belong to no group."""
 
   task: str = field(
     "pretrain",
@@ -57,7 +57,10 @@ BEFORE_TASKS: dict[str, type] = {
   "views": ViewsSpec,
   "model": ResNetSpec,
 }
-"""The dataclass of each group, as `byolx fields` lists them; the first has no name of its own."""
+"""Dataclasses of the config groups that `byolx fields` prints before the groups of the tasks.
+
+The fields of the first dataclass belong to no group, so its name is empty.
+"""
 AFTER_TASKS: dict[str, type] = {
   "optim": OptimizerSpec,
   "train": TrainSpec,
@@ -68,16 +71,19 @@ AFTER_TASKS: dict[str, type] = {
   "log": LogSpec,
   "eval": EvalSpec,
 }
-"""The other groups, listed after those of the tasks."""
+"""Dataclasses of the config groups that `byolx fields` prints after the groups of the tasks."""
 
 
 def fields() -> dict[str, Field]:
-  """Returns all fields, including those of all tasks, by dotted name, in the order of `byolx fields`."""
+  """Returns all config fields by full name, such as "train.epochs", including those of all tasks.
+
+  The order is that of `byolx fields`.
+  """
   return dict(_assembled(tuple(TASKS.values())))
 
 
 def encoder_fields() -> dict[str, Field]:
-  """Returns the fields that determine an encoder's function, together with its arrays.
+  """Returns the config fields that, together with its arrays, determine the function an encoder computes.
 
   The initialisers (model.kernel_init, model.bn_last_scale) do not belong to them, nor does
   model.bn_group, which has an effect in training mode only. model.bn_decay does: with model.bn_debias
@@ -88,15 +94,23 @@ def encoder_fields() -> dict[str, Field]:
 
 
 def other_groups(task: str) -> frozenset[str]:
-  """Returns the groups of the user's other tasks, on which no result of this task depends."""
+  """Returns the config groups of the user's own tasks other than `task`.
+
+  No result of `task` depends on them. Groups that a built-in task or `task` itself also uses are left
+  out.
+  """
   added = {kind.group for name, kind in TASKS.items() if name not in BUILT_IN and name != task}
   return frozenset(added - {TASKS[task].group} - {TASKS[name].group for name in BUILT_IN})
 
 
 def task_source(config: ConfigDict) -> str:
-  """Returns the SHA-256 of the files that define the user's task; empty for a built-in task.
+  """Returns the SHA-256 hashes of the files that define the user's own task, separated by spaces.
 
-  The files of all its classes count: a task may inherit the loss of a built-in one.
+  The files of all classes from which the task inherits are included, except this package's and Python's
+  own. So the text is empty for a built-in task.
+
+  Args:
+    config: config of the run, with all fields.
   """
   files = set()
   for kind in TASKS[config.task].__mro__:

@@ -1,4 +1,7 @@
-"""Summary of a run, printed before step 1: parameters, memory, devices, images, steps and rates."""
+"""Makes the summary of a run that is printed before step 1.
+
+It has parameters, memory, devices, images, steps and learning rates.
+"""
 
 import math
 from pathlib import Path
@@ -14,7 +17,14 @@ from byolx.training import optimizers
 
 
 def describe(exp: Experiment, workdir: Path) -> str:
-  """Returns the summary of a run: parameters, memory, devices, images, steps and learning rates."""
+  """Returns the summary of a run as text.
+
+  It has parameters, memory, devices, images, steps and learning rates.
+
+  Args:
+    exp: the experiment: networks, task, optimiser, devices and images of the run.
+    workdir: folder of the run.
+  """
   c = exp.config
   device = jax.devices()[0]
   source = exp.train_source
@@ -41,7 +51,10 @@ def describe(exp: Experiment, workdir: Path) -> str:
 
 
 def _encoder(exp: Experiment) -> str:
-  """Architecture, width, features and compute type of the encoder, or the user's own network."""
+  """Describes the encoder: architecture, width, number of features and compute type.
+
+  For the user's own encoder, returns its name.
+  """
   model = exp.config.model
   if exp.network is not None:
     return f"{exp.network}, the user's own"
@@ -52,7 +65,10 @@ def _encoder(exp: Experiment) -> str:
 
 
 def _held_out(images: Sources) -> str:
-  """`5,000 for validation, 10,000 for the test`, or `5,000 held out` if there is only one split."""
+  """Describes the held-out images: `5,000 for validation, 10,000 for the test`.
+
+  If there is only one held-out split, the text is `5,000 held out`.
+  """
   if images.validation is None or images.test is None:
     return f"{len(images.held_out[1]):,} held out"
   return f"{len(images.validation):,} for validation, {len(images.test):,} for the test"
@@ -68,9 +84,10 @@ def _rates(exp: Experiment) -> str:
 
 
 def parameter_table(exp: Experiment) -> str:
-  """Returns a table of the trained parameters by part, and of those without weight decay.
+  """Returns a table of the trained parameters, with one row per part of the networks.
 
-  With LARS, these also have no trust ratio.
+  The last column counts the parameters without weight decay. With LARS, these have no trust ratio
+  either.
   """
   o = exp.config.optim
   head = "no decay, no trust ratio" if o.name == "lars" else "no decay"
@@ -89,7 +106,11 @@ def parameter_table(exp: Experiment) -> str:
 
 
 def placement_table(recipe: Recipe) -> str:
-  """Returns a table of the state by part: bytes in total, bytes per device, and sharded arrays."""
+  """Returns a table of the training state, with one row per part.
+
+  The columns are the bytes in total, the bytes per device, and the number of arrays that are divided
+  over devices (sharded).
+  """
   state = recipe.abstract_state
   untrained = nnx.filter_state(state.rest, nnx.Param)
   parts = {
@@ -111,7 +132,11 @@ def placement_table(recipe: Recipe) -> str:
 
 
 def _part(path: tuple) -> str:
-  """Row of the table of a parameter, such as `encoder stage 2` or `predictor`."""
+  """Returns the name of the part to which a parameter belongs, such as `encoder stage 2` or `predictor`.
+
+  Args:
+    path: path of the parameter in the model.
+  """
   names = [str(name) for name in path]
   if names[0] == "online":
     names = names[1:]

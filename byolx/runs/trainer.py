@@ -1,4 +1,4 @@
-"""Recipes: networks, task, optimiser, mesh and train step of a run, without its images.
+"""Recipes: networks, task, optimiser, devices and train step of a run, but not its images.
 
 A recipe needs neither images nor attached devices. So `byolx plan` compiles, ahead of time, the same
 program that `byolx train` runs.
@@ -33,21 +33,21 @@ from byolx.training.task import Batch, Setting, Task
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Training parts of a config, built and checked, but not compiled.
+  """Everything that a run needs for training except its images, built and checked, but not compiled.
 
   Args:
-    config: all fields.
-    layout: mesh, and placement of the state on it.
-    encoder: ResNet of the config group `model`.
+    config: config of the run, with all fields.
+    layout: mesh (the devices and their axes), and placement of the training state on it.
+    encoder: specification of the ResNet of the config group `model`.
     task: training protocol.
-    rate: learning rate by step.
+    rate: learning rate as a function of the step.
     tx: optimiser.
-    abstract_untrained: shapes of a state without the optimiser's state.
+    abstract_untrained: shapes of a training state without the optimiser's state.
     steps: number of optimiser steps.
     warmup_steps: number of optimiser steps of the warm-up.
     steps_per_epoch: optimiser steps per epoch, not rounded.
-    passes: forward passes per optimiser step.
-    network: the user's own encoder, see `task.Setting`; None for the ResNet.
+    passes: number of forward passes per optimiser step.
+    network: the user's own encoder, a function from `nnx.Rngs` to a module; None for the ResNet.
   """
 
   config: ConfigDict
@@ -65,29 +65,29 @@ class Recipe:
 
   @property
   def mesh(self) -> Mesh:
-    """The devices of the run, with the axes `data` and `fsdp`."""
+    """The mesh of the run: its devices, with the axes `data` and `fsdp`."""
     return self.layout.mesh
 
   @property
   def fingerprint(self) -> str:
-    """Hash of the fields on which results depend, see `config.fingerprint`."""
+    """Hash of all config fields except the seed on which results depend."""
     return fingerprint(self.config)
 
   @property
   def encoder_key(self) -> Array:
-    """Random key of the initial parameters."""
+    """Random key for the initial parameters."""
     return jax.random.fold_in(jax.random.key(self.config.seed), 0)
 
   @property
   def step_key(self) -> Array:
-    """Random key of the losses."""
+    """Random key that train steps pass to the loss."""
     return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
   @functools.cached_property
   def rate_at(self) -> Callable[[int], float]:
-    """Function from a step, from 0, to its learning rate.
+    """Function that takes a step, from 0, and returns its learning rate.
 
-    It is jitted: evaluating `rate` directly would compile one program per operation.
+    The function is jitted: evaluating `rate` directly would compile one program per operation.
     """
     compiled = jax.jit(self.rate)
     return lambda step: float(compiled(step))
@@ -97,21 +97,21 @@ class Recipe:
     return on_device.network_input(image, self.config.views.mean, self.config.views.std)
 
   def initialise(self) -> state.TrainState:
-    """Computes the state at step 0, on the devices that hold it."""
+    """Computes the training state at step 0, on the devices that hold it."""
     return state.initialise(self.task, self.tx, self.encoder_key, self.layout, self.abstract_state)
 
   @functools.cached_property
   def abstract_state(self) -> state.TrainState:
-    """Shapes, dtypes and shardings of the state."""
+    """Shapes, dtypes and shardings of the training state."""
     return state.abstract_state(self.task, self.tx, self.layout, self.abstract_untrained)
 
   @property
   def abstract_params(self) -> nnx.State:
-    """Shapes of the trained parameters."""
+    """Shapes and dtypes of the trained parameters."""
     return self.abstract_untrained.params
 
   def abstract_batch(self) -> Batch:
-    """Shapes, dtypes and shardings of a batch of `loader.train_batches`."""
+    """Returns shapes, dtypes and shardings of a training batch."""
     rows, spread = self.config.train.batch_size, sharding.by_example(self.mesh)
     arrays = {name: transforms.Array((), np.int32) for name in ("label", "index")}
 
@@ -125,7 +125,7 @@ class Recipe:
     return jax.tree.map(abstract, arrays, is_leaf=is_array)
 
   def lower(self) -> jax.stages.Lowered:
-    """Lowers the train step for the mesh's devices, which need not be attached."""
+    """Lowers the train step (a stage before compiling) for devices that need not be attached."""
     step = compile_step(
       self.task,
       self.tx,
@@ -139,7 +139,7 @@ class Recipe:
     return traced.lower(lowering_platforms=(platform,))
 
   def step_arguments(self) -> tuple[state.TrainState, Batch, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the train step's arguments: state, batch and key."""
+    """Returns shapes, dtypes and shardings of the train step's arguments: state, batch and random key."""
     return self.abstract_state, self.abstract_batch(), self.abstract_key
 
   @property
@@ -156,17 +156,17 @@ def build(
   classes: int,
   network: Network | None = None,
 ) -> Recipe:
-  """Builds and checks the recipe of a config.
+  """Builds and checks the recipe of a config: all that a run needs for training except its images.
 
   Args:
-    config: all fields.
+    config: config of the run, with all fields.
     devices: devices of the run, attached or not.
     images: number of training images.
-    classes: number of classes of the images, 0 without labels.
-    network: the user's own encoder, see `task.Setting`; None for the ResNet.
+    classes: number of classes of the images; 0 without labels.
+    network: the user's own encoder, a function from `nnx.Rngs` to a module; None for the ResNet.
 
   Raises:
-    ConfigError: fields do not go together.
+    ConfigError: values of fields do not fit each other, the devices or the number of images.
   """
   layout = build_layout(config, devices)
   passes = _check_batch(config, layout.mesh, images)
@@ -194,7 +194,11 @@ def build(
 
 
 def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
-  """Builds the mesh of a config, with the placement of the state on it.
+  """Builds the mesh of a config (the devices and their axes), and the placement of the state on it.
+
+  Args:
+    config: config of the run, with all fields.
+    devices: devices of the run, attached or not.
 
   Raises:
     ConfigError: the devices cannot be divided as the config group `mesh` requires.
@@ -206,11 +210,14 @@ def build_layout(config: ConfigDict, devices: Sequence[Any]) -> sharding.Layout:
 
 
 def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
-  """Returns the numbers of optimiser steps and of warm-up steps among them (appendix J.1).
+  """Computes the number of all optimiser steps, and the number of warm-up steps (appendix J.1).
 
   Args:
-    config: all fields.
+    config: config of the run, with all fields.
     images: number of training images.
+
+  Returns:
+    The two numbers. The warm-up steps are the first of all steps.
 
   Raises:
     ConfigError: there are no steps after the warm-up.
@@ -227,14 +234,15 @@ def count_steps(config: ConfigDict, images: int) -> tuple[int, int]:
 
 
 def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpec:
-  """Builds the ResNet of a config.
+  """Builds the specification of the ResNet of a config.
 
   Args:
-    config: all fields.
-    products: True to compute 1x1 convolutions as matrix products, see `layers.Conv`.
+    config: config of the run, with all fields.
+    products: whether to compute 1x1 convolutions as matrix products, which is faster on CPUs; None to
+      do so if jax's default backend is a CPU.
 
   Raises:
-    ConfigError: the fields of its stages do not go together.
+    ConfigError: values of the config group `model` do not fit each other.
   """
   try:
     return ResNetSpec(**config.model, products=products)
@@ -243,10 +251,14 @@ def build_encoder(config: ConfigDict, products: bool | None = None) -> ResNetSpe
 
 
 def build_task(config: ConfigDict, setting: Setting) -> Task:
-  """Builds the task of a run.
+  """Builds the task (training protocol) of a run.
+
+  Args:
+    config: config of the run, with all fields.
+    setting: facts about the run from which the task is built, such as its number of steps.
 
   Raises:
-    ConfigError: fields do not go together.
+    ConfigError: values of fields do not fit each other.
   """
   kind = TASKS[config.task]
   if config.optim.rates and not kind.parallel_rates:
@@ -258,14 +270,14 @@ def build_task(config: ConfigDict, setting: Setting) -> Task:
 
 
 def build_input(config: ConfigDict, classes: int) -> transforms.Transform:
-  """Builds the training transform of a config, for commands that need only the input.
+  """Builds the transform of the training images, for commands that need only the input.
 
   Args:
-    config: all fields.
-    classes: number of classes of the images, 0 without labels.
+    config: config of the run, with all fields.
+    classes: number of classes of the images; 0 without labels.
 
   Raises:
-    ConfigError: fields do not go together.
+    ConfigError: values of fields do not fit each other.
   """
   config = config.copy_and_resolve_references()
   config.eval.resize = max(config.eval.resize, config.views.size)  # no evaluation image is made
@@ -273,7 +285,17 @@ def build_input(config: ConfigDict, classes: int) -> transforms.Transform:
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh, images: int) -> int:
-  """Returns the forward passes per step; refuses batch sizes that cannot be divided evenly."""
+  """Checks the batch size, and returns the number of forward passes per optimiser step.
+
+  Args:
+    config: config of the run, with all fields.
+    mesh: devices of the run.
+    images: number of training images.
+
+  Raises:
+    ConfigError: the batch is larger than the training set, or cannot be divided evenly into passes,
+      devices or BatchNorm groups.
+  """
   batch, micro = config.train.batch_size, config.train.micro_batch or config.train.batch_size
   if batch > images:
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""Workdirs: each belongs to one config, and its results record the commit of the code."""
+"""Workdirs (output folders of runs): each belongs to one config, and its results name the commit."""
 
 import functools
 import subprocess
@@ -15,7 +15,10 @@ from byolx.runs import config
 
 @functools.cache
 def commit() -> str:
-  """Returns the git commit of this code, with `+` if files are changed; without git, the version."""
+  """Returns the git commit of this code, followed by `+` if files were changed since the commit.
+
+  Without git, returns the version of this package.
+  """
   here = Path(__file__).parents[1]
 
   def git(*arguments: str) -> str:
@@ -32,15 +35,22 @@ def commit() -> str:
 
 
 SHARED_SECONDS = 60
-"""Longest wait for a file of another process: network storage caches the contents of folders."""
+"""Longest wait for a file that another process wrote, in seconds.
+
+The file may appear late, because network storage caches the contents of folders.
+"""
 
 
 def claim(workdir: Path, cfg: ConfigDict) -> None:
   """Writes the config into the workdir, unless the workdir belongs to another config.
 
+  Args:
+    workdir: folder of the run.
+    cfg: config of the run, with all fields.
+
   Raises:
-    ConfigError: the workdir holds a run of another config, or the processes of the run differ in
-      config or workdir.
+    ConfigError: the workdir has a run with another config, or the processes of the run do not have the
+      same config or do not share the workdir.
   """
   path = workdir / "config.json"
   changed = _changed(distributed.agree(config.to_json(cfg)), cfg)

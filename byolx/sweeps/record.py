@@ -38,7 +38,7 @@ class SweepFile:
     self._write()
 
   def choose(self, choices: Mapping[str, Choice]) -> dict[str, str]:
-    """Writes the chosen cell of each group to the file.
+    """Writes the chosen cell (candidate setting) of each group to the file.
 
     Args:
       choices: choice of each group, by the name of the group.
@@ -64,7 +64,7 @@ class SweepFile:
     return changed
 
   def finish(self) -> None:
-    """Writes to the file that all chosen cells are tested."""
+    """Marks the sweep as finished in the file: all chosen candidates are tested."""
     self._content["finished"] = True
     self._write()
 
@@ -163,12 +163,12 @@ def _read(path: Path) -> dict[str, Any]:
 def summarise(
   sweep: Sweep, choices: dict[str, Choice], finals: dict[str, list[Run]]
 ) -> list[results.Record]:
-  """Averages the test records of each group over seeds.
+  """Averages the test records of each group of candidates over seeds.
 
   Args:
     sweep: the sweep.
     choices: choice of each group, by the name of the group.
-    finals: finished runs that tested the chosen cell of each group, one per seed.
+    finals: finished runs that tested the chosen cell (candidate) of each group, one per seed.
 
   Returns:
     Mean records for the sweep's results.json. They have four further keys: n (number of values), group,
@@ -197,7 +197,10 @@ def summarise(
 
 
 def table(sweep: Sweep, choices: Mapping[str, Choice], records: Sequence[results.Record]) -> str:
-  """Returns a text table with the chosen cell of each group, and its validation and test values."""
+  """Returns a text table with the chosen cell (candidate setting) of each group of candidates.
+
+  It has the validation and test values of the cell.
+  """
   columns = list(dict.fromkeys(_column(record, records) for record in records))
   rows = [["group", "chosen", f"validation {sweep.by.metric}", *(f"test {c}" for c in columns)]]
   for group, choice in choices.items():

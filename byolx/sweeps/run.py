@@ -15,9 +15,9 @@ from byolx.sweeps.sweep import Choice, Sweep, cell_run, choose, final_runs, test
 
 
 def run(sweep: Sweep, jobs: int) -> list[Run]:
-  """Executes a sweep: trains its cells, chooses the best, tests them, and writes and prints the results.
+  """Executes a sweep: trains its cells (candidate settings), chooses the best per group, and tests it.
 
-  Finished runs are skipped, so the same call resumes a stopped sweep.
+  Writes and prints the results. Finished runs are skipped, so the same call resumes a stopped sweep.
 
   Args:
     sweep: the sweep.

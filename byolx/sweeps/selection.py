@@ -17,7 +17,7 @@ class By:
   """Criterion by which a sweep compares runs: a metric on validation images.
 
   A run may have several records of the same metric, for several protocols, encoders or shares of labels;
-  `only` says which of them is compared.
+  `only` selects the record that is compared.
 
   Args:
     metric: name of the metric, such as "top1".
@@ -45,7 +45,7 @@ TOP1 = By()
 
 
 def parse(text: str) -> By:
-  """Parses a criterion of comparison, written as `METRIC[:KEY=VALUE,...]`.
+  """Parses the criterion by which a sweep compares runs, written as `METRIC[:KEY=VALUE,...]`.
 
   Example: `top1:protocol=linear,encoder=online`.
 
@@ -113,8 +113,9 @@ def best(values: Sequence[float], by: By) -> int:
   A NaN or infinite value counts as the worst.
 
   Args:
-    values: at least one value of the metric of `by`.
-    by: criterion of comparison, which determines whether the largest or the smallest value is the best.
+    values: values of a metric, at least one.
+    by: criterion of the comparison, which has the metric. The largest value is the best, except for
+      losses and errors.
   """
   sign = -1 if by.smaller else 1
   ranked = [sign * value if math.isfinite(value) else -math.inf for value in values]
@@ -124,13 +125,13 @@ def best(values: Sequence[float], by: By) -> int:
 def edges(
   chosen: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], excluded: Sequence[str] = ()
 ) -> list[str]:
-  """Describes the numeric fields in which the chosen cell is at an edge of the grid.
+  """Describes the numeric fields in which the chosen setting of a sweep is at an edge of the grid.
 
-  At an edge, the cell has the smallest or the largest value of the field in the grid. A better value may
-  then be outside the grid.
+  At an edge, the setting has the smallest or the largest value of the field in the grid. A better value
+  may then be outside the grid.
 
   Args:
-    chosen: fields and values of the chosen cell.
+    chosen: fields and values of the chosen cell (setting).
     cells: fields and values of all compared cells, including the chosen one.
     excluded: names of fields to skip.
 

@@ -76,7 +76,7 @@ class Sweep:
 
   @property
   def groups(self) -> dict[str, list[Cell]]:
-    """The cells of each group, by the name of the group, in the order of the grid."""
+    """The cells (candidate settings) of each group, by name of the group, in the order of the grid."""
     groups: dict[str, list[Cell]] = {}
     for cell in self.cells:
       groups.setdefault(cell.group, []).append(cell)
@@ -85,7 +85,7 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The cell of a group that is the best on validation images.
+  """The cell (candidate setting) that is the best of its group on validation images.
 
   Args:
     cell: the chosen cell.
@@ -154,12 +154,14 @@ def build(
 
 
 def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) -> None:
-  """Checks the config of a cell for errors that would otherwise appear only after all cells have run.
+  """Checks the config of a cell (one candidate of the sweep) before any run starts.
+
+  The errors would otherwise appear only after all cells have run.
 
   Args:
     cell: config of the cell's run.
     varied: names of the config fields that the grid varies.
-    by: criterion of comparison.
+    by: criterion by which the cells are compared: a metric on validation images.
     retrain: whether the chosen cell is trained again on training and validation images together.
 
   Raises:
@@ -189,9 +191,10 @@ def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) 
 
 
 def _check_labels(cells: Sequence[Cell], per: Sequence[str]) -> None:
-  """Checks that the labels of cells, which are names of folders, are distinct and not too long.
+  """Checks the labels of cells (candidate settings), which are used as names of folders.
 
-  Also checks that groups with different values of the grouping fields `per` have different names.
+  They must be distinct and not too long. Groups with different values of the grouping fields `per` must
+  have different names.
 
   Raises:
     ConfigError: a label is repeated or too long, or two groups have the same name.
@@ -223,7 +226,10 @@ def _cell(path: str, overrides: Sequence[str], fields: grids.Cell, per: Sequence
 
 
 def cell_run(sweep: Sweep, cell: Cell) -> Run:
-  """Returns the run that trains a cell and measures it on validation images, but not on test images."""
+  """Returns the run that trains a cell (one candidate of the sweep) and measures its validation images.
+
+  The run does not use test images.
+  """
   overrides = (*sweep.overrides, *grids.overrides(cell.fields), "--config.eval.test=False")
   return _train(sweep, cell.label, sweep.workdir / "cells" / cell.label, overrides)
 
@@ -238,7 +244,9 @@ def _train(sweep: Sweep, name: str, workdir: Path, overrides: Sequence[str]) -> 
 
 
 def choose(sweep: Sweep) -> dict[str, Choice]:
-  """Chooses the cell with the best validation value in each group; the first of several equal ones.
+  """Chooses the cell (candidate setting) with the best validation value in each group.
+
+  Of several equal cells, the first is chosen.
 
   Args:
     sweep: sweep whose cells are all finished.
@@ -263,7 +271,7 @@ def choose(sweep: Sweep) -> dict[str, Choice]:
 
 
 def validation(sweep: Sweep, label: str) -> results.Record:
-  """Returns the validation record by which a finished cell is compared with other cells.
+  """Returns the validation record by which a finished cell (candidate setting) is compared with others.
 
   Args:
     sweep: the sweep.
@@ -277,7 +285,7 @@ def validation(sweep: Sweep, label: str) -> results.Record:
 
 
 def final_runs(sweep: Sweep, choices: dict[str, Choice]) -> dict[str, list[Run]]:
-  """Returns the final runs of each group, which test the chosen cell.
+  """Returns the final runs of each group, which test the cell (candidate setting) chosen in the group.
 
   There is one run per seed, in the order of the sweep's seeds.
   """

@@ -1,6 +1,6 @@
-"""Tasks: the training protocols, and the registry of their names.
+"""Tasks: the training protocols, and the dict `TASKS` of their names.
 
-A user's own task is registered in the same dict: `byolx.TASKS["name"] = MyTask`.
+A user's own task is added to the same dict: `byolx.TASKS["name"] = MyTask`.
 """
 
 from byolx.tasks.classify import FineTune, Linear, Supervised
@@ -13,12 +13,16 @@ TASKS: dict[str, type[Task]] = {
   "finetune": FineTune,
   "supervised": Supervised,
 }
-"""Task classes by the value of the config field `task`."""
+"""Classes of the training protocols, by the value of the config field `task`."""
 
 BUILT_IN = frozenset(TASKS)
-"""Names of the tasks of this package."""
+"""Names of the tasks that this package defines."""
 
 
 def is_users_own(name: str) -> bool:
-  """Returns True if a task was added to `TASKS` from outside of this package."""
+  """Returns whether a task was added to `TASKS` by the user, outside of this package.
+
+  Args:
+    name: name of the task, a value of the config field `task`.
+  """
   return name not in BUILT_IN

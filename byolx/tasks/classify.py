@@ -1,4 +1,4 @@
-"""Classification: linear evaluation, fine-tuning and supervised baselines (appendix D)."""
+"""Trains classifiers: linear evaluation, fine-tuning and supervised baselines (appendix D)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _RANDAUGMENT = RandAugment()
 
 @struct.dataclass
 class HeadMean(clu_metrics.Metric):
-  """Mean over the unmasked images, for each head."""
+  """Metric that averages a value over the unmasked images, with one mean per head (classifier)."""
 
   total: Float[Array, "n"]
   count: Int[Array, ""]
@@ -49,7 +49,7 @@ class HeadMean(clu_metrics.Metric):
 
 @struct.dataclass
 class ClassifierMetrics(clu_metrics.Collection):
-  """Top-1, top-5 and cross-entropy of each head, with accuracies in [0, 1]."""
+  """Top-1 and top-5 accuracy, in [0, 1], and cross-entropy of each head (linear classifier)."""
 
   top1: HeadMean.from_output("top1")
   top5: HeadMean.from_output("top5")
@@ -58,23 +58,27 @@ class ClassifierMetrics(clu_metrics.Collection):
 
 @dataclasses.dataclass(frozen=True)
 class Classify(Task):
-  """Classifiers on an encoder: the base of `Linear`, `FineTune` and `Supervised`.
+  """Trains classifiers on an encoder: the base class of `Linear`, `FineTune` and `Supervised`.
 
+  A head is one linear classifier. A model has several heads to train several learning rates at once.
   Each head has its own loss, and no gradient of one head reaches another. On a frozen encoder the
   heads are therefore trained as in separate runs, but the encoder is evaluated only once.
 
   Args:
     spec: specification of the network.
-    mean, std: mean and standard deviation of each channel, applied after augmentation.
-    train_views: transform of training images to their view; None without an input.
-    centre: transform of evaluation images to their centre crop; None without an input.
-    base_rates: base learning rate of each head, for the summary.
-    origin: workdir of the encoder; empty for an encoder from scratch.
-    views: training view: "spatial", "pretrain" or "randaugment", see the field's meaning.
-    tclip: alpha of `losses.tclip`; 0 for no clipping.
-    logit_penalty: beta, weight of `losses.logit_penalty`.
+    mean, std: mean and standard deviation of each channel, for the normalisation after augmentation.
+    train_views: transform of a training image to its augmented view; None if the task has no input, as
+      in tests.
+    centre: transform of an evaluation image to its centre crop; None if the task has no input.
+    base_rates: base learning rate of each head, for the summary; empty if there is one head with
+      optim.base_rate.
+    origin: workdir of the run that pretrained the encoder; empty for an encoder from scratch.
+    views: name of the augmentation of training images: "spatial" (crop and flip), "pretrain" (that of
+      the pretraining) or "randaugment" (crop, flip and RandAugment).
+    tclip: bound alpha of the clipped logits alpha * tanh(logits / alpha); 0 for no clipping.
+    logit_penalty: weight beta of the mean squared logit in the loss.
     label_smoothing: share of a label that is spread over all classes, 0 to 0.999.
-    head_init: initialiser of the heads' kernels, "normal" or "zeros".
+    head_init: name of the initialiser of the heads' kernels, "normal" or "zeros".
     randaugment: settings of RandAugment, used if `views` is "randaugment".
   """
 
@@ -124,10 +128,11 @@ class Classify(Task):
 
   @classmethod
   def check(cls, config: ConfigDict) -> None:
-    """Checks init.workdir against the task, and that the run has images to measure.
+    """Checks that init.workdir is set if and only if the task needs it, and that something is measured.
 
     Raises:
-      ConfigError: the encoder is missing or not used, or nothing would be measured.
+      ConfigError: the pretrained encoder is missing or would not be used, or the run has neither
+        validation images nor a test.
     """
     task, workdir = config.task, config.init.workdir
     if not (cls.from_scratch or workdir):
@@ -193,18 +198,21 @@ class Classify(Task):
   def loss(
     self, model: Classifier, batch: Batch, key: Array
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Computes the sum of the heads' losses, each over the labelled images (appendix D.1):
+    """Computes the sum of the losses of all heads (linear classifiers).
+
+    The loss of a head (appendix D.1), for the logits x_b and the class y_b of each labelled image b, is
 
     mean over b of  cross_entropy(tclip(x_b), y_b) + beta * mean over k of tclip(x_b)_k^2
 
     Args:
       model: the classifier.
-      batch: training batch, with `view1`, `label`, and `draws1` if the views are augmented on device.
-      key: not used.
+      batch: training batch, with `view1` and `label`. If views are augmented on device, also `draws1`,
+        the random numbers of the augmentation.
+      key: random key, which is not used.
 
     Returns:
-      The loss, and scalars: `loss`, the mean of the heads' losses; `top1`, the best head's accuracy
-      in [0, 1]; with several heads `loss_N` of each head N, from 0.
+      The loss and a dict of scalars. `loss` is the mean of the heads' losses, and `top1` is the
+      accuracy of the best head, in [0, 1]. With several heads, `loss_N` is the loss of head N, from 0.
     """
     del (
       key
@@ -229,7 +237,7 @@ class Classify(Task):
     return jnp.sum(head_losses), scalars
 
   def evaluate(self, model: Classifier, batch: Batch) -> ClassifierMetrics:
-    """Computes the metrics of each head on the labelled, unmasked images."""
+    """Computes the metrics of each head (linear classifier) on the labelled, unmasked images."""
     outputs = self.predict(model, batch)
     counted = batch["mask"] & (batch["label"] >= 0)
     return ClassifierMetrics.single_from_model_output(
@@ -239,13 +247,13 @@ class Classify(Task):
     )
 
   def predict(self, model: Classifier, batch: Batch) -> dict[str, Array]:
-    """Predicts the classes of the images in a batch, by each of the n heads.
+    """Predicts the classes of the images in a batch, by each of the n heads (linear classifiers).
 
     Returns:
-      rank: int32 [b, n], rank of the label by decreasing logit, 0 for the largest.
-      loss: float32 [b, n], cross-entropy.
-      classes: int32 [b, n, k], the k = min(5, classes) most probable classes, best first.
-      probabilities: float32 [b, n, k], their softmax probabilities.
+      rank: rank of the label by decreasing logit, 0 for the largest, int32 [b, n].
+      loss: cross-entropy, float32 [b, n].
+      classes: the k = min(5, classes) most probable classes, best first, int32 [b, n, k].
+      probabilities: softmax probabilities of these classes, float32 [b, n, k].
     """
     x = on_device.network_input(batch["image"], self.mean, self.std, self.spec.encoder.dtype)
     logits = losses.tclip(model(x, train=False), self.tclip)
@@ -279,7 +287,11 @@ class Classify(Task):
     ]
 
   def conclude(self, finished: Finished) -> list[Record]:
-    """Selects the best head on the validation images, and measures it on the test images."""
+    """Selects the best head (linear classifier) on validation images, and measures it on test images.
+
+    Returns:
+      The records of results.json.
+    """
     from byolx.evaluation import classifiers
 
     return classifiers.choose_and_test(self, finished)
@@ -292,33 +304,40 @@ class Classify(Task):
 
 
 class Linear(Classify):
-  """Linear evaluation: classifiers on a frozen encoder (appendix D.1)."""
+  """Linear evaluation: trains classifiers on a frozen encoder (appendix D.1)."""
 
   parallel_rates = True
 
   @property
   def trainable(self) -> nnx.filterlib.Filter:
-    """Filter of the parameters of the heads."""
+    """Filter that selects the parameters of the heads (linear classifiers), the only trained ones."""
     return nnx.All(nnx.Param, nnx.PathContains("heads"))
 
   @property
   def frozen(self) -> bool:
-    """True: the encoder's parameters and statistics must not change."""
+    """Always True: the encoder's parameters and statistics must not change."""
     return True
 
 
 class FineTune(Classify):
-  """Fine-tuning: a classifier and a pretrained encoder (appendix D.1)."""
+  """Fine-tuning: trains a classifier and a pretrained encoder together (appendix D.1)."""
 
 
 class Supervised(Classify):
-  """Supervised baseline: a classifier and an encoder from scratch (appendix D.2)."""
+  """Supervised baseline: trains a classifier and an encoder from scratch (appendix D.2)."""
 
   from_scratch = True
 
 
 def _distribution(setting: Setting, views: str, augment: RandAugment) -> ViewSpec:
-  """Distribution of the training view, by the value of the field `classify.views`."""
+  """Returns the random augmentation of the training images.
+
+  Args:
+    setting: facts about the run, with the augmentations of the config.
+    views: name of the augmentation, the value of the field `classify.views`: "pretrain" for all of
+      views.view1, "spatial" for its crop and flip, or "randaugment" for crop, flip and RandAugment.
+    augment: settings of RandAugment, used if `views` is "randaugment".
+  """
   first, _ = setting.distributions
   if views == "pretrain":
     return first

@@ -1,4 +1,4 @@
-"""Pretraining: BYOL (Algorithm 1), and the variants of Table 19 without negative examples."""
+"""Pretrains encoders by BYOL (Algorithm 1), or its variants in Table 19 without negative examples."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,10 @@ from byolx.training.task import Batch, Panel, Record, Setting, Task
 
 @struct.dataclass
 class ProbeMetrics(clu_metrics.Collection):
-  """Top-1 accuracy, in [0, 1], and cross-entropy of the online probe."""
+  """Top-1 accuracy, in [0, 1], and cross-entropy of the online probe.
+
+  The online probe is a linear classifier that is trained with the encoder, without changing it.
+  """
 
   top1: clu_metrics.Average.from_output("top1")
   loss: clu_metrics.Average.from_output("loss")
@@ -37,15 +40,18 @@ class Pretrain(Task):
   Args:
     spec: specification of the networks.
     steps: K, number of optimiser steps of the run.
-    mean, std: mean and standard deviation of each channel, applied after augmentation.
-    views: transform of training images to two views; None without an input.
-    centre: transform of evaluation images to their centre crop; None without an input.
-    tau_base, tau_rule: schedule of the target's decay rate, see `schedules.tau`.
-    average_statistics: True to apply the moving average to BatchNorm's running averages too.
-    directions: "sum" of the losses of the two directions, as in the paper, or their "mean".
-    norm_guard: smallest squared norm, see `losses.regression_loss`.
-    probe_weight: weight of the online probe's cross-entropy, whose gradient stops at the
-      representation.
+    mean, std: mean and standard deviation of each channel, for the normalisation after augmentation.
+    views: transform of a training image to two augmented views; None if the task has no input, as in
+      tests.
+    centre: transform of an evaluation image to its centre crop; None if the task has no input.
+    tau_base: decay rate tau of the target network at step 0.
+    tau_rule: name of the schedule of tau, "cosine" (up to 1) or "constant".
+    average_statistics: whether the target's BatchNorm running averages follow those of the online
+      network by the moving average too. If False, they come from the target's own forward passes.
+    directions: reduction of the losses of the two directions, "sum" as in the paper, or "mean".
+    norm_guard: lower bound of the squared norm in the loss's l2 normalisation; 0 for no bound.
+    probe_weight: weight of the online probe's cross-entropy. The probe is a linear classifier on the
+      representation; its gradient does not reach the encoder.
   """
 
   group = "byol"
@@ -97,12 +103,16 @@ class Pretrain(Task):
 
   @classmethod
   def fields(cls) -> dict[str, Field]:
-    """The fields of `BYOLSpec`, followed by those of this class."""
+    """Returns the config fields of `BYOLSpec` (the networks), followed by those of this class."""
     return fields_of(BYOLSpec) | fields_of(cls)
 
   @classmethod
   def build(cls, setting: Setting) -> "Pretrain":
-    """Builds the task of a run; without labels it has no online probe."""
+    """Builds the task of a run.
+
+    Without labels, or with weight 0, it has no online probe (a linear classifier trained with the
+    encoder).
+    """
     group = dict(setting.config[cls.group])
     networks = {name: group.pop(name) for name in fields_of(BYOLSpec)}
     classes = setting.classes if group["probe_weight"] else 0
@@ -116,19 +126,23 @@ class Pretrain(Task):
   def loss(
     self, model: BYOL, batch: Batch, key: Array
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Computes the loss of both directions (Eq. 2) plus the online probe's.
+    """Computes BYOL's loss of both directions (Eq. 2) plus the weighted loss of the online probe.
 
     L = || q(z_1)/||q(z_1)|| - z'_2/||z'_2|| ||^2 + || q(z_2)/||q(z_2)|| - z'_1/||z'_1|| ||^2
 
+    The online probe is a linear classifier on the representation; its gradient does not reach the
+    encoder.
+
     Args:
       model: the networks.
-      batch: training batch, with `view1`, `view2`, `label`, and `draws1`, `draws2` if the views are
-        augmented on device.
-      key: not used.
+      batch: training batch, with `view1`, `view2` and `label`. If views are augmented on device, also
+        `draws1` and `draws2`, the random numbers of the augmentation.
+      key: random key, which is not used.
 
     Returns:
-      The loss, and scalars: `loss`, `loss_byol`, the collapse monitors of `_monitors`, and with a
-      probe `loss_probe` and `top1`, its accuracy in [0, 1].
+      The loss and a dict of scalars: `loss`, `loss_byol`, and the collapse monitors `std`, `rank`,
+      `norm_representation` and `norm_projection`. With a probe also `loss_probe`, and `top1`, the
+      accuracy of the probe in [0, 1].
     """
     del (
       key
@@ -156,13 +170,20 @@ class Pretrain(Task):
     return total, {"loss": total, **scalars}
 
   def after_update(self, model: BYOL, step: Int[Array, ""]) -> dict[str, Array]:
-    """Moves the target network towards the online network, with tau of the step before the update."""
+    """Moves the target network towards the online network.
+
+    The decay rate tau is that of the step before the update. It is returned as the scalar `tau`.
+    """
     tau = schedules.tau(step, self.steps, self.tau_base, self.tau_rule)
     model.follow(tau, statistics=self.average_statistics)
     return {"tau": tau}
 
   def warning(self, scalars: Mapping[str, float]) -> str | None:
-    """Returns a warning if the projections of a batch have collapsed, else None."""
+    """Returns a warning if the projections of a batch have collapsed (are nearly equal), else None.
+
+    Args:
+      scalars: scalars of a train step, with the collapse monitors `std` and `rank`.
+    """
     return metrics.collapse_warning(scalars["std"], scalars["rank"], self.spec.projection_size)
 
   def transform(self, split: str) -> Transform:
@@ -172,7 +193,11 @@ class Pretrain(Task):
     return [("target", f"{self.spec.target}, tau from {self.tau_base:g} ({self.tau_rule})")]
 
   def conclude(self, finished: Finished) -> list[Record]:
-    """Measures the encoders, an untrained one and raw pixels by k-NN and linear probes."""
+    """Measures the trained encoders, an untrained one and raw pixels by k-NN and linear probes.
+
+    Returns:
+      The records of results.json.
+    """
     from byolx.evaluation import encoders  # scikit-learn and matplotlib take seconds to import
 
     return encoders.compare(self, finished)
@@ -184,7 +209,7 @@ class Pretrain(Task):
     return probes.format_table(records)
 
   def evaluate(self, model: BYOL, batch: Batch) -> ProbeMetrics:
-    """Computes the online probe's metrics on the labelled, unmasked images."""
+    """Computes the metrics of the online probe (a linear classifier) on the labelled, unmasked images."""
     x = on_device.network_input(batch["image"], self.mean, self.std)
     logits = model.probe(model.online.encoder(x, train=False).astype(jnp.float32))
     counted = batch["mask"] & (batch["label"] >= 0)
@@ -193,7 +218,7 @@ class Pretrain(Task):
     return ProbeMetrics.single_from_model_output(top1=correct, loss=loss, mask=counted)
 
   def _both_views(self, batch: Batch) -> Float[Array, "b2 s s 3"]:
-    """Normalises both views and interleaves them: row 2 * b + v is view v of image b."""
+    """Normalises both views of each image and interleaves them: row 2 * b + v is view v of image b."""
     # Views are cast to the compute type before they are interleaved: bfloat16 has half the bytes.
     views = [
       on_device.network_input(
@@ -209,13 +234,26 @@ class Pretrain(Task):
     return checkpoint_name(x.reshape(-1, *x.shape[2:]), VIEWS)
 
   def _augmentation(self, batch: Batch, number: int) -> tuple:
-    """Random numbers and brightness rule of a view augmented on device; empty on the host."""
+    """Returns the random numbers and the brightness rule for a view that is augmented on device.
+
+    The tuple is empty if the views are augmented on the host.
+
+    Args:
+      batch: training batch.
+      number: number of the view, 1 or 2.
+    """
     if self.views is None or not self.views.on_device:
       return ()
     return batch[f"draws{number}"], self.views.brightness_rule
 
   def _targets(self, model: BYOL, x: Array, online: Outputs) -> Float[Array, "b2 p"]:
-    """Target projections z', one per row of x."""
+    """Computes the target projections z', one per row of x.
+
+    Args:
+      model: the networks.
+      x: normalised views of all images.
+      online: outputs of the online network for x. Variants without a target network use its projections.
+    """
     if self.spec.target == "online":
       return online.projection
     if self.spec.target == "stop_gradient":
@@ -229,7 +267,11 @@ def _by_view(x: Float[Array, "b2 d"]) -> Float[Array, "b 2 d"]:
 
 
 def _monitors(online: Outputs) -> dict[str, Array]:
-  """Collapse monitors of view 1: spread and rank of z, mean norms of y and z (Figure 7)."""
+  """Computes the collapse monitors of view 1, from the outputs of the online network (Figure 7).
+
+  They are the spread `std` and the rank `rank` of the projections z, and the mean norms of the
+  representations y and of z.
+  """
   y, z = (jax.lax.stop_gradient(_by_view(x)[:, 0]) for x in online)
   return {
     "std": metrics.normalised_std(z),

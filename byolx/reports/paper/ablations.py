@@ -134,7 +134,7 @@ TABLE_16 = Table(
 
 
 def _both(**fields: float) -> Condition:
-  """Returns a condition that requires the same augmentation settings for both views of the pretraining.
+  """Returns the condition of a table row with changed augmentations in both views of the pretraining.
 
   Args:
     **fields: names of augmentation settings of a view, with their values.

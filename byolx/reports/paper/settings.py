@@ -290,43 +290,46 @@ def measured(task: str, metric: str = "top1", data: str = "imagenet") -> Mapping
 
 
 def linear(metric: str) -> Condition:
-  """Returns the condition of linear evaluation on ImageNet (D.1), for an encoder pretrained by `MAIN`.
+  """Returns the condition that a run must meet to be linear evaluation on ImageNet (D.1).
+
+  The encoder must be pretrained with the paper's main settings (`MAIN`).
 
   Args:
-    metric: name of the metric, "top1" or "top5".
+    metric: name of the measured metric, "top1" or "top5".
   """
   record = {**measured("linear", metric), "pretrained_on": "imagenet"}
   return Condition(record, {**LINEAR, **LOCAL_VALIDATION}, MAIN)
 
 
 def finetuned(metric: str) -> Condition:
-  """Returns the condition of fine-tuning on all labels of ImageNet (D.1).
+  """Returns the condition that a run must meet to be fine-tuning on all labels of ImageNet (D.1).
 
-  The encoder is a ResNet-50 that was pretrained with the settings `MAIN`.
+  The encoder must be a ResNet-50 that was pretrained with the paper's main settings (`MAIN`).
 
   Args:
-    metric: name of the metric, "top1" or "top5".
+    metric: name of the measured metric, "top1" or "top5".
   """
   record = {**measured("finetune", metric), "pretrained_on": "imagenet"}
   return Condition(record, {**SEMI_SUPERVISED, **RESNET50}, MAIN)
 
 
 def supervised(metric: str) -> Condition:
-  """Returns the condition of a supervised baseline on ImageNet (D.2).
+  """Returns the condition that a run must meet to be a supervised baseline on ImageNet (D.2).
 
   Args:
-    metric: name of the metric, "top1" or "top5".
+    metric: name of the measured metric, "top1" or "top5".
   """
   return Condition(measured("supervised", metric), SUPERVISED)
 
 
 def ablation(metric: str) -> Condition:
-  """Returns the condition of linear evaluation on ImageNet in the ablations (appendices G and J).
+  """Returns the condition that a run must meet to be linear evaluation in the ablations (G and J).
 
-  The encoder is a ResNet-50 that was pretrained with the settings `ABLATIONS`.
+  The encoder must be a ResNet-50 that was pretrained on ImageNet with the settings `ABLATIONS`. A row of
+  an ablation's table changes some of these settings.
 
   Args:
-    metric: name of the metric, "top1" or "top5".
+    metric: name of the measured metric, "top1" or "top5".
   """
   config = {**LINEAR, **LOCAL_VALIDATION, **RESNET50}
   record = {**measured("linear", metric), "pretrained_on": "imagenet"}
@@ -334,7 +337,7 @@ def ablation(metric: str) -> Condition:
 
 
 def pretrained(fields: Mapping[str, Any]) -> Condition:
-  """Returns the condition of a table row that changes settings of the pretraining.
+  """Returns the condition of a table row whose encoders are pretrained with some settings changed.
 
   Args:
     fields: changed config fields of the pretraining run, with their values.

@@ -11,7 +11,7 @@ NOT_MEASURABLE = "not measurable yet"
 MEASURABLE = "measurable"
 
 NETWORK = ("model.arch", "model.width")
-"""Config fields that define the network of a row."""
+"""Config fields that define the network of a table's row: its architecture and width."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Condition:
   origin_known: bool = False
 
   def but(self, other: "Condition") -> "Condition":
-    """Returns both conditions combined. Where both have a value, the value of `other` is used."""
+    """Returns a condition with the required values of both; `other` has precedence."""
     return Condition(
       {**self.record, **other.record},
       {**self.config, **other.config},
@@ -160,9 +160,9 @@ class Table:
     return frozenset(config), frozenset(pretrain)
 
   def condition(self, row: Row, column: Column) -> Condition | None:
-    """Returns the condition for a run to measure a cell, or None if no run can measure it.
+    """Returns the values that a run must have to measure a cell (the condition of the cell).
 
-    `status` returns the reason for None.
+    Returns None if no run can measure the cell; `status` then returns the reason.
     """
     if row.theirs or column.theirs or row.condition is None or column.condition is None:
       return None

@@ -47,12 +47,12 @@ TABLE_12 = Table(
 
 
 def _on(data: str) -> Condition:
-  """Returns the condition of linear evaluation (appendix D.1) on a data set.
+  """Returns the condition that a run must meet to be linear evaluation (D.1) on a data set.
 
-  The encoder is a ResNet-50 that was pretrained with the settings `MAIN`.
+  The encoder must be a ResNet-50 that was pretrained with the paper's main settings (`MAIN`).
 
   Args:
-    data: name of the data set, "imagenet" or "places365".
+    data: name of the data set of the evaluation, "imagenet" or "places365".
   """
   # The paper names no validation images of Places365.
   validation = LOCAL_VALIDATION if data == "imagenet" else {}

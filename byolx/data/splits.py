@@ -90,10 +90,10 @@ def labelled_share(
 
 
 def listed(names: Sequence[str], selection: Sequence[str]) -> Int64[np.ndarray, "k"]:
-  """Returns the indices of the examples whose names are in a list.
+  """Returns the indices of the examples whose names are in the list `selection`.
 
-  First the full names are compared. If one of them is not found, all names are compared again, by their
-  parts after the last slash only.
+  First the full names are compared. If any of them is not found, only the parts of all names after the
+  last slash are compared.
 
   Args:
     names: name of each example.

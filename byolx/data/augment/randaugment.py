@@ -1,4 +1,4 @@
-"""RandAugment, the augmentation of the supervised baselines: N random operations of one magnitude.
+"""RandAugment, the augmentation of the supervised baselines: N random operations with magnitude M.
 
 Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the paper cites RandAugment without N, M or
 the operations; torchvision's defaults are used here. All random numbers are drawn first: `draw`
@@ -88,9 +88,10 @@ class Operations(NamedTuple):
 
   Attributes:
     index: indices of the operations in `OPERATIONS`, in the order of their application.
-    strength: signed argument of each operation: pixels per pixel of a shear, share of the side of a
-      translation, degrees of a rotation, factor of brightness, color, contrast or sharpness, number
-      of bits of posterize, or threshold of solarize; 0 for an operation without an argument.
+    strength: argument of each operation, with its sign. A shear has the shift in pixels per pixel, a
+      translation a share of the side, a rotation the angle in degrees; brightness, color, contrast and
+      sharpness have a factor, posterize the number of bits, solarize the threshold. 0 for an operation
+      without an argument.
   """
 
   index: Int32[np.ndarray, "*b n"]

@@ -22,7 +22,7 @@ from byolx.data.sources.folders import image_folder
 from byolx.data.sources.names import Names
 
 MAX_BYTES = 2**30
-"""Largest size of an input file in bytes; larger files are left out."""
+"""Largest size in bytes of an image file; larger files are left out of a prepared set."""
 
 _STAT_THREADS = 16  # parallel, to hide the latency of network disks
 

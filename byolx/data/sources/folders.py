@@ -96,7 +96,7 @@ def imagenet(folder: str | Path, split: str) -> FileSource:
   name, which gives the usual class numbers 0 to 999.
 
   Args:
-    folder: path of the folder of `train` and `val`; the field data.folder.
+    folder: path of the folder that contains `train` and `val`; the field data.folder.
     split: 'train', or 'test' for the images in `val`.
 
   Raises:

@@ -70,7 +70,8 @@ def labelled_share(
   """Draws a class-balanced subset of the candidates, as large as a share of all labelled examples.
 
   The share counts all labelled examples, also those held out of training: 1 % of ImageNet is 12,812
-  images. If there are fewer labelled candidates than that, all of them are returned.
+  images. At least one example per class is drawn. If there are not enough labelled candidates, all of
+  them are returned.
 
   Args:
     labels: class of each example, -1 for unlabelled examples.

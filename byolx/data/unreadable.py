@@ -50,8 +50,8 @@ class FailureLog:
   first unreadable record raises the error.
 
   Args:
-    name: name of the source.
-    records: number of records of the source.
+    name: name of the data source, for the log.
+    records: number of records (examples) of the source.
     max_failed_share: largest share of unreadable records, 0 to 1; the field data.max_failed_share.
     consequence: words for the log that tell how the loader treats an unreadable record, such as "it
       is left out".

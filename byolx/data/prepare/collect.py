@@ -250,7 +250,8 @@ def _labelled_test(
     test_labels: path of a file with lines `file-name class-name`; None if there is no such file.
 
   Raises:
-    ValueError: the labels are missing or given twice, or a class is not one of the training split.
+    ValueError: the labels are missing, or given by both folders and `test_labels`; or a class is not one
+      of the training split.
   """
   root = inputs.root
   has_folders = (inputs.labels >= 0).any()
@@ -281,10 +282,13 @@ def _labelled_test(
 
 
 def _read_labels(path: Path, inputs: Inputs) -> list[str]:
-  """Reads a file with lines `file-name class-name`, and returns the class name of each input.
+  """Reads a file with lines `file-name class-name`, and returns the class name of each image.
+
+  The folders in the names of the images are ignored.
 
   Raises:
-    ValueError: the file cannot be read, a line has another form, or an input has not exactly one line.
+    ValueError: the file cannot be read, a line has another form, an image has no line, or two lines have
+      the same file name.
   """
   class_of, lines = {}, Counter()
   try:

@@ -52,7 +52,7 @@ from byolx.data.splits import stratified_holdout
 
 @dataclass(frozen=True, eq=False)
 class RecordSource:
-  """Source of the records in one split of a prepared set, which `byolx prepare` wrote.
+  """Data source of the records in one split of a prepared set, which `byolx prepare` wrote.
 
   A shard (one file of records) is opened at the first read from it.
 

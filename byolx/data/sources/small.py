@@ -28,7 +28,7 @@ def digits(split: str, test_share: float = 0.2) -> ArraySource:
     test_share: share of the images in the test split, 0 <= share < 1; balanced over the classes.
 
   Raises:
-    ValueError: unknown split, or a share outside [0, 1).
+    ValueError: the split is unknown, or `test_share` is outside [0, 1).
   """
   check_split(split)
   table = _digits_table()
@@ -54,7 +54,7 @@ def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
     split: 'train' or 'test'.
 
   Raises:
-    ValueError: unknown split, or a file that is missing, damaged or of another format.
+    ValueError: the split is unknown, or a file is missing, damaged or of another format.
   """
   check_split(split)
   folder = Path(folder or FASHION_MNIST_FOLDER)

@@ -42,7 +42,7 @@ _PROGRESS_SECONDS = 10
 
 @dataclass(frozen=True, eq=False)
 class TFDSSource:
-  """Source of the records of a set that TensorFlow Datasets wrote; the function `tfds` opens it.
+  """Data source of the records in a set of TensorFlow Datasets; the function `tfds` opens it.
 
   Attributes:
     name: name of the data set.

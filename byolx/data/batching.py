@@ -1,8 +1,8 @@
 """Loads batches in parts: reads the records of a part and fills the arrays of its rows.
 
-A part is a number of consecutive rows of the batch of a host. `TrainPart` and `EvaluationPart` map the
-number of a part to its arrays. They are pickled into worker processes, and may be called in any process
-and in any order, because `sampler` computes the records of a part from the number alone.
+A host loads its rows of a batch in one or more parts of consecutive rows. `TrainPart` and
+`EvaluationPart` load a part, given its number. They are pickled into worker processes, and may be called
+in any process and in any order, because `sampler` computes the records of a part from the number alone.
 """
 
 import math
@@ -216,14 +216,14 @@ class TrainPart:
 
     Args:
       record: index of the record in the source.
-      stream: random generators of the run's seed.
+      stream: random generator with the run's seed.
       failures: list to which the unreadable records are appended.
 
     Returns:
       The example, and the index of the record that was read.
 
     Raises:
-      TooManyFailuresError: too many records in a row cannot be read.
+      TooManyFailuresError: too many records were tried, and none can be read.
     """
     count = self._rows.records
     try:

@@ -33,7 +33,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"})
-"""Extensions of image files, in lower case."""
+"""File name extensions of images that can be decoded, in lower case."""
 
 MAX_PIXELS = 2**27
 """Largest number of pixels of an image that is decoded, 134 million (400 MB of RGB)."""

@@ -1,4 +1,4 @@
-"""Shared memory: batches that a worker process fills and the training process reads without a copy.
+"""Shared memory, which a worker process fills with a batch and the training process reads directly.
 
 A worker writes a batch into a memfd (memory that has no name in the file system) and sends a
 `BufferHandle`, with which the training process maps the same memory. The last byte of the memory is a

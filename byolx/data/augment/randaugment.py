@@ -308,7 +308,8 @@ def sharpness(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarr
 def _blend_images(degenerate, view, factor):
   """Computes degenerate + factor * (view - degenerate) of two uint8 images, as uint8.
 
-  Works on a few rows at a time, since large temporary arrays in float32 are slow.
+  `degenerate` is an image such as the grey or the smoothed view. The function works on a few rows at a
+  time, since large temporary arrays in float32 are slow.
   """
   out = np.empty(view.shape, np.uint8)
   rows = 1 + _BLOCK // view[0].size
@@ -321,7 +322,7 @@ def _blend_images(degenerate, view, factor):
 
 
 def _blend(degenerate, x, factor):
-  """Computes degenerate + factor * (x - degenerate), truncated and clipped to uint8 as Pillow does."""
+  """Computes degenerate + factor * (x - degenerate) as uint8, clipped and truncated as Pillow does."""
   y = x - degenerate
   y *= np.float32(factor)
   y += degenerate
@@ -352,8 +353,8 @@ def posterize(view: UInt8[np.ndarray, "h w 3"], bits: int) -> UInt8[np.ndarray, 
 def solarize(view: UInt8[np.ndarray, "h w 3"], threshold: float) -> UInt8[np.ndarray, "h w 3"]:
   """Inverts bright values: values x of at least `threshold` become 255 - x.
 
-  The magnitude 0 of RandAugment gives the threshold 255. Even then white becomes black, as in
-  torchvision.
+  The smallest magnitude of RandAugment, 0, gives the threshold 255. Even then white becomes black, as
+  in torchvision.
   """
   return cv2.LUT(view, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS).astype(np.uint8))
 

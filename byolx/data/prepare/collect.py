@@ -32,7 +32,7 @@ class Inputs:
   """Files of one split that `byolx prepare` converts, in the order in which they are stored.
 
   Attributes:
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     root: path of the folder or of the tar archive.
     names: path of each file, relative to `root`, or to the split's folder inside the archive.
     labels: class of each file, -1 if it is unlabelled.
@@ -213,7 +213,7 @@ def _of_members(split: str, path: Path, archive: Archive, prefix: str) -> _Part:
   """Returns the images of one split of an archive, and the classes of these images.
 
   Args:
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     path: path of the archive.
     archive: contents of the archive.
     prefix: first part of the names of the split's members, such as `train/`.

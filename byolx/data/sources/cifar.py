@@ -60,7 +60,7 @@ def cifar10(folder: str | Path, split: str) -> ArraySource:
 
   Args:
     folder: path of `cifar-10-batches-py` or of its parent; the field data.folder.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
 
   Raises:
     ValueError: the split is unknown, or a file is missing, damaged or of another format.
@@ -73,7 +73,7 @@ def cifar100(folder: str | Path, split: str) -> ArraySource:
 
   Args:
     folder: path of `cifar-100-python` or of its parent; the field data.folder.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
 
   Raises:
     ValueError: the split is unknown, or a file is missing, damaged or of another format.

@@ -57,7 +57,7 @@ def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> Fil
 
   Args:
     folder: path of the folder; the field data.folder.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     test_share: share of each class in the test split, 0 <= share < 1.
 
   Raises:
@@ -99,7 +99,7 @@ def imagenet(folder: str | Path, split: str) -> FileSource:
 
   Args:
     folder: path of the folder that contains `train` and `val`; the field data.folder.
-    split: 'train', or 'test' for the images in `val`.
+    split: name of the split: 'train', or 'test' for the images in `val`.
 
   Raises:
     ValueError: the split is unknown; the folder does not exist; `train` or `val` is missing or has
@@ -131,7 +131,7 @@ def places365(folder: str | Path, split: str) -> FileSource:
 
   Args:
     folder: path of the folder that has these text files; the field data.folder.
-    split: 'train', or 'test' for the images of `val`.
+    split: name of the split: 'train', or 'test' for the images in `val`.
 
   Raises:
     ValueError: the split is unknown; the folder, a list or the folder of images does not exist; a line
@@ -403,7 +403,7 @@ def _places(root: Path, files: list[str], labels: list[int], split: str) -> tupl
   Args:
     root: path of the data set's folder.
     files, labels: files and class numbers in the list of `split`.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
 
   Raises:
     ValueError: a class number has no name.

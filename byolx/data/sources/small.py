@@ -24,7 +24,7 @@ def digits(split: str, test_share: float = 0.2) -> ArraySource:
   With the default `test_share`, 1437 of them are training images and 360 are test images.
 
   Args:
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     test_share: share of the images in the test split, 0 <= share < 1; balanced over the classes.
 
   Raises:
@@ -51,7 +51,7 @@ def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
   Args:
     folder: path of the folder that has the four `.gz` files; None or '' for FASHION_MNIST_FOLDER, the
       folder of Debian's package.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
 
   Raises:
     ValueError: the split is unknown, or a file is missing, damaged or of another format.

@@ -1,8 +1,8 @@
 """Loads batches in parts: reads the records of a part and fills the arrays of its rows.
 
-A part is a number of consecutive rows of the batch of a host. `TrainPart` and `EvaluationPart` map the
-number of a part to its arrays. They are pickled into worker processes, and may be called in any process
-and in any order, because `sampler` computes the records of a part from the number alone.
+A host loads its rows of a batch in one or more parts of consecutive rows. `TrainPart` and
+`EvaluationPart` load a part, given its number. They are pickled into worker processes, and may be called
+in any process and in any order, because `sampler` computes the records of a part from the number alone.
 """
 
 import math
@@ -26,10 +26,10 @@ from byolx.data.unreadable import Failure, TooManyFailuresError
 Batch = dict[str, Any]
 
 _REPLACEMENTS = 1000
-"""Largest number of records tried for one row of a batch, until one can be read, before an error."""
+"""Largest number of records tried for one row of a batch; if none can be read, an error is raised."""
 
 EVALUATION_SEED = 0
-"""Seed of a transform's random numbers in evaluation, the same in all runs."""
+"""Seed of the random numbers that a transform gets in evaluation; it is the same in all runs."""
 
 _ALIGNMENT = 64
 """Alignment in bytes of the arrays that share one block of memory."""
@@ -75,8 +75,8 @@ class LoadedPart(NamedTuple):
 class Allocation:
   """Allocates the arrays of one part of a batch, which are then filled row by row.
 
-  Arrays of images, masks or boxes, with axes besides the row, are in one block of shared memory. Arrays
-  of scalars and those of a NamedTuple, such as a view's random numbers, are pickled instead.
+  Arrays with axes besides the rows, such as images, are together in one block of shared memory. Arrays
+  of scalars and those of a NamedTuple, such as a view's random numbers, are ordinary arrays.
 
   Args:
     arrays: shape and dtype of each array for one example, by name.
@@ -177,7 +177,7 @@ class TrainPart:
     source: training examples.
     transform: function that fills one row of the arrays from an example.
     seed: seed of the order of records and of all random numbers.
-    rows: numbers that determine the records of each part.
+    rows: division of the records into batches and parts.
     pool: threads that fill the rows.
   """
 
@@ -216,14 +216,14 @@ class TrainPart:
 
     Args:
       record: index of the record in the source.
-      stream: random generators of the run's seed.
+      stream: random generator with the run's seed.
       failures: list to which the unreadable records are appended.
 
     Returns:
       The example, and the index of the record that was read.
 
     Raises:
-      TooManyFailuresError: too many records in a row cannot be read.
+      TooManyFailuresError: too many records were tried, and none can be read.
     """
     count = self._rows.records
     try:
@@ -252,7 +252,7 @@ class EvaluationPart:
   Args:
     source: examples.
     transform: function that fills one row of the arrays from an example.
-    rows: numbers that determine the records of each part.
+    rows: division of the records into batches and parts.
     pool: threads that fill the rows.
   """
 

@@ -20,7 +20,8 @@ def draw_sheet(
   """Draws a contact sheet: one row per image, with the original and then its pairs of views.
 
   Views of less than 96 pixels are enlarged to 96 or more by an integer factor, without interpolation, so
-  that each pixel is visible. Originals are resized to the size of the views and keep their aspect ratio.
+  that each pixel is visible. Originals are resized to fit a square of the same size, and keep their
+  aspect ratio.
 
   Args:
     originals: RGB images 0..255 of any size.

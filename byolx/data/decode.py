@@ -33,10 +33,10 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp"})
-"""Extensions of image files, in lower case."""
+"""File name extensions of images that can be decoded, in lower case."""
 
 MAX_PIXELS = 2**27
-"""Largest number of pixels, 134 million (400 MB of RGB); larger images are not decoded."""
+"""Largest number of pixels of an image that is decoded, 134 million (400 MB of RGB)."""
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _FRAME_MARKERS = frozenset(bytes((0xC0 + n,)) for n in range(16) if n not in (4, 8, 12))

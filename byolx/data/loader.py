@@ -241,8 +241,8 @@ class Batches(Iterator[Batch]):
     if prefetch < 0:
       raise ValueError(f"prefetch is {prefetch}; expected at least 0")
     one_thread_per_image()
-    # Without grain's reading threads: the prefetching thread or the workers below, and the pool,
-    # are enough.
+    # grain's own reading threads are turned off: the prefetching thread or the workers below, and
+    # the pool, are enough.
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
       if not flags.FLAGS.is_parsed():

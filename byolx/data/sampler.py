@@ -1,9 +1,10 @@
 """Sampler: computes the records of each step, and their random generators, from seed and step alone.
 
-Epoch e visits the records in the order `epoch_order(seed, e)`. The epochs are joined to one endless
-stream, which is divided into batches of exactly `batch_size` records, so a batch may cover the end of
-one epoch and the start of the next. No record is dropped or repeated: each is used once per epoch,
-whatever the batch size and the number of hosts. Each host loads one block of rows of each batch.
+A record is an example of the data set. Epoch e visits the records in the order `epoch_order(seed, e)`.
+The epochs are joined to one endless stream, which is divided into batches of exactly `batch_size`
+records, so a batch may cover the end of one epoch and the start of the next. No record is dropped or
+repeated: each is used once per epoch, whatever the batch size and the number of hosts. Each host loads
+one block of rows of each batch.
 
 The random numbers of a view are drawn from `Stream(seed).at(VIEW, record, epoch, view)`, a Philox
 generator with the key (seed, record) and the counter (draw, purpose, epoch, view).
@@ -67,10 +68,11 @@ class Rows:
 
   The stream joins all epochs. Its position p belongs to the epoch p // records; in the order of that
   epoch, it is the record at place p % records. Each step takes the next `batch_size` positions as its
-  batch. Each host gets one block of equal size, which it loads in `parts` parts, one by one.
+  batch. Each host gets one block of equal size, which it loads in `parts` parts, one by one. In
+  evaluation, position p is the record p, and positions after the last record are rows of padding.
 
   Attributes:
-    records: number of records of the source.
+    records: number of records (examples) of the data source.
     batch_size: number of rows of the global batch.
     host_index: index of this host, 0 to host_count - 1.
     host_count: number of hosts; it divides `batch_size`.

@@ -1,4 +1,4 @@
-"""Shared memory: batches that a worker process fills and the training process reads without a copy.
+"""Shared memory, which a worker process fills with a batch and the training process reads directly.
 
 A worker writes a batch into a memfd (memory that has no name in the file system) and sends a
 `BufferHandle`, with which the training process maps the same memory. The last byte of the memory is a
@@ -26,7 +26,7 @@ _FREE, _IN_USE = 0, 1  # values of the flag
 
 
 class BufferHandle(NamedTuple):
-  """Message by which a process tells another one where to find a uint8 array in shared memory.
+  """Message with which one process tells another where to find a uint8 array in shared memory.
 
   Attributes:
     pid: id of the process that allocated the memory.
@@ -84,7 +84,7 @@ class Buffers:
 
 
 class BufferReader:
-  """Maps the shared memory of workers into the training process."""
+  """Gives the training process access to arrays in the shared memory of worker processes."""
 
   def __init__(self):
     self._pieces: dict[tuple[int, int], mmap.mmap] = {}

@@ -70,7 +70,8 @@ def labelled_share(
   """Draws a class-balanced subset of the candidates, as large as a share of all labelled examples.
 
   The share counts all labelled examples, also those held out of training: 1 % of ImageNet is 12,812
-  images. If there are fewer labelled candidates than that, all of them are returned.
+  images. At least one example per class is drawn. If there are not enough labelled candidates, all of
+  them are returned.
 
   Args:
     labels: class of each example, -1 for unlabelled examples.
@@ -90,10 +91,10 @@ def labelled_share(
 
 
 def listed(names: Sequence[str], selection: Sequence[str]) -> Int64[np.ndarray, "k"]:
-  """Returns the indices of the examples whose names are in a list.
+  """Returns the indices of the examples whose names are in the list `selection`.
 
-  First the full names are compared. If one of them is not found, all names are compared again, by their
-  parts after the last slash only.
+  First the full names are compared. If any of them is not found, only the parts of all names after the
+  last slash are compared.
 
   Args:
     names: name of each example.

@@ -44,10 +44,10 @@ Rows = Mapping[str, Any]
 class Random(NamedTuple):
   """Source of the random numbers of one example in one epoch.
 
-  The numbers depend only on the run's seed, the record and the epoch.
+  The numbers depend only on the seed of `stream`, the record and the epoch.
 
   Attributes:
-    stream: random generator with the run's seed.
+    stream: random generator with the seed of the run, or with a fixed seed in evaluation.
     record: index of the example in its source, from 0.
     epoch: index of the epoch, from 0; 0 in evaluation.
   """
@@ -57,7 +57,7 @@ class Random(NamedTuple):
   epoch: int
 
   def generator(self, number: int = 0, purpose: int = VIEW) -> np.random.Generator:
-    """Returns a random generator for one part of the example's work; it is valid until the next call.
+    """Returns a generator of random numbers for the example; it is valid until the next call.
 
     Args:
       number: index of an independent stream of random numbers, such as the index of a view.
@@ -222,7 +222,7 @@ def make_view(
   antialias: bool,
   on_host: bool = True,
 ) -> Draws:
-  """Draws the augmentation of one view of an image, and writes the augmented view to `out`.
+  """Makes one randomly augmented view of an image, and writes it to `out`.
 
   Args:
     image: RGB image 0..255 of any size.

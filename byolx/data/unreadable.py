@@ -26,11 +26,11 @@ class TooManyFailuresError(ValueError):
 
 
 class Failure(NamedTuple):
-  """A record that cannot be read.
+  """Unreadable record of a source, and the reason why it cannot be read.
 
   Attributes:
     record: index of the record in the source.
-    reason: error message, which starts with the name of the file.
+    reason: error message, which starts with the name of the file or record.
   """
 
   record: int
@@ -44,14 +44,14 @@ class FailureLog:
   number of worker processes. Each iterator over batches, and each host, counts for itself. The set
   `named` can be shared by several iterators, so that none of them repeats a message.
 
-  There are too many unreadable records if their number exceeds `TOLERATED`, and also the share
-  `max_failed_share` of the distinct records seen. This is checked as soon as `MIN_SEEN` distinct
-  records, or all records of the source, were seen. If `max_failed_share` is 0, the first unreadable
-  record raises the error.
+  There are too many if more than ten (`TOLERATED`) distinct records, and more than the share
+  `max_failed_share` of all distinct records seen, are unreadable. This is checked as soon as 100
+  (`MIN_SEEN`) distinct records, or all records of the source, were seen. If `max_failed_share` is 0, the
+  first unreadable record raises the error.
 
   Args:
-    name: name of the source.
-    records: number of records of the source.
+    name: name of the data source, for the log.
+    records: number of records (examples) of the source.
     max_failed_share: largest share of unreadable records, 0 to 1; the field data.max_failed_share.
     consequence: words for the log that tell how the loader treats an unreadable record, such as "it
       is left out".

@@ -3,9 +3,8 @@
 A view is an augmented copy of an image. All its random numbers are drawn first: `draw` samples a
 `Draws` from a `ViewSpec`, which describes one of the paper's distributions T and T'. The rest of the
 augmentation is a pure function of the image and these numbers. `resizing.crop_and_resize` crops the
-image. The colour operations exist twice, with one function for each:
-`on_host.apply_host` (numpy and OpenCV) and `on_device.apply_device` (jnp, inside the jitted step); their
-results differ by at most one grey level.
+image. Two functions do all the rest, and their results differ by at most one grey level:
+`on_host.apply_host` (numpy and OpenCV) and `on_device.apply_device` (jnp, inside the jitted step).
 """
 
 import math
@@ -58,17 +57,17 @@ class ViewSpec:
     jitter_probability: probability of the colour jitter: brightness, contrast, saturation and hue, in
       random order.
     brightness, contrast, saturation: largest relative change m of each property, in [0, 1]. A factor
-      is sampled uniformly in [1 - m, 1 + m]. If `brightness_rule` is 'additive', a number in [-m, m]
-      is added to all values instead of the factor of brightness.
+      is sampled uniformly in [1 - m, 1 + m]. For brightness with the rule 'additive', a number sampled in
+      [-m, m] is added to all values instead.
     hue: largest hue shift as a share of the colour circle, in [0, 0.5].
     grayscale_probability: probability of the conversion to grey.
     blur_probability: probability of a Gaussian blur.
     blur_sigma: range of the blur's standard deviation, pixels, sampled uniformly.
-    solarise_probability: probability of solarisation, x -> x if x < 0.5 else 1 - x.
+    solarise_probability: probability of solarisation, in which values x of at least 0.5 become 1 - x.
     brightness_rule: name of the rule for a change of brightness by d: 'additive' for x + d, as in the
       authors' code, or 'multiplicative' for x * (1 + d).
-    randaugment: settings of RandAugment, applied last and on the host only (appendix D.2); None for no
-      RandAugment.
+    randaugment: settings of RandAugment, which is applied last and only on the host (appendix D.2); None
+      to leave it out.
 
   Raises:
     ValueError: a field is out of range.
@@ -118,7 +117,7 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class ViewsSpec:
-  """Config group `views`: the distributions of both views, and the settings they share (Table 6)."""
+  """Config group `views`: the augmentations of both views, and the settings they share (Table 6)."""
 
   size: int = field(224, "side of a view, in pixels", at_least(4), encoder=True)
   crop_rule: str = field(

@@ -1,4 +1,4 @@
-"""Flip, colour jitter, grayscale, blur and solarise of batches on the device, in jnp.
+"""Applies flip, colour jitter, grayscale, blur and solarise to batches on the device, in jnp.
 
 Appendix C of the paper. The results differ from those of `on_host` by at most one grey level. Each
 operation has one parameter per image, and one value of it changes nothing (the neutral value). So one
@@ -66,7 +66,7 @@ def saturation(x: Float[Array, "b 3 h w"], factor: Float[Array, "b"]) -> Float[A
 
 
 def hue(x: Float[Array, "b 3 h w"], shift: Float[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Adds a shift to the hue (HSV) of each image; the whole colour circle is 1."""
+  """Shifts the hue (HSV) of each image by a share of the colour circle."""
   return jnp.stack(_change_hsv(_planes(x), jnp.ones_like(shift), shift), axis=1)
 
 
@@ -227,7 +227,7 @@ def _blur_and_mirror(
   Args:
     x: square images in [0, 1].
     sigma: standard deviation of each image's kernel in pixels; 0 for no blur.
-    mirror: whether to mirror each image; its matrix for the columns does this too.
+    mirror: whether to mirror each image.
   """
   size = x.shape[2]
   rows = _blur_matrix(size, sigma, jnp.zeros_like(mirror))
@@ -240,7 +240,7 @@ def _blur_and_mirror(
 def _blur_matrix(
   size: int, sigma: Float[Array, "b"], mirror: Bool[Array, "b"]
 ) -> Float[Array, "b size size"]:
-  """Returns the matrix of each image that blurs a line of `size` pixels, mirrored if selected.
+  """Returns, for each image, the matrix that blurs a line of `size` pixels, and mirrors it if selected.
 
   Element [b, i, j] is the weight of pixel j of the line in pixel i of the blurred line.
   """

@@ -1,4 +1,4 @@
-"""Flip, colour jitter, grayscale, blur and solarise of single views on the host (numpy, OpenCV).
+"""Applies flip, colour jitter, grayscale, blur and solarise to one view on the host (numpy, OpenCV).
 
 Appendix C of the paper, in the order and arithmetic of the authors' code. Each operation maps a
 float32 image in [0, 1] to another one; `apply_host` applies them in turn, with the random numbers of one
@@ -25,7 +25,7 @@ _LUMA = np.tile(np.array([0.2989, 0.5870, 0.1140], np.float32), (3, 1))
 def brightness(
   x: Float32[np.ndarray, "h w 3"], amount: float, rule: str = "additive"
 ) -> Float32[np.ndarray, "h w 3"]:
-  """Changes the brightness of an image: x + amount, or x * amount, clipped to [0, 1].
+  """Changes the brightness of an image to x + amount, or x * amount, clipped to [0, 1].
 
   Args:
     x: image in [0, 1].
@@ -37,7 +37,10 @@ def brightness(
 
 
 def contrast(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.ndarray, "h w 3"]:
-  """Changes the contrast of an image: factor * (x - channel's mean) + mean, clipped to [0, 1]."""
+  """Changes the contrast of an image to factor * (x - mean) + mean, clipped to [0, 1].
+
+  Each channel has its own mean.
+  """
   red, green, blue, _ = cv2.mean(x)
   rest = 1 - factor
   y = cv2.transform(
@@ -59,7 +62,7 @@ def saturation(x: Float32[np.ndarray, "h w 3"], factor: float) -> Float32[np.nda
 
 
 def hue(x: Float32[np.ndarray, "h w 3"], shift: float) -> Float32[np.ndarray, "h w 3"]:
-  """Adds `shift` to the hue (HSV) of an image; the whole colour circle is 1."""
+  """Shifts the hue (HSV) of an image by `shift`, a share of the colour circle."""
   hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV)
   hsv[..., 0] += np.float32(_DEGREES * (shift % 1))  # OpenCV wraps hues above 360, not below 0
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

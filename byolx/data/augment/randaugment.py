@@ -1,4 +1,4 @@
-"""RandAugment, the augmentation of the supervised baselines: N random operations of one magnitude.
+"""RandAugment, the augmentation of the supervised baselines: N random operations with magnitude M.
 
 Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the paper cites RandAugment without N, M or
 the operations; torchvision's defaults are used here. All random numbers are drawn first: `draw`
@@ -88,9 +88,10 @@ class Operations(NamedTuple):
 
   Attributes:
     index: indices of the operations in `OPERATIONS`, in the order of their application.
-    strength: signed argument of each operation: pixels per pixel of a shear, share of the side of a
-      translation, degrees of a rotation, factor of brightness, color, contrast or sharpness, number
-      of bits of posterize, or threshold of solarize; 0 for an operation without an argument.
+    strength: argument of each operation, with its sign. A shear has the shift in pixels per pixel, a
+      translation a share of the side, a rotation the angle in degrees; brightness, color, contrast and
+      sharpness have a factor, posterize the number of bits, solarize the threshold. 0 for an operation
+      without an argument.
   """
 
   index: Int32[np.ndarray, "*b n"]
@@ -307,7 +308,8 @@ def sharpness(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarr
 def _blend_images(degenerate, view, factor):
   """Computes degenerate + factor * (view - degenerate) of two uint8 images, as uint8.
 
-  Works on a few rows at a time, since large temporary arrays in float32 are slow.
+  `degenerate` is an image such as the grey or the smoothed view. The function works on a few rows at a
+  time, since large temporary arrays in float32 are slow.
   """
   out = np.empty(view.shape, np.uint8)
   rows = 1 + _BLOCK // view[0].size
@@ -320,7 +322,7 @@ def _blend_images(degenerate, view, factor):
 
 
 def _blend(degenerate, x, factor):
-  """Computes degenerate + factor * (x - degenerate), truncated and clipped to uint8 as Pillow does."""
+  """Computes degenerate + factor * (x - degenerate) as uint8, clipped and truncated as Pillow does."""
   y = x - degenerate
   y *= np.float32(factor)
   y += degenerate
@@ -351,8 +353,8 @@ def posterize(view: UInt8[np.ndarray, "h w 3"], bits: int) -> UInt8[np.ndarray, 
 def solarize(view: UInt8[np.ndarray, "h w 3"], threshold: float) -> UInt8[np.ndarray, "h w 3"]:
   """Inverts bright values: values x of at least `threshold` become 255 - x.
 
-  The magnitude 0 of RandAugment gives the threshold 255. Even then white becomes black, as in
-  torchvision.
+  The smallest magnitude of RandAugment, 0, gives the threshold 255. Even then white becomes black, as
+  in torchvision.
   """
   return cv2.LUT(view, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS).astype(np.uint8))
 

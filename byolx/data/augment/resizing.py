@@ -1,4 +1,4 @@
-"""Bicubic cropping and resizing, with or without antialiasing, for training and for evaluation."""
+"""Crops and resizes images for training and evaluation: bicubic, with or without antialiasing."""
 
 import functools
 import math

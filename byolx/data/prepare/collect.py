@@ -22,7 +22,7 @@ from byolx.data.sources.folders import image_folder
 from byolx.data.sources.names import Names
 
 MAX_BYTES = 2**30
-"""Largest size of an input file in bytes; larger files are left out."""
+"""Largest size in bytes of an image file; larger files are left out of a prepared set."""
 
 _STAT_THREADS = 16  # parallel, to hide the latency of network disks
 
@@ -32,7 +32,7 @@ class Inputs:
   """Files of one split that `byolx prepare` converts, in the order in which they are stored.
 
   Attributes:
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     root: path of the folder or of the tar archive.
     names: path of each file, relative to `root`, or to the split's folder inside the archive.
     labels: class of each file, -1 if it is unlabelled.
@@ -213,7 +213,7 @@ def _of_members(split: str, path: Path, archive: Archive, prefix: str) -> _Part:
   """Returns the images of one split of an archive, and the classes of these images.
 
   Args:
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     path: path of the archive.
     archive: contents of the archive.
     prefix: first part of the names of the split's members, such as `train/`.
@@ -250,7 +250,8 @@ def _labelled_test(
     test_labels: path of a file with lines `file-name class-name`; None if there is no such file.
 
   Raises:
-    ValueError: the labels are missing or given twice, or a class is not one of the training split.
+    ValueError: the labels are missing, or given by both folders and `test_labels`; or a class is not one
+      of the training split.
   """
   root = inputs.root
   has_folders = (inputs.labels >= 0).any()
@@ -281,10 +282,13 @@ def _labelled_test(
 
 
 def _read_labels(path: Path, inputs: Inputs) -> list[str]:
-  """Reads a file with lines `file-name class-name`, and returns the class name of each input.
+  """Reads a file with lines `file-name class-name`, and returns the class name of each image.
+
+  The folders in the names of the images are ignored.
 
   Raises:
-    ValueError: the file cannot be read, a line has another form, or an input has not exactly one line.
+    ValueError: the file cannot be read, a line has another form, an image has no line, or two lines have
+      the same file name.
   """
   class_of, lines = {}, Counter()
   try:

@@ -81,7 +81,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Job:
-  """Description of a shard that is to be written, one file of records of a prepared set.
+  """Shard that is to be written; a shard is one of the files of records in a prepared set.
 
   Attributes:
     folder: path of the prepared set.
@@ -98,7 +98,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-  """Description of a shard that was written, one file of records of a prepared set.
+  """Shard that was written; a shard is one of the files of records in a prepared set.
 
   Attributes:
     shard: entry of the shard in `dataset.json`.

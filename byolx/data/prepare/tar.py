@@ -31,7 +31,7 @@ class Archive:
   """Images found in a tar archive, and what else it contains.
 
   Attributes:
-    images: byte offset and size in bytes of each image, by the name of the image, `folder/file.jpg`.
+    images: byte offset and size in bytes of each image, by its name in the archive, `folder/file.jpg`.
     folders: names of all folders, except hidden ones.
     left_out: one line `member: reason` for each member that was left out and might be an image.
     ignored: number of files that are not images, by extension.

@@ -64,7 +64,7 @@ class DamagedError(OSError):
 
 @dataclass(frozen=True)
 class Options:
-  """Options of `prepare`.
+  """Settings of the function `prepare`, which writes a prepared set.
 
   Attributes:
     name: name of the set; '' for the name of the folder or archive of images.
@@ -434,7 +434,10 @@ class _Progress:
     self._lock = threading.Lock()
 
   def add(self, count: int, size: int) -> None:
-    """Counts a finished shard with `count` records and `size` bytes; prints a line every ten seconds."""
+    """Counts a finished shard of `count` records and `size` bytes, and prints the progress.
+
+    A line is printed if the last one is at least ten seconds old, or if this was the last shard.
+    """
     with self._lock:
       self._done += 1
       self._records += count

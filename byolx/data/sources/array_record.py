@@ -8,7 +8,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from byolx.data.decode import DecodeError
 
 MAX_OPEN = 512
-"""Largest number of open shards per process; most systems allow a process 1024 open files."""
+"""Largest number of ArrayRecord files open in a process; most systems allow a process 1024 files."""
 
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access: nothing is read ahead
 _BUFFER = 32768

@@ -70,7 +70,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class EncodedSource(Source, Protocol):
-  """Interface of sources of image files that also give the undecoded bytes of a file."""
+  """Interface of data sources that can also return the undecoded bytes of an image file."""
 
   def encoded(self, index: int) -> tuple[bytes, str]:
     """Returns the bytes of an image file, and the name of the example for messages.
@@ -82,7 +82,7 @@ class EncodedSource(Source, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-  """Source of images of one size that are held in memory.
+  """Data source of images of one size that are held in memory.
 
   Attributes:
     name: name of the data set.
@@ -111,7 +111,7 @@ class ArraySource:
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-  """Source of image files in a folder; a file is opened only when its example is read.
+  """Data source of image files in a folder; a file is opened only when its example is read.
 
   Attributes:
     name: name of the data set.
@@ -145,7 +145,7 @@ class FileSource:
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-  """Source of some examples of another source: those at `indices`, in the order of `indices`."""
+  """Data source with some examples of another one: those at `indices`, in the order of `indices`."""
 
   source: Source
   indices: Int64[np.ndarray, "k"]
@@ -175,7 +175,7 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class EncodedSubset(Subset):
-  """Source of some examples of another source that also gives the undecoded bytes of image files."""
+  """Data source with some examples of another one, which can also return undecoded image files."""
 
   source: EncodedSource
 
@@ -184,9 +184,9 @@ class EncodedSubset(Subset):
 
 
 def subset(source: Source, indices: Int64[np.ndarray, "k"]) -> Subset:
-  """Returns a source of the examples at `indices`, in the order of `indices`.
+  """Returns a data source with the examples of `source` at `indices`, in the order of `indices`.
 
-  If `source` can give undecoded image files (`EncodedSource`), so can the result.
+  If `source` can return undecoded image files (`EncodedSource`), so can the result.
   """
   if isinstance(source, EncodedSource):
     return EncodedSubset(source, indices)
@@ -197,7 +197,7 @@ def check_split(split: str) -> None:
   """Checks that `split` is 'train' or 'test'.
 
   Raises:
-    ValueError: `split` is another string.
+    ValueError: `split` is neither.
   """
   if split not in SPLITS:
     raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")

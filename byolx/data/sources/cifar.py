@@ -60,10 +60,10 @@ def cifar10(folder: str | Path, split: str) -> ArraySource:
 
   Args:
     folder: path of `cifar-10-batches-py` or of its parent; the field data.folder.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
 
   Raises:
-    ValueError: unknown split, or a file that is missing, damaged or of another format.
+    ValueError: the split is unknown, or a file is missing, damaged or of another format.
   """
   return _read(_CIFAR10, folder, split)
 
@@ -73,10 +73,10 @@ def cifar100(folder: str | Path, split: str) -> ArraySource:
 
   Args:
     folder: path of `cifar-100-python` or of its parent; the field data.folder.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
 
   Raises:
-    ValueError: unknown split, or a file that is missing, damaged or of another format.
+    ValueError: the split is unknown, or a file is missing, damaged or of another format.
   """
   return _read(_CIFAR100, folder, split)
 
@@ -211,7 +211,7 @@ class _Dtype:
 
 
 def _latin1(text: Any, encoding: Any = None) -> bytes:
-  """Replacement for `codecs.encode`, which pickles of Python 3 call to make bytes, in old protocols."""
+  """Replacement for `codecs.encode` while unpickling; old pickle protocols make bytes with it."""
   if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
     raise _RefusedError(f"the encoding {encoding!r}")
   return text.encode("latin1")

@@ -1,8 +1,8 @@
-"""Opens data sets that are folders of image files, as sources:
+"""Opens folders of image files as data sources, with one function for each layout:
 
   image_folder   one subfolder per class, or images without labels
   imagenet       train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
-  places365      the lists places365_train_standard.txt and places365_val.txt, and the images
+  places365      the text files places365_train_standard.txt and places365_val.txt, and the images
 
 wnid is a WordNet id such as n01440764, the name of a class folder of ImageNet. All file names are read
 when a source is opened, several class folders in parallel. An image is opened only when its example is
@@ -41,7 +41,9 @@ _PLACES365 = (
 
 
 def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> FileSource:
-  """Opens a folder of images, selected by extension (decode.EXTENSIONS); hidden files are left out.
+  """Opens a folder of images as a data source.
+
+  Files with the extension of an image (decode.EXTENSIONS) are used, except hidden ones.
 
   The first of these layouts that fits is used:
     - Subfolders `train` and `test` (or `val`), each in one of the layouts below, are the splits. If
@@ -55,7 +57,7 @@ def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> Fil
 
   Args:
     folder: path of the folder; the field data.folder.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     test_share: share of each class in the test split, 0 <= share < 1.
 
   Raises:
@@ -96,8 +98,8 @@ def imagenet(folder: str | Path, split: str) -> FileSource:
   name, which gives the usual class numbers 0 to 999.
 
   Args:
-    folder: path of the folder of `train` and `val`; the field data.folder.
-    split: 'train', or 'test' for the images in `val`.
+    folder: path of the folder that contains `train` and `val`; the field data.folder.
+    split: name of the split: 'train', or 'test' for the images in `val`.
 
   Raises:
     ValueError: the split is unknown; the folder does not exist; `train` or `val` is missing or has
@@ -129,7 +131,7 @@ def places365(folder: str | Path, split: str) -> FileSource:
 
   Args:
     folder: path of the folder that has these text files; the field data.folder.
-    split: 'train', or 'test' for the images of `val`.
+    split: name of the split: 'train', or 'test' for the images in `val`.
 
   Raises:
     ValueError: the split is unknown; the folder, a list or the folder of images does not exist; a line
@@ -316,7 +318,7 @@ def _source(name: str, root: Path, split: str, listing: _Listing) -> FileSource:
 
 
 def _test_folder(root: Path) -> Path | None:
-  """Returns the path of the test split's folder, or None unless `root` has folders for both splits."""
+  """Returns the path of the test split's folder; None if `root` does not have folders for both splits."""
   if not (root / "train").is_dir():
     return None
   folders = [root / name for name in ("test", "val") if (root / name).is_dir()]
@@ -401,7 +403,7 @@ def _places(root: Path, files: list[str], labels: list[int], split: str) -> tupl
   Args:
     root: path of the data set's folder.
     files, labels: files and class numbers in the list of `split`.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
 
   Raises:
     ValueError: a class number has no name.

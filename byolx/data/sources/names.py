@@ -19,7 +19,7 @@ class Names(Sequence[str]):
   """Sequence of strings that are stored in one bytes object; `Names.of` makes it from strings.
 
   Args:
-    buffer: all names in UTF-8, without separators.
+    buffer: all names in UTF-8, one after another without separators.
     ends: offset in `buffer` at which each name ends.
   """
 

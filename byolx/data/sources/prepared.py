@@ -52,7 +52,7 @@ from byolx.data.splits import stratified_holdout
 
 @dataclass(frozen=True, eq=False)
 class RecordSource:
-  """Source of the records in one split of a prepared set, which `byolx prepare` wrote.
+  """Data source of the records in one split of a prepared set, which `byolx prepare` wrote.
 
   A shard (one file of records) is opened at the first read from it.
 
@@ -124,7 +124,7 @@ def prepared(folder: str | Path, split: str, test_share: float = 0.2) -> Encoded
 
   Args:
     folder: path of the prepared set; the field data.folder.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     test_share: share of each class in the test split, 0 <= share < 1.
 
   Raises:

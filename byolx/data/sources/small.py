@@ -24,11 +24,11 @@ def digits(split: str, test_share: float = 0.2) -> ArraySource:
   With the default `test_share`, 1437 of them are training images and 360 are test images.
 
   Args:
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
     test_share: share of the images in the test split, 0 <= share < 1; balanced over the classes.
 
   Raises:
-    ValueError: unknown split, or a share outside [0, 1).
+    ValueError: the split is unknown, or `test_share` is outside [0, 1).
   """
   check_split(split)
   table = _digits_table()
@@ -51,10 +51,10 @@ def fashion_mnist(folder: str | Path | None, split: str) -> ArraySource:
   Args:
     folder: path of the folder that has the four `.gz` files; None or '' for FASHION_MNIST_FOLDER, the
       folder of Debian's package.
-    split: 'train' or 'test'.
+    split: name of the split, 'train' or 'test'.
 
   Raises:
-    ValueError: unknown split, or a file that is missing, damaged or of another format.
+    ValueError: the split is unknown, or a file is missing, damaged or of another format.
   """
   check_split(split)
   folder = Path(folder or FASHION_MNIST_FOLDER)

@@ -42,7 +42,7 @@ _PROGRESS_SECONDS = 10
 
 @dataclass(frozen=True, eq=False)
 class TFDSSource:
-  """Source of the records of a set that TensorFlow Datasets wrote; the function `tfds` opens it.
+  """Data source of the records in a set of TensorFlow Datasets; the function `tfds` opens it.
 
   Attributes:
     name: name of the data set.
@@ -96,8 +96,8 @@ def tfds(folder: str | Path, split: str) -> TFDSSource:
 
   Args:
     folder: path of one version of a set, such as `imagenet2012/5.1.0`; the field data.folder.
-    split: 'train'; or 'test' for the set's `test`, or for its `validation` if `test` is missing or
-      unlabelled (as in ImageNet).
+    split: name of the split: 'train', or 'test' for the set's `test`. If `test` is missing or unlabelled
+      (as in ImageNet), the set's `validation` is the test split.
 
   Raises:
     ValueError: the split is unknown; the folder is not a set of TensorFlow Datasets in the format

@@ -150,8 +150,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     folder: folder of the checkpoint.
 
   Returns:
-    A dictionary with the keys `format step time data meta metrics arrays`. `arrays` has for each
-    array's name a pair: type and shape as text, and checksum.
+    A dictionary with the keys `format`, `step`, `time`, `data`, `meta`, `metrics` and `arrays`. `arrays`
+    maps the name of each array to a list of two: a text with its type and shape, such as
+    `float32[8, 10]`, and its checksum.
 
   Raises:
     DamagedError: the record is missing or damaged.

@@ -154,7 +154,11 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rate(record: Mapping[str, Any]) -> str:
-  """Returns the text of a record's learning rate, or of the rates that several seeds selected."""
+  """Returns the learning rate of a record of `results.json` as text.
+
+  If the record is a mean of runs with several seeds that selected different rates, the text lists these
+  rates, separated by commas.
+  """
   rate = record["rate"]
   return ", ".join(f"{value:g}" for value in rate) if isinstance(rate, list) else f"{rate:g}"
 

@@ -156,11 +156,11 @@ def refuse_other_function(
 
 
 def encoder_check(run: ConfigDict) -> Callable[[Mapping[str, Any], Path], None]:
-  """Returns a function that checks whether a pretrained encoder fits a run.
+  """Returns a function that checks whether a pretrained encoder can be used in a run.
 
-  The function takes the config of the run that trained the encoder, and the path of the encoder. It
-  raises a ConfigError if fields differ that determine the encoder's function. `pretrained.read` calls
-  it.
+  `pretrained.read` calls the returned function with the config of the run that trained the encoder, and
+  the path of the encoder. The returned function raises a ConfigError if the two runs differ in a config
+  field that changes what the encoder computes; `refuse_other_function` has the exceptions.
 
   Args:
     run: config of the run, with all fields.

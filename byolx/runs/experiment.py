@@ -86,7 +86,10 @@ class Experiment(Recipe):
     )
 
   def evaluation_batches(self, source: base.Source) -> loader.Batches:
-    """Loads all images of a source once, in evaluation batches; the last batch is padded."""
+    """Returns an iterator over the evaluation batches of a source of images.
+
+    Each image comes once. The last batch is padded to the size of the others.
+    """
     transform, rows = self.task.transform("test"), self.config.eval.batch_size
     return loader.evaluation_batches(source, transform, rows, **self._input)
 

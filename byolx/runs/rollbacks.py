@@ -71,11 +71,12 @@ class Rollbacks:
     """Divides the steps after `start` into ranges in which no training batch is left out.
 
     A rollback returns to an earlier checkpoint after a divergence and leaves out the batches in
-    between, so batches are left out only between two ranges.
+    between.
 
     Returns:
-      Pairs (first, end) for the steps first + 1 to end. The end of the last range is None: this range
-      has all further steps.
+      Pairs (before, end), each for the steps before + 1 to end. Every range but the last ends at a
+      checkpoint to which a rollback returned; the batches that were left out come right after it. The
+      end of the last range is None: it has no last step.
     """
     cuts = [start, *sorted({rollback.to for rollback in self._all if rollback.to > start})]
     return list(zip(cuts, [*cuts[1:], None], strict=True))

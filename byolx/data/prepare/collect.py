@@ -109,8 +109,13 @@ def collect(
     test_labels: path of a file with lines `file-name class-name`, for a test split without class
       folders; None if no such file is needed.
 
+  Returns:
+    A `Collection`: the files of each split, the names of the classes, and one line for each archive
+    member that was left out.
+
   Raises:
-    ValueError: there is no image, or the splits, classes and labels are inconsistent.
+    ValueError: a path does not exist, there is no image, or the arguments, splits, classes and labels
+      are inconsistent.
     OSError: an archive cannot be read.
   """
   parts, left_out = _list_path(Path(source))

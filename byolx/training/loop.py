@@ -20,7 +20,7 @@ IN_FLIGHT = 2
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
-  """The config group `train`: length, batch sizes, rematerialisation, and what a divergence is and does."""
+  """The config group `train`: length, batch sizes, rematerialisation, treatment of divergence."""
 
   epochs: float = field(1000.0, "number of passes over the training images", above(0))
   batch_size: int = field(4096, "images per optimiser step, over all devices", at_least(1))

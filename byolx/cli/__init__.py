@@ -1,4 +1,4 @@
-"""The `byolx` command. Each subcommand is a module, which imports the library only when it runs."""
+"""The `byolx` command. Each subcommand is a module, and it imports the library only when it runs."""
 
 import argparse
 import logging
@@ -27,8 +27,8 @@ _COMMANDS = (train, evaluate, sweep, report, plan, show_views, prepare, bench, i
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs `byolx` with command-line arguments and returns the exit code, 0 for success.
 
-  Other exit codes are FAILED, USAGE (invalid arguments or config), STOPPED (start the command again)
-  and INTERRUPTED (Ctrl-C). Unexpected errors are raised.
+  The other exit codes are FAILED, USAGE (invalid arguments or config), INTERRUPTED (Ctrl-C) and
+  STOPPED. After STOPPED, the same command continues the run. Unexpected errors are raised.
 
   Args:
     argv: command-line arguments, such as ["fields"]; None for those of this process.
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _expected_errors() -> tuple[type[Exception], ...]:
   """Returns the error classes that are printed in one line, without a traceback.
 
-  They are imported here and not at the top, because their modules take long to import.
+  The classes are imported inside this function, because importing their modules takes long.
   """
   from byolx.checkpoints.manager import CheckpointError
   from byolx.core.distributed import DistributedError
@@ -78,7 +78,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 
 class _Parser(argparse.ArgumentParser):
-  """Argument parser that prints an error in one line, without the usage that argparse adds."""
+  """Argument parser that prints an error in one line. It does not print the usage text."""
 
   def error(self, message: str) -> NoReturn:
     self.exit(USAGE, f"byolx: error: {message}; see {self.prog} --help\n")
@@ -119,7 +119,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _parse_absl_flags() -> None:
   """Marks absl's flags as parsed, because grain's worker processes read them.
 
-  Usually absl's own main function does so, which `byolx` does not use.
+  absl's own main function usually marks them, but `byolx` does not use that function.
   """
   from absl import flags
 
@@ -128,7 +128,9 @@ def _parse_absl_flags() -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-  """Prints an error and returns the exit code; of a distributed run, ends all processes instead.
+  """Prints an error and returns the exit code.
+
+  If the run is distributed, the function does not return: it ends all processes of the run.
 
   Args:
     error: error to print.
@@ -142,7 +144,9 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _stop(reason: str, code: int) -> int:
-  """Prints why a run stops, and returns the exit code; of a distributed run, ends all processes.
+  """Prints why a run stops, and returns the exit code.
+
+  If the run is distributed, the function does not return: it ends all processes of the run.
 
   Args:
     reason: reason for the stop, such as a signal.

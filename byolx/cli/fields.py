@@ -7,8 +7,8 @@ def add(command) -> None:
   """Adds the command `byolx fields`.
 
   Args:
-    command: function that creates the command's parser from its name, the function that runs it and
-      its help texts.
+    command: creates and returns the command's parser. Its arguments are the name of the command,
+      a callback that runs the command, and the help texts.
   """
   command("fields", _run, "list every config field with its default and meaning")
 

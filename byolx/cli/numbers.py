@@ -1,6 +1,6 @@
 """Functions that parse numbers in command-line arguments.
 
-All raise argparse.ArgumentTypeError for an invalid text; argparse then prints the message.
+Each raises argparse.ArgumentTypeError if the text is invalid. argparse then prints the message.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def quality(text: str) -> int:
 
 
 def some_share(text: str) -> float:
-  """Parses a share that is not 0, a number above 0 and up to 1.
+  """Parses a share that must not be 0: a number above 0 and at most 1.
 
   Raises:
     argparse.ArgumentTypeError: the text is not such a number.

@@ -1,4 +1,4 @@
-"""Exit codes and options that several `byolx` commands share, such as those of distributed runs."""
+"""Exit codes and options that several `byolx` commands share, such as `--distributed`."""
 
 import argparse
 import logging
@@ -49,7 +49,7 @@ def join(arguments: argparse.Namespace) -> None:
   Afterwards only process 0 prints to stdout.
 
   Args:
-    arguments: parsed arguments, with those of `add_distributed`.
+    arguments: parsed arguments, including the options that `add_distributed` adds.
 
   Raises:
     ConfigError: the options contradict each other, or the processes cannot be detected.

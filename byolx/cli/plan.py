@@ -36,8 +36,8 @@ def add(command) -> None:
   """Adds the command `byolx plan` and its options.
 
   Args:
-    command: function that creates the command's parser from its name, the function that runs it and
-      its help texts.
+    command: creates and returns the command's parser. Its arguments are the name of the command,
+      a callback that runs the command, and the help texts.
   """
   sub = command(
     "plan",
@@ -126,10 +126,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _cache(folder: str | None) -> Path | None:
-  """Returns the folder of cached results, or None for no cache.
+  """Returns the folder of cached results. None means that nothing is cached.
 
   Args:
-    folder: value of `--cache`; None for the default folder, empty for no cache.
+    folder: value of `--cache`. None selects the default folder, and "" disables the cache.
   """
   if folder is None:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

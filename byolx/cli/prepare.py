@@ -1,4 +1,4 @@
-"""`byolx prepare`: writes the images of a data set to a few large files, which are read faster."""
+"""`byolx prepare`: writes the images of a data set to a few large files, which load faster."""
 
 import argparse
 from pathlib import Path
@@ -31,8 +31,8 @@ def add(command) -> None:
   """Adds the command `byolx prepare` and its options.
 
   Args:
-    command: function that creates the command's parser from its name, the function that runs it and
-      its help texts.
+    command: creates and returns the command's parser. Its arguments are the name of the command,
+      a callback that runs the command, and the help texts.
   """
   sub = command(
     "prepare",

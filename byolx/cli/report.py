@@ -33,8 +33,8 @@ def add(command) -> None:
   """Adds the command `byolx report` and its options.
 
   Args:
-    command: function that creates the command's parser from its name, the function that runs it and
-      its help texts.
+    command: creates and returns the command's parser. Its arguments are the name of the command,
+      a callback that runs the command, and the help texts.
   """
   sub = command(
     "report",
@@ -111,9 +111,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _outputs(arguments: argparse.Namespace) -> tuple[str | None, Path | None]:
-  """Returns the format of the text and the path of the figure, by the command's arguments.
+  """Returns the format of the text output and the path of the figure, from the arguments.
 
-  The format is None if only a figure is drawn, and the path is None if no figure is drawn.
+  The format is None if the command draws only a figure. The path is None if it draws no figure.
 
   Raises:
     ConfigError: the name of a file does not end in an expected suffix, or arguments contradict each

@@ -1,1 +1,1 @@
-"""Plans of training on TPUs: memory, speed and price of a train step, and speed of the image input."""
+"""Plans training on TPUs: estimates its memory, speed and price, and measures how fast images load."""

@@ -33,27 +33,25 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Figures:
   """The TPU compiler's estimates for one train step on one core.
 
-  For a step that the compiler refuses as too large, only `fits`, `peak_bytes`, `compile_seconds`
+  The compiler may refuse a step as too large. Then only `fits`, `peak_bytes`, `compile_seconds`
   and the versions are set.
 
   Args:
     fits: whether the step fits the memory of a core.
-    peak_bytes: peak memory of a core in bytes: arguments, temporaries and outputs; for a step that
-      does not fit, the memory that it needs.
+    peak_bytes: peak memory that the step needs on a core, in bytes. It includes arguments,
+      temporaries and outputs.
     argument_bytes, output_bytes, temp_bytes: bytes of the step's arguments, outputs and
       temporaries. Their sum can exceed `peak_bytes`, because most outputs overwrite arguments.
     flops: floating-point operations of a step, with all iterations of its loops.
     bytes_accessed: bytes that a step reads and writes, with all iterations of its loops.
-    cycles: clock cycles of a step in the compiler's schedule; communication between cores takes no
-      cycles there.
-    roofline_seconds: optimistic time of a step in seconds: every instruction runs at the peak
-      arithmetic rate or at the peak memory rate.
-    collectives: number of communications between cores, and bytes of their results, by kind, such
-      as `{"all-reduce": {"count": 2, "bytes": 4096}}`.
+    cycles: estimated clock cycles of a step. Communication between cores counts as 0 cycles.
+    roofline_seconds: optimistic time of a step in seconds. It assumes that every instruction runs
+      at the peak arithmetic rate or at the peak memory rate.
+    collectives: number of communications between cores and bytes of their results, by kind of
+      communication, such as `{"all-reduce": {"count": 2, "bytes": 4096}}`.
     kinds: cycles by kind of work, such as "reductions".
     costs: costs of the costliest instructions, the costliest first.
-    unestimated: number of executions of instructions that the schedule gives no cycles, by
-      operation.
+    unestimated: number of executions of instructions without estimated cycles, by operation.
     unknown_loops: number of loops with an unknown number of iterations. All figures count one
       iteration of such a loop.
     compile_seconds: duration of the compilation in seconds. If the figures come from the cache, it
@@ -113,7 +111,7 @@ def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | N
 
 
 def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> jax.stages.Compiled:
-  """Compiles a program, and prints to stderr how long the compilation usually takes.
+  """Compiles a program and returns it. Prints to stderr how long the compilation usually takes.
 
   If stderr is a terminal, the elapsed time is also printed. Ctrl-C interrupts at once, because the
   compiler runs in a daemon thread. Errors of the compiler are raised unchanged.
@@ -121,7 +119,7 @@ def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> 
   Args:
     lowered: lowered program to compile.
     name: name of the TPU slice for the message, such as v3:16x16.
-    size: length of the program's text in characters, from which the time is estimated.
+    size: length of the program's text in characters. The time is estimated from it.
   """
   minutes = round(size / 1e6 * compile_cache.SECONDS_PER_MEGABYTE["tpu"] / 60)
   usual = f"usually about {minutes + 1} minutes" if minutes else "usually less than a minute"
@@ -155,7 +153,7 @@ def compile_with_progress(lowered: jax.stages.Lowered, name: str, size: int) -> 
 
 
 def _measure(compiled: jax.stages.Compiled, topology: tpu.Topology) -> Figures:
-  """Reads the compiler's estimates from a compiled program: its text and jax's analyses of it."""
+  """Reads the compiler's estimates from a compiled program's text and from jax's analyses of it."""
   program = hlo.parse(compiled.as_text())
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   # XLA's cost analysis counts the body of a loop once.
@@ -190,10 +188,12 @@ def _measure(compiled: jax.stages.Compiled, topology: tpu.Topology) -> Figures:
 
 
 def _bytes_needed(message: str, topology: tpu.Topology) -> int:
-  """Parses the memory in bytes that a too large program needs from the compiler's error message.
+  """Returns the bytes of memory that a too large program needs.
+
+  The number is parsed from the compiler's error message.
 
   Raises:
-    ConfigError: the message is about an error other than the program's size.
+    ConfigError: the error is not about the program's size.
   """
   if "RESOURCE_EXHAUSTED" in message:
     size = r"([\d.]+)([KMGT]?)i?B?"
@@ -205,7 +205,9 @@ def _bytes_needed(message: str, topology: tpu.Topology) -> int:
 
 
 def _key(text: str, name: str) -> str:
-  """Returns the cache key of a program, a hash of its text, the slice and jax's and libtpu's versions.
+  """Returns the cache key of a program.
+
+  The key is a hash of the program's text, the slice's name and the versions of jax and libtpu.
 
   Args:
     text: text of the lowered program.
@@ -222,9 +224,9 @@ def _write(path: Path, key: str, result: Figures) -> None:
 
 
 def _read(path: Path, key: str) -> Figures | None:
-  """Reads cached figures from a file.
+  """Reads the compiler's cached estimates from a file.
 
-  Returns None if the file is missing or damaged, or if its format or its key differs.
+  Returns None if the file is missing or damaged, or if it has another format or another key.
   """
   try:
     entry = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Sums up the costs of a compiled TPU program: cycles, communication, memory traffic, kinds of work.
+"""Sums up the costs of a compiled TPU program, such as clock cycles and memory traffic.
 
 Collectives are the operations that communicate between cores, such as all-reduce.
 """
@@ -53,8 +53,8 @@ class Cost:
     kind: kind of work, such as "reductions" or "all-reduce".
     opcode: operation, such as `convolution`.
     shape: shape of the result as text, such as `f32[2,3]`.
-    source: jax operation that the instruction comes from, such as `jit(step)/dot_general`; empty if
-      the program does not name it.
+    source: jax operation from which the instruction was compiled, such as
+      `jit(step)/dot_general`. It is empty if the program does not name one.
     cycles: estimated clock cycles of one execution.
     times: number of executions in a train step.
   """
@@ -76,8 +76,8 @@ class Cost:
 def cycles(program: Program, *, loops: bool = True) -> int:
   """Returns the clock cycles of a program on one core, the sum over all executed instructions.
 
-  Instructions without an estimate count as 0: communication between cores, and a few others, which
-  `unestimated` returns.
+  Instructions without an estimate count as 0 cycles. These are communication between cores and a
+  few other instructions, most of which `unestimated` counts.
 
   Args:
     program: parsed program.
@@ -87,10 +87,10 @@ def cycles(program: Program, *, loops: bool = True) -> int:
 
 
 def loop_factor(program: Program, weight: Callable[[Program, str, Instruction], float]) -> float:
-  """Returns the factor that corrects a total of XLA's cost analysis for loops, at least 1.
+  """Returns the factor by which to multiply a total of XLA's cost analysis, at least 1.
 
-  XLA's analysis counts one iteration of every loop. The factor is the total over all iterations,
-  divided by the total over one iteration of each loop.
+  XLA's analysis counts only one iteration of every loop. The factor is the total over all
+  iterations, divided by the total over one iteration of each loop.
 
   Args:
     program: parsed program.
@@ -108,9 +108,9 @@ def loop_factor(program: Program, weight: Callable[[Program, str, Instruction], 
 def collectives(program: Program) -> dict[str, dict[str, int]]:
   """Counts a program's collectives, the operations that communicate between cores, by kind.
 
-  Returns for each kind, such as "all-reduce", the number of executions as `count` and the size of
+  Each kind, such as "all-reduce", has the number of executions as `count`, and the total size of
   their results on one core as `bytes`. An asynchronous collective has two instructions, start and
-  done, and counts once. The result of an all-gather is the whole gathered array; that of a
+  done, but counts once. The result of an all-gather is the whole gathered array. The result of a
   reduce-scatter is only the core's part of the sum.
   """
   collectives: dict[str, dict[str, int]] = {}
@@ -136,7 +136,7 @@ def costs(program: Program) -> list[Cost]:
 
 
 def by_kind(costs: list[Cost]) -> dict[str, int]:
-  """Sums the cycles of all costs by kind of work, such as "reductions"; the largest sum first."""
+  """Returns the total clock cycles of each kind of work, such as "reductions", the largest first."""
   total: Counter[str] = Counter()
   for cost in costs:
     total[cost.kind] += cost.total
@@ -146,8 +146,8 @@ def by_kind(costs: list[Cost]) -> dict[str, int]:
 def unestimated(program: Program) -> dict[str, int]:
   """Counts the executions of instructions without estimated cycles, by operation.
 
-  Only results of at least 64 KiB count. Left out are collectives (communication between cores),
-  control flow, and instructions that move no data.
+  Instructions with results below 64 KiB are left out. Collectives (communication between cores),
+  control flow and instructions that move no data are left out too.
   """
   counts: Counter[str] = Counter()
   for _, each, times in executed(program):
@@ -165,9 +165,8 @@ def unestimated(program: Program) -> dict[str, int]:
 def flops(program: Program, computation: str, instruction: Instruction) -> float:
   """Returns the floating-point operations of one execution of an instruction.
 
-  Multiplications and additions of convolutions and matrix products are counted, also inside a
-  fusion (several instructions combined into one), and also where a convolution multiplies padding.
-  Other instructions count as 0.
+  Only multiplications and additions of convolutions and matrix products are counted. Those inside
+  a fusion (several instructions combined into one) and those with padding are included.
 
   Args:
     program: parsed program.
@@ -193,7 +192,7 @@ def flops(program: Program, computation: str, instruction: Instruction) -> float
 def traffic(program: Program, computation: str, instruction: Instruction) -> float:
   """Returns the bytes that an instruction reads and writes, as if all arrays were in main memory.
 
-  Loops, and instructions that touch no data, such as `tuple`, count as 0.
+  The result is 0 for loops and for instructions that touch no data, such as `tuple`.
 
   Args:
     program: parsed program.
@@ -212,16 +211,16 @@ def traffic(program: Program, computation: str, instruction: Instruction) -> flo
 def time(program: Program, computation: str, instruction: Instruction) -> float:
   """Returns the compiler's estimate of an instruction's clock cycles; 0 if there is no estimate.
 
-  The first two arguments are unused: the function has the signature that `loop_factor` expects.
+  The first two arguments are unused. They exist because `loop_factor` passes them.
   """
   return float(instruction.cycles)
 
 
 def _collectives_in(program: Program, instruction: Instruction) -> list[tuple[str, int]]:
-  """Returns the kind and the result's bytes of every collective that an instruction executes.
+  """Returns the collectives of an instruction: the kind and the bytes of the result of each.
 
   Collectives are communications between cores, such as "all-reduce". A fusion, which combines
-  several instructions into one, may contain several collectives.
+  several instructions into one, may contain several collectives. Most instructions contain none.
   """
   kind = instruction.opcode.removesuffix("-start")
   if kind in COLLECTIVES:
@@ -236,7 +235,10 @@ def _collectives_in(program: Program, instruction: Instruction) -> list[tuple[st
 
 
 def _kind(program: Program, instruction: Instruction) -> str:
-  """Returns an instruction's kind of work, such as "reductions" or, for a few, the operation."""
+  """Returns an instruction's kind of work, such as "reductions".
+
+  For a few operations, such as "sort", the kind is the operation's own name.
+  """
   opcodes = _opcodes(program, instruction)
   if opcodes & {"convolution", "dot"}:
     return CONVOLUTIONS
@@ -248,9 +250,9 @@ def _kind(program: Program, instruction: Instruction) -> str:
 
 
 def _opcodes(program: Program, instruction: Instruction) -> set[str]:
-  """Returns the operation of an instruction, such as {"reduce"}.
+  """Returns the operations of an instruction as a set, such as {"reduce"}.
 
-  For a fusion, which combines several instructions into one, it is the set of all their operations.
+  A fusion combines several instructions into one, and the set has the operations of all of them.
   """
   if instruction.opcode != "fusion":
     return {instruction.opcode}
@@ -259,13 +261,19 @@ def _opcodes(program: Program, instruction: Instruction) -> set[str]:
 
 
 def _operand_shape(program: Program, computation: str, instruction: Instruction, index: int) -> str:
-  """Returns the shape of an instruction's input number `index` as text; empty if it is unknown."""
+  """Returns the shape of the input at position `index` of an instruction, such as "f32[2,3]".
+
+  The text is empty if the shape is unknown.
+  """
   operand = program.find(computation, instruction.operands[index])
   return operand.shape if operand else ""
 
 
 def _convolution_flops(program: Program, computation: str, convolution: Instruction) -> float:
-  """Returns the multiplications and additions of a convolution; zeros of dilated inputs are skipped."""
+  """Returns the number of multiplications and additions of a convolution.
+
+  Operations with the zeros that dilation inserts into the input are not counted.
+  """
   kernel = dims(_operand_shape(program, computation, convolution, 1))
   labels = re.search(r"dim_labels=\w+_(\w+)->", convolution.attributes)
   outputs = kernel[labels[1].index("o")] if labels and kernel else 1

@@ -1,9 +1,9 @@
 """Parses the text of a compiled TPU program into computations, which are lists of instructions.
 
-The compiler schedules the program of a core as one list of instructions and annotates most of them
+The compiler schedules the program of a core as one list of instructions. It annotates most of them
 with estimated clock cycles. A loop is one instruction that names two other computations, the body
-and the condition. A fusion is one instruction made of several, and its cycles are those of all of
-them. The module `costs` computes totals from the parsed program. This module does not import jax.
+and the condition. A fusion is one instruction that combines several, and its cycles are those of all
+of them. The module `costs` computes totals from the parsed program. This module does not import jax.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-  """One instruction of a compiled program: one line of a computation, a list of instructions.
+  """One instruction of a compiled program. A computation is a list of instructions, one per line.
 
   Args:
     name: name of the instruction, unique in the computation.
     shape: shape of the result as text, such as `f32[2,3]{1,0}`.
     opcode: operation, such as `convolution`.
     operands: names of the instructions whose results are the inputs.
-    attributes: text of the line after the operands; for a constant, `value=` and the value.
+    attributes: text of the line after the operands. A constant has `value=` and its value here.
     is_root: whether the result of the instruction is the result of the computation.
   """
 
@@ -59,9 +59,9 @@ class Instruction:
     return [name for role, name in _CALLED.findall(self.attributes) if role in roles]
 
   def branches(self) -> list[str]:
-    """Returns the names of a conditional's branches, which are computations; one of them runs.
+    """Returns the names of the computations that are the branches of a conditional.
 
-    For any other instruction the list is empty.
+    Only one branch runs. For any other instruction the list is empty.
     """
     match = _BRANCHES.search(self.attributes)
     branches = [name.strip().lstrip("%") for name in match[1].split(",")] if match else []
@@ -123,12 +123,13 @@ def executed(
 
   Each value is a tuple of the computation's name, the instruction and the number. A computation is
   a list of instructions, such as the body of a loop. A fusion, which combines several instructions
-  into one, is yielded as one. Of a conditional, only the branch with the most cycles is assumed to
-  run.
+  into one, is yielded as one. For a conditional, the function assumes that the branch with the most
+  clock cycles runs.
 
   Args:
     program: parsed program.
-    computation: name of the computation to start with; empty for the program's first one.
+    computation: name of the computation to start with. "" is the computation with which the
+      program starts.
     times: number of executions of that computation.
     loops: whether all iterations of a loop count; False counts one iteration of every loop.
   """
@@ -151,7 +152,7 @@ def executed(
 
 
 def unknown_loops(program: Program) -> int:
-  """Counts the loops whose number of iterations is unknown; `executed` assumes one iteration."""
+  """Counts the loops with an unknown number of iterations. `executed` assumes one iteration there."""
   return sum(
     instruction.opcode == "while" and _trip_count(program, computation, instruction) is None
     for computation, instruction, _ in executed(program, loops=False)
@@ -159,7 +160,7 @@ def unknown_loops(program: Program) -> int:
 
 
 def size(shape: str) -> int:
-  """Returns the bytes of an array, or of all arrays of a tuple, without padding.
+  """Returns the bytes of an array without padding. For a tuple, it is the sum over all its arrays.
 
   Args:
     shape: shape as text, such as `f32[2,3]` or `(f32[2,3], s32[])`.
@@ -173,13 +174,16 @@ def size(shape: str) -> int:
 
 
 def dims(shape: str) -> list[int]:
-  """Returns the dimensions of the first array in a shape: [2, 3] for the text `f32[2,3]{1,0}`."""
+  """Returns the dimensions of the first array in a shape, such as [2, 3] for `f32[2,3]{1,0}`."""
   match = _ARRAY.search(shape)
   return [int(dim) for dim in match[2].split(",") if dim] if match else []
 
 
 def parts(shape: str) -> list[str]:
-  """Splits the text of a tuple's shape, such as `(f32[2,3], s32[])`, into its elements' texts."""
+  """Splits a tuple's shape into the shapes of its elements.
+
+  For example, `(f32[2,3], s32[])` becomes ["f32[2,3]", "s32[]"].
+  """
   parts, depth, begin = [], 0, 1
   for index, letter in enumerate(shape):
     depth += letter in "({["
@@ -209,7 +213,7 @@ def _instruction(head: re.Match, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-  """Returns the index of the parenthesis that closes the one at index `start` of a text."""
+  """Returns the index of the closing parenthesis. The opening one is at index `start` of the text."""
   depth = 0
   for match in re.compile(r"[()]").finditer(text, start):
     depth += 1 if match[0] == "(" else -1
@@ -221,8 +225,8 @@ def _closing(text: str, start: int) -> int:
 def _trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
   """Returns a loop's number of iterations; None if it is unknown.
 
-  It is read from the compiler's annotation. If there is none, it is computed from the loop's
-  counter, if start, end and step of the counter are constants.
+  The number is read from the compiler's annotation. Without an annotation, it is computed from the
+  start, the end and the step of the loop's counter. Then start and end must be constants.
 
   Args:
     program: parsed program.
@@ -247,7 +251,9 @@ def _trip_count(program: Program, computation: str, loop: Instruction) -> int | 
 
 
 def _stride(program: Program, loop: Instruction, index: int) -> int:
-  """Returns the number that a loop's body adds to the counter; 1 if that is not a constant.
+  """Returns the step of a loop's counter: the constant that the body adds to it in each iteration.
+
+  If no positive constant is found, the result is 1.
 
   Args:
     program: parsed program.
@@ -281,7 +287,9 @@ def _start(program: Program, computation: str, loop: Instruction, index: int) ->
 
 
 def _constant(program: Program, computation: str, name: str) -> int | None:
-  """Returns the value of a whole-number constant, or of a copy or cast of one; otherwise None.
+  """Returns the value of an instruction that is a whole-number constant; otherwise None.
+
+  A copy or a cast of a constant also counts as a constant.
 
   Args:
     program: parsed program.

@@ -1,4 +1,4 @@
-"""Text that `byolx plan` prints: a page for one plan, or a table for several plans."""
+"""Text that `byolx plan` prints: a list of values for one plan, or a table for several plans."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,10 @@ _GIB = 2**30
 
 
 def page(plan: Plan, costs: int = 0) -> str:
-  """Returns a plan as a page of text: memory, speed, duration and price of a train step.
+  """Returns a plan as text: memory and speed of a train step, duration and price of the training.
 
-  If the train step does not fit and a changed config does, the page of that config follows.
+  If the train step does not fit the memory but a changed config was found that fits, the text of
+  the changed config follows.
 
   Args:
     plan: plan to describe.
@@ -51,7 +52,8 @@ def page(plan: Plan, costs: int = 0) -> str:
 def table(plans: Sequence[Plan]) -> str:
   """Returns several plans as a table of text with one row per plan.
 
-  If a train step does not fit and a changed config does, a row for the changed config follows.
+  If the train step of a plan does not fit the memory but a changed config was found that fits, a
+  row for the changed config follows.
   """
   shown = [row for plan in plans for row in (plan, plan.better) if row]
   head = ["config", "topology", "cores", "fits", "GiB a core", "scheduled ms", "roofline ms"]
@@ -85,7 +87,7 @@ def table(plans: Sequence[Plan]) -> str:
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
-  """Returns the lines of the page about a compiled train step, each as a name and a text."""
+  """Returns the lines that describe a compiled train step, each as a tuple of a name and a text."""
   figures, slice_, terms = plan.figures, plan.topology, plan.terms
   generation = slice_.generation
   seconds = plan.scheduled_seconds

@@ -130,7 +130,7 @@ def _parse_absl_flags() -> None:
 def _fail(error: Exception, code: int) -> int:
   """Prints an error and returns the exit code.
 
-  If the run is distributed, the function does not return: it ends all processes of the run.
+  If the run has several processes, the function does not return. It ends all of them.
 
   Args:
     error: error to print.
@@ -146,7 +146,7 @@ def _fail(error: Exception, code: int) -> int:
 def _stop(reason: str, code: int) -> int:
   """Prints why a run stops, and returns the exit code.
 
-  If the run is distributed, the function does not return: it ends all processes of the run.
+  If the run has several processes, the function does not return. It ends all of them.
 
   Args:
     reason: reason for the stop, such as a signal.

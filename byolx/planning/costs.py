@@ -76,8 +76,8 @@ class Cost:
 def cycles(program: Program, *, loops: bool = True) -> int:
   """Returns the clock cycles of a program on one core, the sum over all executed instructions.
 
-  Instructions without an estimate count as 0 cycles. These are communication between cores and a
-  few other instructions, most of which `unestimated` counts.
+  Instructions without an estimate count as 0 cycles. Communication between cores has no estimate,
+  and a few other instructions have none either (see `unestimated`).
 
   Args:
     program: parsed program.

@@ -1,11 +1,11 @@
 """`byolx bench input`: measures how fast images can be loaded, and how many TPU cores that feeds.
 
 All measurements use the config's images, in the order of the first epoch. The first measurement
-times each stage of loading, such as decoding, in one thread. The second runs the bare functions
-without the loader: decode, crop, resize, and the colour augmentations if the host applies them. They
-read bytes in memory; their speed is the limit of any loader. The third runs the loader itself, in
-this process and in worker processes. The last two measurements alternate, because the speed of a
-machine changes with time.
+times each stage of loading, such as decoding, in one thread. The second one times only the bare
+functions decode, crop and resize, without the loader. It includes the colour augmentations if the
+host (CPU) applies them. The bare functions read bytes in memory, so no loader can be faster. The
+third measurement times the loader itself, in this process and in worker processes. The second and
+the third measurement alternate, because the speed of a machine changes with time.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Stage:
 
   Args:
     name: name of the stage, such as decode.
-    ms_per_image: milliseconds per image, for all views (augmented crops) of the image together.
+    ms_per_image: milliseconds per image. This is the time for all views (augmented crops) of it.
   """
 
   name: str
@@ -66,15 +66,15 @@ class Stage:
 class Rate:
   """Speed of the image loader with a certain number of worker processes.
 
-  The bare functions, to which it is compared, decode, crop and resize without the loader.
+  It is compared with the speed of the bare functions decode, crop and resize without the loader.
 
   Args:
     workers: number of worker processes; 0 means that this process loads the images.
-    images_per_second: images per second, each with all views (augmented crops).
-    per_core: images per second, divided by the number of cores that the workers use.
+    images_per_second: images per second. An image counts once for all its views (augmented crops).
+    per_core: images per second, divided by the number of CPU cores that the workers use.
     of_limit: `per_core`, divided by the speed of the bare functions in one process.
     of_shared_limit: `images_per_second`, divided by the speed of the bare functions in the same
-      number of processes at once, which share the machine's memory.
+      number of processes. These processes run at once and share the machine's memory.
   """
 
   workers: int
@@ -92,16 +92,16 @@ class InputReport:
     source: name of the image source.
     records: number of training images.
     size: side of a view, an augmented crop, in pixels.
-    placement: place of the colour augmentations, `host` or `device`.
+    placement: where colours are augmented: `host` (CPU) or `device` (accelerator).
     batch_size: number of images in a train step.
     cores: number of CPU cores that this process may use.
     stages: times of the stages of loading, such as decoding.
-    limit_images_per_second: images per second of the bare functions, which decode, crop and resize
-      without the loader, in one process.
+    limit_images_per_second: images per second of the bare functions (decode, crop and resize,
+      without the loader) in one process.
     rates: speeds of the loader, one for each measured number of worker processes.
     gflop_per_image: floating-point operations of a train step per image, in units of 1e9.
-    tpu_v3_cores: number of TPU v3 cores that the fastest measured loader can feed, if the cores
-      train at the share UTILISATION of their peak rate.
+    tpu_v3_cores: estimated number of TPU v3 cores for which the fastest measured loader delivers
+      enough images. Each core is assumed to reach the share UTILISATION of its peak rate.
   """
 
   source: str
@@ -158,8 +158,8 @@ def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> In
   Args:
     cfg: config with all fields.
     workers: numbers of worker processes to measure; 0 means that this process loads the images.
-    seconds: duration of each measurement in seconds; the number of measurements is at most
-      1 + ROUNDS * (1 + 2 * len(workers)).
+    seconds: duration of one measurement in seconds. There are at most
+      1 + ROUNDS * (1 + 2 * len(workers)) measurements.
 
   Raises:
     ConfigError: there are no images, or fields contradict each other.
@@ -201,11 +201,11 @@ def measure_input(cfg: ConfigDict, workers: Sequence[int], seconds: float) -> In
 
 
 def step_flops_per_image(cfg: ConfigDict) -> float:
-  """Returns the floating-point operations of a train step per image, about 8 forward passes.
+  """Estimates the floating-point operations of a train step per image, as 8 forward passes.
 
-  Each of the two views costs four passes: one of the online network, one of the target network, and
-  two for the gradient. The operations of a pass are counted in the encoder's program for one image
-  before compilation. Projector, predictor and optimiser are left out.
+  Each of the two views (augmented crops) costs four passes: one of the online network, one of the
+  target network, and two for the gradient. The operations of one pass are jax's count for the
+  encoder with one image. Projector, predictor and optimiser are left out.
   """
   spec = trainer.build_encoder(cfg)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: ResNet(spec, rngs=nnx.Rngs(0))))
@@ -219,16 +219,18 @@ def step_flops_per_image(cfg: ConfigDict) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Images to measure, and the transform that makes views of them.
+  """Images with which loading is measured, and the transform that makes views of them.
+
+  A view is an augmented crop.
 
   Args:
     source: training images.
     transform: transform of the training images, such as crops and augmentations.
     seed: seed of the run.
     records: indices of the measured images in `source`.
-    encoded: bytes of the file of each measured image; b"" if the source contains decoded pixels.
-    draws: random augmentation parameters of each measured image, one per view; an empty tuple if
-      the transform makes no views.
+    encoded: bytes of the file of each measured image. They are b"" if the source has decoded pixels.
+    draws: random augmentation parameters of each measured image, one element per view. They are
+      an empty tuple if the transform makes no views.
   """
 
   source: Source
@@ -240,7 +242,7 @@ class Work:
 
   @classmethod
   def of(cls, cfg: ConfigDict, source: Source) -> "Work":
-    """Takes the first readable images of the first epoch, at most SAMPLE.
+    """Creates a Work with the first readable images of the first epoch, at most SAMPLE images.
 
     Args:
       cfg: config with all fields.
@@ -277,7 +279,7 @@ class Work:
 
   @property
   def on_host(self) -> bool:
-    """Whether colours are augmented on the host, after cropping, and so are a stage to measure."""
+    """Whether the host (CPU) augments colours. If so, this is one of the measured stages."""
     return isinstance(self.transform, Views) and not self.transform.on_device
 
   def image(self, i: int) -> np.ndarray:
@@ -289,8 +291,8 @@ class Work:
   def crops(self, i: int, image: np.ndarray) -> list[np.ndarray]:
     """Returns the cropped and resized views of an image, before the colour augmentations.
 
-    If the transform makes no views, the function applies all of it and returns the arrays that it
-    fills, without scalars.
+    Some transforms make no views. Such a transform is applied completely, and its output arrays
+    are returned, except scalars.
 
     Args:
       i: index of the image in `records`.
@@ -308,7 +310,9 @@ class Work:
     return [array for array in jax.tree.leaves(rows) if array.ndim]
 
   def colours(self, i: int, crops: list[np.ndarray]) -> list[np.ndarray]:
-    """Augments the colours of an image's views, or returns them unchanged if `on_host` is False.
+    """Augments the colours of an image's views and returns the views.
+
+    If `on_host` is False, the views are returned unchanged.
 
     Args:
       i: index of the image in `records`.
@@ -323,12 +327,12 @@ class Work:
 
 
 def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
-  """Measures the time of each stage of loading, such as decoding, one stage after the other.
+  """Loads images in one thread, and returns the mean time of each stage, such as decoding.
 
   Args:
     cfg: config with all fields.
     work: images to measure.
-    seconds: duration of the whole measurement in seconds.
+    seconds: duration of the whole measurement in seconds, for all stages together.
   """
   count = len(work.records)
   batch_size = min(count, loader.PART_ROWS)
@@ -366,7 +370,9 @@ def _stages(cfg: ConfigDict, work: Work, seconds: float) -> tuple[Stage, ...]:
 
 
 def _run_bare(work: Work, seconds: float) -> float:
-  """Runs decode, crop, resize and colours in a loop without the loader; returns images per second.
+  """Decodes, crops, resizes and colours images in a loop, without the image loader.
+
+  Returns the number of images per second.
 
   Args:
     work: images to measure.
@@ -382,7 +388,7 @@ def _run_bare(work: Work, seconds: float) -> float:
 
 
 def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float) -> float:
-  """Runs the image loader and returns its images per second, without the time of its start.
+  """Runs the image loader and returns its images per second. The time of its start is not counted.
 
   Args:
     cfg: config with all fields.
@@ -413,9 +419,9 @@ def _run_pipeline(cfg: ConfigDict, source: Source, workers: int, seconds: float)
 
 
 def _run_side_by_side(work: Work, processes: int, seconds: float) -> float:
-  """Runs decode, crop, resize and colours without the loader in several processes at once.
+  """Decodes, crops, resizes and colours images in several processes at once, without the loader.
 
-  Returns the images per second of all processes together.
+  Returns the number of images per second of all processes together.
   """
   context = multiprocessing.get_context("spawn")
   ready = context.Barrier(processes)
@@ -427,26 +433,32 @@ _bare: tuple = ()
 
 
 def _start_bare(work: Work, ready) -> None:
-  """Prepares a worker process: stores the images to measure and the barrier `ready`."""
+  """Prepares a worker process: stores the images to measure and the barrier `ready`.
+
+  All worker processes wait at the barrier, so that they start to measure at the same time.
+  """
   global _bare
   _bare = (work, ready)
   batching.start_worker()
 
 
 def _bare_in_process(seconds: float) -> float:
-  """Waits in a worker process until all are ready, then measures its images per second."""
+  """Measures in a worker process how many images per second it decodes, crops, resizes and colours.
+
+  The measurement starts when all worker processes are ready.
+  """
   work, ready = _bare
   ready.wait()
   return _run_bare(work, seconds)
 
 
 def _rate(workers: int, images_per_second: float, limit: float, shared: float) -> Rate:
-  """Compares the loader's speed with the speed of the bare functions, without the loader.
+  """Compares the image loader's speed with that of the bare functions (decode, crop and resize).
 
   Args:
     workers: number of worker processes of the loader.
     images_per_second: images per second of the loader.
-    limit: images per second of the bare functions in one process.
+    limit: images per second of the bare functions in one process, without the loader.
     shared: images per second of the bare functions in as many processes as the loader uses.
   """
   per_core = images_per_second / max(1, min(workers, usable_cores()))

@@ -1,8 +1,8 @@
 """`byolx plan`: estimates memory, speed, duration and price of training a config on a TPU slice.
 
-A slice is a group of TPU chips that train together. The TPU compiler compiles the same train step
-that `byolx train` runs, without a TPU and without images. If the step needs too much memory, changes
-of the config that reduce the memory are compiled too, the cheapest first.
+A slice is a group of TPU chips that train together. The TPU compiler compiles the train step of
+`byolx train`. It needs neither a TPU nor images. If the step needs too much memory, changed configs
+that need less memory are compiled too. The change with the smallest drawback is tried first.
 """
 
 import dataclasses
@@ -42,16 +42,15 @@ the least."""
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-  """The user's assumptions for a plan, such as the price of a core-hour, and options of the search.
+  """The user's assumptions and options for a plan, such as the price of a core-hour.
 
   Args:
-    efficiency: expected speed of the run, relative to the speed in the compiler's schedule, above 0
-      and at most 1. Input, network and checkpoints make a run slower than the schedule; the
+    efficiency: expected speed of the run, divided by the speed that the compiler estimates, above
+      0 and at most 1. Input, network and checkpoints make a run slower than this estimate. The
       paper's run reached 0.59 (docs/plan.md: 54.1 / 92 ms).
-    price: price of a core-hour in USD; None if the plan has no price. A core is a device as jax
-      counts them.
-    images, classes: number of training images and number of classes; None to find the number from
-      the config's data set.
+    price: price of a core-hour in USD; None if the plan has no price. A core is one jax device.
+    images, classes: number of training images and number of classes. If a number is None, it is
+      found from the config's data set.
     search: whether to search for a changed config if a step needs too much memory.
     cache: folder of the compiler's cached estimates; None disables the cache.
   """
@@ -75,12 +74,12 @@ class Plan:
     topology: TPU slice, such as v3:16x16.
     terms: the user's assumptions, such as the price of a core-hour.
     batch_size: number of images in a train step.
-    passes: number of micro-batches that a train step processes one after another.
+    passes: number of micro-batches (parts of a batch) that a train step processes one after another.
     used: number of cores that the train step runs on.
     steps: number of train steps of the whole training.
     figures: the compiler's estimates for one train step on one core.
-    better: plan of the first changed config that fits the memory; None if this plan fits, or if no
-      changed config fits or was tried.
+    better: plan of the first changed config that fits the memory. It is None if this plan fits, if
+      no changed config fits, or if none was tried.
     tried: one line for each change of the config that was tried, with the result.
   """
 
@@ -98,29 +97,33 @@ class Plan:
 
   @property
   def flags(self) -> list[str]:
-    """The changed fields as arguments of `byolx train`, such as `--config.train.remat=block`."""
+    """Changes of the config as arguments of `byolx train`, such as `--config.train.remat=block`."""
     return [f"--config.{name}={value}" for name, value in self.changes.items()]
 
   @property
   def scheduled_seconds(self) -> float | None:
-    """Seconds of a train step in the compiler's schedule; None if the compiler refused the step."""
+    """Seconds of a train step, as estimated by the compiler.
+
+    It is None if the compiler refused the step, because the step needs too much memory.
+    """
     cycles = self.figures.cycles
     return None if cycles is None else cycles / self.topology.generation.clock_hz
 
   @property
   def images_per_second(self) -> float | None:
-    """Images per second that the slice trains on at the speed of the compiler's schedule.
+    """Images per second on which the slice trains at the speed that the compiler estimates.
 
-    The input has to deliver as many. None if the compiler refused the step.
+    The image loaders must deliver as many images. It is None if the compiler refused the train
+    step, because the step needs too much memory.
     """
     seconds = self.scheduled_seconds
     return self.batch_size / seconds if seconds else None
 
   @property
   def hours(self) -> float | None:
-    """Hours of the whole training at the speed of the compiler's schedule, an optimistic estimate.
+    """Hours of the whole training at the speed that the compiler estimates, which is optimistic.
 
-    None if the compiler refused the step.
+    It is None if the compiler refused the train step, because the step needs too much memory.
     """
     seconds = self.scheduled_seconds
     return None if seconds is None else self.steps * seconds / 3600
@@ -129,30 +132,36 @@ class Plan:
   def core_hours(self) -> float | None:
     """Expected hours of the whole training, multiplied by the number of cores of the slice.
 
-    The expected speed is `Terms.efficiency` times the speed of the compiler's schedule. None if the
-    compiler refused the step.
+    The expected speed is `Terms.efficiency` times the speed that the compiler estimates. It is None
+    if the compiler refused the train step, because the step needs too much memory.
     """
     return self.hours and self.hours / self.terms.efficiency * self.topology.cores
 
   @property
   def usd(self) -> float | None:
-    """Price of the whole training in USD; None without `Terms.price` or for a refused step."""
+    """Price of the whole training in USD.
+
+    It is None without `Terms.price`. It is also None if the compiler refused the train step, because
+    the step needs too much memory.
+    """
     price = self.terms.price
     return None if price is None or self.core_hours is None else price * self.core_hours
 
   @property
   def share_of_flops(self) -> float | None:
-    """Share of the TPU's peak arithmetic rate that a step reaches in the compiler's schedule.
+    """Arithmetic rate of a train step, divided by the TPU's peak rate, as the compiler estimates it.
 
-    The value is from 0 to 1; None if the compiler refused the step.
+    The value is from 0 to 1. It is None if the compiler refused the step, because the step needs too
+    much memory.
     """
     return self._share(self.figures.flops, self.topology.generation.flops)
 
   @property
   def share_of_bandwidth(self) -> float | None:
-    """Share of the memory's peak rate that a step reaches in the compiler's schedule.
+    """Memory rate of a train step, divided by the TPU's peak rate, as the compiler estimates it.
 
-    The value is from 0 to 1; None if the compiler refused the step.
+    The value is from 0 to 1. It is None if the compiler refused the step, because the step needs too
+    much memory.
     """
     return self._share(self.figures.bytes_accessed, self.topology.generation.bandwidth)
 
@@ -161,7 +170,7 @@ class Plan:
     return amount / peak / seconds if amount is not None and seconds else None
 
   def json(self, costs: int = 0) -> dict[str, Any]:
-    """Returns the plan as a dictionary for JSON, in bytes, seconds, hours and USD.
+    """Returns the plan as a dictionary for JSON. Its units are bytes, seconds, hours and USD.
 
     Args:
       costs: number of the costliest instructions to include.
@@ -217,7 +226,7 @@ def build(config: ConfigDict, topology: tpu.Topology, terms: Terms) -> trainer.R
   Args:
     config: config with all fields.
     topology: TPU slice, such as v3:16x16.
-    terms: the user's assumptions, of which the numbers of images and classes are used.
+    terms: the user's assumptions. Only the numbers of images and classes are used.
 
   Raises:
     ConfigError: the config cannot run on the slice, its images cannot be counted, or libtpu is not
@@ -233,8 +242,8 @@ def build(config: ConfigDict, topology: tpu.Topology, terms: Terms) -> trainer.R
 def make(recipe: trainer.Recipe, name: str, topology: tpu.Topology, terms: Terms) -> Plan:
   """Compiles a train step for a TPU slice and returns its plan: memory, speed and price.
 
-  If the step needs too much memory, changed configs that need less are compiled too, until one
-  fits; its plan is `Plan.better` of the result. `Terms.search` can turn this off.
+  If the step needs too much memory, changed configs that need less are compiled too. The first one
+  that fits becomes `Plan.better` of the result. `terms.search=False` disables this search.
 
   Args:
     recipe: train step that `build` has built for the slice, with its config.
@@ -243,7 +252,7 @@ def make(recipe: trainer.Recipe, name: str, topology: tpu.Topology, terms: Terms
     terms: the user's assumptions, such as the price of a core-hour.
 
   Raises:
-    ConfigError: the compiler refuses a step for another reason than its size.
+    ConfigError: the compiler refuses the step, but not because of its size.
   """
 
   def plan_of(recipe: trainer.Recipe, changes: dict[str, Any]) -> Plan:
@@ -280,8 +289,8 @@ def make(recipe: trainer.Recipe, name: str, topology: tpu.Topology, terms: Terms
 def count_images(config: ConfigDict, terms: Terms) -> tuple[int, int]:
   """Returns the number of training images and the number of classes of a config.
 
-  A number that `terms` gives is taken from there. Otherwise it is known for public data sets, and
-  for all other sources the images are opened and counted.
+  A number in `terms` is returned unchanged. Otherwise, the numbers of public data sets are known. For
+  other data sets, the images are opened and counted.
 
   Args:
     config: config with all fields.
@@ -307,7 +316,10 @@ def count_images(config: ConfigDict, terms: Terms) -> tuple[int, int]:
 
 
 def _selected(data: ConfigDict, images: int) -> int:
-  """Returns how many training images remain after the config's selection of labels and validation.
+  """Returns the number of images on which a config trains.
+
+  Validation images do not count. If the config selects a part of the labelled images, only these
+  images count.
 
   Args:
     data: config group `data`.
@@ -331,10 +343,10 @@ def _count_in_source(config: ConfigDict) -> tuple[int, int]:
 
 
 def candidates(config: ConfigDict, cores: int) -> Iterator[dict[str, Any]]:
-  """Yields changes of a config that reduce the memory of a train step, the cheapest first.
+  """Yields changes of a config that reduce the memory of a train step.
 
-  A change is a dictionary of new values by field name. Sharding the training state over the cores
-  and recomputing activations come first, because they do not change the results. Smaller
+  Each change is a dictionary from field names to new values. Sharding the training state over the
+  cores and recomputing activations come first, because they do not change the results. Smaller
   micro-batches come last, because BatchNorm then normalises over fewer images.
 
   Args:
@@ -356,14 +368,15 @@ def candidates(config: ConfigDict, cores: int) -> Iterator[dict[str, Any]]:
 
 
 def _after(names: tuple[str, ...], name: str) -> tuple[str, ...]:
-  """Returns the elements of `names` that follow `name`."""
+  """Returns the elements of `names` after `name`."""
   return names[names.index(name) + 1 :]
 
 
 class _Estimate:
-  """Estimate of how much memory a change of the config saves, to skip compilations that cannot help.
+  """Estimates how much memory a change of the config saves.
 
-  The estimate is optimistic: it should not be below what the change really saves.
+  A change that cannot save enough is not compiled. The estimate is optimistic: the real saving
+  should not be larger.
 
   Args:
     recipe: train step that needs too much memory.
@@ -382,7 +395,9 @@ class _Estimate:
     self._activations = max(0, peak - sharding.held_bytes(state))
 
   def add(self, changes: dict[str, Any], peak: int) -> None:
-    """Records the compiled result of a change, which makes later estimates more exact.
+    """Stores the memory of a changed train step after its compilation.
+
+    Later estimates become more exact with it.
 
     Args:
       changes: new values of the changed fields, by name.
@@ -391,7 +406,13 @@ class _Estimate:
     self._peaks[frozenset(changes.items())] = peak
 
   def may_fit(self, changes: dict[str, Any]) -> bool:
-    """Returns whether a train step with these changed fields could fit the memory of a core."""
+    """Returns whether a changed train step fits the memory of a core by an optimistic estimate.
+
+    If the result is False, compiling the step is not worth the time.
+
+    Args:
+      changes: new values of the changed config fields, by name.
+    """
     others = {name: value for name, value in changes.items() if name != "mesh.state"}
     freed = float(self._state) if "mesh.state" in changes else 0.0
     peak = self._peaks.get(frozenset(others.items()))

@@ -1,12 +1,12 @@
 """Clock, memory and peak rates of TPU generations, and the devices of a slice for compiling.
 
 A slice is a group of TPU chips that train together; no TPU is needed for compiling. Numbers are per
-device as jax counts them: a core on v2, v3, v5e and v6e; a chip on v4 and v5p, whose two cores work
-as one. Sources: [docs] cloud.google.com/tpu/docs, the page of each generation; [J20] Jouppi et al.
-2020, "A domain-specific supercomputer for training deep neural networks"; [J23] Jouppi et al. 2023,
-"TPU v4". The memory is the limit that libtpu 0.0.52 prints for a program that does not fit. [units]:
-the clock is computed, as the peak rate divided by the operations of all matrix units in one cycle
-(two for each cell). This computation gives the published clocks of v2, v3 and v4.
+jax device. A jax device is a core on v2, v3, v5e and v6e. It is a chip on v4 and v5p, whose two
+cores work as one. Sources: [docs] cloud.google.com/tpu/docs, the page of each generation; [J20]
+Jouppi et al. 2020, "A domain-specific supercomputer for training deep neural networks"; [J23]
+Jouppi et al. 2023, "TPU v4". The memory is the limit that libtpu 0.0.52 prints for a program that
+does not fit. [units] marks a computed clock: the peak rate divided by the operations of all matrix
+units in one cycle (two for each cell). This computation gives the published clocks of v2, v3 and v4.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _GOOGLE_VENDOR = "0x1ae0"
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """A TPU generation, such as v3, with its rates and memory per device as jax counts devices.
+  """A TPU generation, such as v3, with the rates and the memory of one jax device.
 
   Google names TPUs by accelerator types such as `v3-512`. A topology is a layout of chips, such as
   `16x16`.
@@ -48,10 +48,9 @@ class Generation:
     bandwidth: peak bytes per second between memory and core.
     devices_per_chip: number of jax's devices on a chip.
     axes: number of axes of a topology, 2 or 3.
-    sizes: usual topology for each number that an accelerator type may have.
+    sizes: usual topology for each number after the dash in an accelerator type.
     prefix: text before the dash in accelerator types, such as `v5litepod`.
-    counts: what one chip adds to the number in an accelerator type: 2 if the number counts cores,
-      1 if it counts chips.
+    counts: 2 if the number in an accelerator type counts cores, two per chip; 1 if it counts chips.
     options: further options of libtpu for the description of a topology.
   """
 
@@ -126,14 +125,14 @@ class Topology:
 
   @property
   def cores(self) -> int:
-    """Number of cores of the slice, in jax's count of devices: a v4 or v5p chip is one."""
+    """Number of jax devices of the slice. A v4 or v5p chip is one device, with two cores."""
     return self.chips * self.generation.devices_per_chip
 
   @property
   def host_shape(self) -> tuple[int, int, int]:
     """Number of chips of one host along each of three axes, usually (2, 2, 1).
 
-    A slice of one chip, or of eight v5e or v6e chips, has one host with all chips.
+    A slice of one chip has one host. A slice of eight v5e or v6e chips has one host with all chips.
     """
     single = self.generation.axes == 2 and self.generation.devices_per_chip == 1
     if self.chips == 1 or (single and self.chips == 8):
@@ -142,12 +141,14 @@ class Topology:
 
   @property
   def hosts(self) -> int:
-    """Number of hosts, the machines to which the chips of the slice are attached."""
+    """Number of hosts of the slice. A host is a machine to which some of the chips are attached."""
     return self.chips // math.prod(self.host_shape)
 
 
 def topology(name: str) -> Topology:
-  """Parses the name of a TPU slice: a layout of chips such as `v3:16x16`, or a type such as `v3-512`.
+  """Parses the name of a TPU slice and returns the slice.
+
+  The name has a layout of chips, such as `v3:16x16`, or is an accelerator type, such as `v3-512`.
 
   Raises:
     ConfigError: the generation is unknown, or it has no slice of this size.
@@ -196,7 +197,7 @@ def _by_accelerator_type(name: str) -> Topology:
 
 
 def devices(slice_: Topology) -> list[Any]:
-  """Returns jax devices of a TPU slice for which programs can be compiled, but on which none can run.
+  """Returns the jax devices of a TPU slice, for compiling programs. No program can run on them.
 
   Raises:
     ConfigError: libtpu is not installed, or it refuses the slice.
@@ -235,10 +236,10 @@ def version() -> str:
 
 
 def quieten() -> None:
-  """Stops libtpu, the TPU compiler, from searching for a TPU and logging errors if there is none.
+  """Keeps libtpu, the TPU compiler, from searching for a TPU and logging errors if it finds none.
 
-  Must be called before jax first looks for devices. It does nothing if libtpu is not installed or
-  if the machine may have a TPU.
+  The function must be called before jax looks for devices. It does nothing if libtpu is not
+  installed or if the machine may have a TPU.
   """
   if importlib.util.find_spec("libtpu") and not _attached():
     for name, value in _QUIET.items():
@@ -248,7 +249,7 @@ def quieten() -> None:
 def _attached() -> bool:
   """Returns whether the machine has a PCI device of Google, such as a TPU.
 
-  The network card of a Google Cloud machine is one too, so True does not prove a TPU.
+  The result True does not prove a TPU, because Google Cloud machines have network cards of Google.
   """
   vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
   return any(path.read_text().strip() == _GOOGLE_VENDOR for path in vendors)

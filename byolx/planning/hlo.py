@@ -182,7 +182,7 @@ def dims(shape: str) -> list[int]:
 def parts(shape: str) -> list[str]:
   """Splits a tuple's shape into the shapes of its elements.
 
-  For example, `(f32[2,3], s32[])` becomes ["f32[2,3]", "s32[]"].
+  For example, `(f32[2,3],s32[])` becomes ["f32[2,3]", "s32[]"].
   """
   parts, depth, begin = [], 0, 1
   for index, letter in enumerate(shape):

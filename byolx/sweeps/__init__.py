@@ -1,1 +1,1 @@
-"""Hyperparameter sweeps: train many configs, choose the best on validation images, and test it."""
+"""Hyperparameter sweeps train many configs, choose the best on validation images, and test it."""

@@ -1,6 +1,7 @@
-"""Grids: the config values of the runs of a sweep, named in `GRIDS` or given on the command line.
+"""Grids define the config values that a sweep compares.
 
-A cell of a grid holds the values of the varied config fields for one run.
+A grid is named in `GRIDS` or given on the command line. Each cell of a grid holds the values of the
+varied config fields for one run.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ Cell = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """The settings that a sweep compares, one cell per run.
+  """The settings that a sweep compares. A cell holds the settings of one run.
 
   Args:
     cells: distinct cells, each a mapping from names of config fields to values.
-    per: names of grouping fields. Cells with equal values of these fields form a group, and the sweep
-      chooses and tests one cell per group. If empty, all cells form one group.
+    per: names of grouping fields. Cells with equal values of these fields form a group. The sweep
+      chooses and tests one cell per group. If `per` is empty, all cells form one group.
   """
 
   cells: Sequence[Cell]
@@ -31,7 +32,7 @@ class Grid:
 
 
 def vary(name: str, values: Sequence[Any]) -> list[Cell]:
-  """Returns one cell (a mapping from field to value) per value of a config field.
+  """Returns a list of cells (mappings from field to value), one for each value of a config field.
 
   Args:
     name: name of the config field.
@@ -43,9 +44,11 @@ def vary(name: str, values: Sequence[Any]) -> list[Cell]:
 def product(*grids: Sequence[Cell]) -> list[Cell]:
   """Returns the Cartesian product of grids. The cells of the last grid vary fastest.
 
+  A cell is a mapping from config fields to values.
+
   Args:
-    *grids: cells of each grid, as mappings from config fields to values. If several grids set the same
-      field, the value of the last one is used.
+    *grids: cells of each grid. If several grids set the same field, the value of the last grid is
+      used.
   """
   cells = []
   for parts in itertools.product(*grids):
@@ -130,13 +133,13 @@ def named(name: str) -> Grid:
 
 
 def read(specs: Sequence[str]) -> Grid:
-  """Parses the grids of the command line, and returns their Cartesian product.
+  """Parses the grids of the command line, and returns their Cartesian product as one grid.
 
-  The values of the last grid vary fastest.
+  A grid lists the config values that a sweep compares. The values of the last grid vary fastest.
 
   Args:
-    specs: grids, each a name of `GRIDS` or FIELD=VALUE,VALUE,... Values are converted to the type of the
-      field. A value that is a list is written in brackets: `(1, 2),(3, 4)`.
+    specs: grids. Each is a name in `GRIDS` or has the form FIELD=VALUE,VALUE,... Values are converted
+      to the type of the field. Values that are lists are written in brackets: `(1, 2),(3, 4)`.
 
   Raises:
     ConfigError: a grid or field is unknown, a value is invalid, or two grids have the same field.
@@ -177,9 +180,10 @@ def _split(text: str) -> list[str]:
 
 
 def label(cell: Cell) -> str:
-  """Returns a short name of a cell for folders and TPUs, such as `arch-resnet200-width-2`.
+  """Returns a short name of a cell, such as `arch-resnet200-width-2`.
 
-  The name is made from the cell's fields and values. It has only lower-case letters, digits and dashes.
+  The name is made from the cell's fields and values. It has only lower-case letters, digits and
+  dashes, so that it can name a folder or a TPU.
 
   Args:
     cell: mapping from names of config fields to values.
@@ -196,7 +200,7 @@ def _value_text(value: Any) -> str:
 
 
 def overrides(cell: Cell) -> list[str]:
-  """Returns the command-line arguments of `byolx train` that set the fields of a cell.
+  """Returns command-line arguments of `byolx train` that set config fields to the values of a cell.
 
   Args:
     cell: mapping from names of config fields to values.

@@ -1,7 +1,7 @@
-"""Executes runs as parallel processes, which stop together on a signal.
+"""Executes the runs of a sweep as parallel processes. A signal stops all of them.
 
-Each process holds a lock on its workdir until it exits. If a sweep is killed and its processes continue,
-the next sweep waits for them instead of starting the same runs twice.
+Each process holds a lock on its workdir until it exits. If a sweep is killed, its processes may
+continue. Then the next sweep waits for them and does not start the same runs twice.
 """
 
 import collections
@@ -44,8 +44,9 @@ class Run:
     name: name of the run in messages.
     workdir: folder for the results of the run and for its log.
     arguments: command-line arguments of `byolx`.
-    config: config of the run. If the workdir has a config already, that must be the same.
-    tests: whether the run is finished only when its results.json has records of test images.
+    config: config of the run. If the workdir already has a config, it must be equal.
+    tests: whether the run must write test results. If True, the run is finished only when its
+      results.json has results on test images.
   """
 
   name: str
@@ -55,12 +56,15 @@ class Run:
   tests: bool = False
 
   def matches(self) -> bool:
-    """Returns whether the workdir has the config of this run; False if the workdir has no config."""
+    """Returns whether the config in the workdir equals the config of this run.
+
+    The result is False if the workdir has no config.
+    """
     path = self.workdir / "config.json"
     return path.exists() and not self._changed(path)
 
   def finished(self) -> bool:
-    """Returns whether the workdir has the results of this run.
+    """Returns whether the workdir has the results of this run, which is then finished.
 
     Raises:
       ConfigError: the workdir has a run with another config.
@@ -88,7 +92,7 @@ class Outcome:
 
   Args:
     failed: runs that ended with an error, or without results.
-    stopped: runs that were stopped by a signal, and can be resumed.
+    stopped: runs that a signal stopped. They can be resumed.
   """
 
   failed: tuple[Run, ...]
@@ -98,8 +102,8 @@ class Outcome:
 class _Job:
   """A run in progress.
 
-  Usually the run is a process of this object. If an earlier process still executes the same run, it has
-  locked the workdir, and the job waits until that process ends.
+  The job usually starts a process for the run. If a process of an earlier sweep still executes the
+  same run, the workdir is locked. The job then waits until that process ends.
   """
 
   def __init__(self, run: Run):
@@ -109,10 +113,11 @@ class _Job:
     run.workdir.mkdir(parents=True, exist_ok=True)
 
   def code(self) -> int | None:
-    """Returns the exit code of the run, or None while the run has not ended.
+    """Returns the exit code of the run, or None while the run has not ended. May start the run.
 
-    Also starts the process, at the first call that finds the workdir without another process's lock. If
-    an earlier process has finished the run by then, no process is started and the code is 0.
+    While an earlier process locks the workdir, the method starts nothing. The first call without
+    such a lock starts the process of the run. If the run is finished by then, the method starts no
+    process and returns 0.
     """
     if self.process:
       return self.process.poll()
@@ -166,8 +171,8 @@ def run_all(
   Args:
     runs: runs, in the order of their start.
     jobs: largest number of runs at the same time.
-    should_stop: function that returns True when all runs must stop. Each run then gets SIGTERM, on which
-      it saves and exits. `run_all` waits for that.
+    should_stop: function that returns True when all runs must stop. Each run then receives SIGTERM,
+      saves its state and exits. `run_all` waits until all runs have exited.
     describe: function that returns the results of a finished run as text. `run_all` does not catch its
       errors.
 
@@ -213,9 +218,10 @@ def run_all(
 
 @contextlib.contextmanager
 def _terminating() -> Iterator[list[_Job]]:
-  """Yields an empty list for jobs; on exit, terminates the processes of its jobs and waits for them.
+  """Context manager that yields an empty list, to which the caller adds jobs.
 
-  This also happens if the block raises an exception.
+  When the `with` block ends, also by an exception, it terminates the processes of all jobs in the
+  list and waits until they have exited.
   """
   running: list[_Job] = []
   try:
@@ -235,7 +241,7 @@ def _reason(code: int) -> str:
 
 
 class _Progress:
-  """Prints progress lines with an estimate of the remaining time.
+  """Prints a line for each run that ends, with an estimate of the sweep's remaining time.
 
   The estimate is based on the mean duration of the runs that have ended.
   """

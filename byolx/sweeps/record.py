@@ -1,7 +1,8 @@
 """Writes the files of a sweep, `sweep.json` and `results.json`, and the table of the chosen cells.
 
-A cell is one setting of the varied config fields. `sweep.json` holds the settings of the sweep, so that
-a different sweep in the same workdir is rejected (see `changes`).
+A cell is one setting of the varied config fields. `sweep.json` holds the settings of the sweep. They
+are compared with those of a later sweep in the same workdir, and a different sweep is rejected (see
+`changes`).
 """
 
 import contextlib
@@ -23,9 +24,9 @@ SWEEP_FILE = "sweep.json"
 
 
 class SweepFile:
-  """The file `sweep.json`, with the settings of a sweep and its chosen cells (settings of config fields).
+  """The file `sweep.json`, with the options of a sweep and its chosen cells.
 
-  The file is replaced atomically at each change.
+  A cell is one setting of the varied config fields. The file is replaced atomically at each change.
 
   Args:
     sweep: sweep whose workdir has the file. If the file exists, it must belong to the same sweep.
@@ -41,10 +42,11 @@ class SweepFile:
     """Writes the chosen cell (candidate setting) of each group to the file.
 
     Args:
-      choices: choice of each group, by the name of the group.
+      choices: chosen cell of each group, by the name of the group.
 
     Returns:
-      Label of the cell that was chosen before, for each group whose choice has changed.
+      Labels of the cells that were chosen before, by the name of the group. Only groups with another
+      choice than before are included.
     """
     old, new, changed = self._content["chosen"], {}, {}
     for group, choice in choices.items():
@@ -64,7 +66,7 @@ class SweepFile:
     return changed
 
   def finish(self) -> None:
-    """Marks the sweep as finished in the file: all chosen candidates are tested."""
+    """Writes to the file that the sweep is finished: all chosen candidates are tested."""
     self._content["finished"] = True
     self._write()
 
@@ -112,12 +114,12 @@ def check(sweep: Sweep) -> None:
 
 
 def changes(earlier: Mapping[str, Any], sweep: Sweep) -> list[str]:
-  """Returns the changes of settings because of which a sweep cannot continue an earlier one, as texts.
+  """Returns the changes that prevent a sweep from continuing an earlier one, as texts.
 
-  The config must be the same, and the grid must keep all cells (settings of the varied fields) that have
-  results. If the earlier sweep has already chosen cells, it may also have tested them. Then --per,
-  --select and --retrain must be the same, and all its seeds must stay. New cells and new seeds are
-  always allowed.
+  The config must be the same, and the grid must keep all cells (settings of the varied fields) that
+  have results. If the earlier sweep has already chosen cells, it may also have tested them. Then
+  --per, --select and --retrain must be the same, and the earlier seeds must stay. New cells and new
+  seeds are always allowed. The list is empty if the sweep can continue.
 
   Args:
     earlier: content of the earlier sweep's `sweep.json`.
@@ -163,16 +165,18 @@ def _read(path: Path) -> dict[str, Any]:
 def summarise(
   sweep: Sweep, choices: dict[str, Choice], finals: dict[str, list[Run]]
 ) -> list[results.Record]:
-  """Averages the test records of each group of candidates over seeds.
+  """Averages the test results of each group of candidates over seeds.
 
   Args:
     sweep: the sweep.
-    choices: choice of each group, by the name of the group.
-    finals: finished runs that tested the chosen cell (candidate) of each group, one per seed.
+    choices: chosen candidate of each group, by the name of the group.
+    finals: finished runs that tested the chosen candidate, by the name of the group. Each group has
+      one run per seed.
 
   Returns:
-    Mean records for the sweep's results.json. They have four further keys: n (number of values), group,
-    cell (varied fields and their values) and workdir (workdirs of the runs).
+    Records (dictionaries of one result each) with mean values, for the sweep's results.json. They
+    have four further keys: n (number of values), group, cell (varied fields and their values) and
+    workdir (workdirs of the runs).
   """
   keys = [key for key in results.KEYS if key != "commit"]
   summary = []
@@ -197,9 +201,9 @@ def summarise(
 
 
 def table(sweep: Sweep, choices: Mapping[str, Choice], records: Sequence[results.Record]) -> str:
-  """Returns a text table with the chosen cell (candidate setting) of each group of candidates.
+  """Returns a text table of the chosen cells (candidate settings), one row per group of candidates.
 
-  It has the validation and test values of the cell.
+  Each row has the validation value and the test values of the chosen cell.
   """
   columns = list(dict.fromkeys(_column(record, records) for record in records))
   rows = [["group", "chosen", f"validation {sweep.by.metric}", *(f"test {c}" for c in columns)]]
@@ -220,9 +224,10 @@ def table(sweep: Sweep, choices: Mapping[str, Choice], records: Sequence[results
 
 
 def _column(record: results.Record, records: Sequence[results.Record]) -> str:
-  """Returns the heading of a record's column in the table: its metric and the distinguishing keys.
+  """Returns the heading of the table column for a record, a dictionary of one test result.
 
-  These are the values of the keys in which records of the same group and metric differ.
+  The heading has the metric. If several records of the group have the same metric, the heading also
+  has the values in which they differ, such as the protocol.
   """
   alternatives = [
     r for r in records if (r["group"], r["metric"]) == (record["group"], record["metric"])

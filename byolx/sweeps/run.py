@@ -56,8 +56,8 @@ def run(sweep: Sweep, jobs: int) -> list[Run]:
 def missing(sweep: Sweep) -> list[str]:
   """Returns the commands of the unfinished runs that `run` would start now.
 
-  These are the cells (settings of the varied fields) that are not trained yet. If all cells are trained,
-  they are the final runs, which test the chosen cells.
+  A cell is one setting of the varied fields. While some cells are not trained, the commands train
+  these cells. When all cells are trained, the commands test the chosen cells.
 
   Raises:
     ConfigError: the workdir has another sweep or a run, or a run has no validation record to compare.
@@ -71,10 +71,11 @@ def missing(sweep: Sweep) -> list[str]:
 
 
 def _stage(runs: Sequence[Run], jobs: int, stop: Stop, describe: Callable[[Run], str]) -> list[Run]:
-  """Executes runs, and returns those that failed.
+  """Executes runs, and returns those that failed. Finished runs are skipped.
 
   Raises:
-    StoppedError: the sweep was stopped, or a run was stopped and no run failed.
+    StoppedError: a signal stopped the sweep before all runs finished, or a signal stopped a run and
+      no run failed.
   """
   outcome = run_all(runs, jobs, lambda: bool(stop.name), describe)
   finished = sum(r.finished() for r in runs)

@@ -1,4 +1,4 @@
-"""Selects the validation record by which a sweep compares a run, and the best of several runs."""
+"""Selects the validation result by which a sweep compares runs, and the best of several runs."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ _KEYS = ("protocol", "encoder", "labels")
 class By:
   """Criterion by which a sweep compares runs: a metric on validation images.
 
-  A run may have several records of the same metric, for several protocols, encoders or shares of labels;
-  `only` selects the record that is compared.
+  A run may have several results of the same metric, for several evaluation protocols, encoders or
+  shares of labels. `only` selects the result that is compared.
 
   Args:
     metric: name of the metric, such as "top1".
-    only: (key, value) pairs that the compared record must have. The keys are "protocol", "encoder" and
-      "labels".
+    only: (key, value) pairs that the compared result must have. The keys are "protocol", "encoder"
+      and "labels".
   """
 
   metric: str = "top1"
@@ -64,8 +64,9 @@ def parse(text: str) -> By:
 def record(records: Sequence[results.Record], by: By, origin: str) -> results.Record:
   """Returns the validation record by which a run is compared with other runs.
 
-  If several records match the criterion, because the run has several learning rates, the record of the
-  chosen rate is returned. If none is marked as chosen, the record with the best value is returned.
+  A record is a dictionary of one result. If the run has several learning rates, several records
+  match the criterion. Then the record of the chosen rate is returned. If no record is marked as
+  chosen, the one with the best value is returned.
 
   Args:
     records: all records in the run's `results.json`.
@@ -114,8 +115,8 @@ def best(values: Sequence[float], by: By) -> int:
 
   Args:
     values: values of a metric, at least one.
-    by: criterion of the comparison, which has the metric. The largest value is the best, except for
-      losses and errors.
+    by: criterion of the comparison, with the metric. The largest value is the best. For losses and
+      errors, the smallest value is the best.
   """
   sign = -1 if by.smaller else 1
   ranked = [sign * value if math.isfinite(value) else -math.inf for value in values]
@@ -125,10 +126,10 @@ def best(values: Sequence[float], by: By) -> int:
 def edges(
   chosen: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], excluded: Sequence[str] = ()
 ) -> list[str]:
-  """Describes the numeric fields in which the chosen setting of a sweep is at an edge of the grid.
+  """Describes the numeric config fields for which the chosen value is at an edge of the grid.
 
-  At an edge, the setting has the smallest or the largest value of the field in the grid. A better value
-  may then be outside the grid.
+  A value is at an edge if it is the smallest or the largest value of the field in the grid. A better
+  value may then be outside the grid.
 
   Args:
     chosen: fields and values of the chosen cell (setting).

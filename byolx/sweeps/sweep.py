@@ -1,9 +1,9 @@
 """Defines a sweep: its cells, their runs, the choice among them, and the final runs.
 
-A cell is one setting of the varied config fields. A validation set that is separate from the training
-and test images chooses the best cell (appendix D.1). The chosen cell is trained with several seeds and
-tested once per seed. If the protocol requires it (E.2, E.3), it is trained on training and validation
-images together.
+A cell is one setting of the varied config fields. The sweep chooses the cell with the best results on
+validation images, which are neither training nor test images (appendix D.1). The chosen cell is
+trained with several seeds and tested once per seed. If the protocol requires it (E.2, E.3), the chosen
+cell is trained on training and validation images together.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Cell:
     label: name of the cell and of its folder.
     fields: values of the varied config fields, in the fields' types.
     config: complete config of the cell's run.
-    group: name of the group of cells with which the cell is compared.
+    group: name of the cell's group. Only cells of the same group are compared.
   """
 
   label: str
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """Settings of a sweep; `build` makes and checks them.
+  """Options, config and cells of a sweep. `build` makes and checks them.
 
   A cell is one setting of the varied config fields. The final runs test the chosen cells.
 
@@ -61,7 +61,7 @@ class Sweep:
     seeds: seeds of the final runs.
     retrain: whether a chosen cell is trained again before the test, on training and validation images
       together.
-    base: config with the overrides, without the values of a cell.
+    base: config with the overrides, but without the values of any cell.
   """
 
   config: str
@@ -76,7 +76,10 @@ class Sweep:
 
   @property
   def groups(self) -> dict[str, list[Cell]]:
-    """The cells (candidate settings) of each group, by name of the group, in the order of the grid."""
+    """The cells (candidate settings) of each group, by the name of the group.
+
+    Cells are in the order of the grid.
+    """
     groups: dict[str, list[Cell]] = {}
     for cell in self.cells:
       groups.setdefault(cell.group, []).append(cell)
@@ -89,7 +92,7 @@ class Choice:
 
   Args:
     cell: the chosen cell.
-    record: record of the chosen cell on validation images.
+    record: validation result of the chosen cell, as in its results.json.
     validation: value of each cell of the group on validation images, by the cell's label.
     edges: descriptions of the numeric fields in which the chosen cell has the smallest or the largest
       value of the grid.
@@ -112,17 +115,18 @@ def build(
   seeds: Sequence[int] = (),
   retrain: bool = False,
 ) -> Sweep:
-  """Loads and checks the configs of all cells of a sweep, without starting a run.
+  """Returns a sweep with the configs of all its cells, loaded and checked. No run is started.
 
   A cell is one setting of the varied config fields. The final runs test the chosen cells.
 
   Args:
     path: config file, as FILE[:ARGS].
     overrides: command-line overrides of the config, each as `--config.FIELD=VALUE`.
-    specs: grids, each a name or FIELD=VALUE,... The sweep runs the Cartesian product of the grids.
+    specs: grids. Each is the name of a grid or has the form FIELD=VALUE,... The sweep runs the
+      Cartesian product of the grids.
     workdir: folder of the sweep, for its results and its runs.
-    per: names of grouping fields, in addition to those of named grids. One cell is chosen for each
-      combination of their values.
+    per: names of grouping fields. Those of named grids are added. One cell is chosen for each
+      combination of the values of all grouping fields.
     by: criterion of the choice: a metric on validation images, such as top-1.
     seeds: seeds of the final runs; if empty, the seed of the config.
     retrain: whether a chosen cell is trained again before the test, on training and validation images
@@ -156,7 +160,7 @@ def build(
 def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) -> None:
   """Checks the config of a cell (one candidate of the sweep) before any run starts.
 
-  The errors would otherwise appear only after all cells have run.
+  Without this check, the errors would appear only after all cells have run.
 
   Args:
     cell: config of the cell's run.
@@ -193,8 +197,8 @@ def _check_cell(cell: ConfigDict, varied: Sequence[str], by: By, retrain: bool) 
 def _check_labels(cells: Sequence[Cell], per: Sequence[str]) -> None:
   """Checks the labels of cells (candidate settings), which are used as names of folders.
 
-  They must be distinct and not too long. Groups with different values of the grouping fields `per` must
-  have different names.
+  Labels must be distinct and at most LONGEST_LABEL characters long. Groups of cells with different
+  values of the grouping fields `per` must have different names.
 
   Raises:
     ConfigError: a label is repeated or too long, or two groups have the same name.
@@ -226,9 +230,9 @@ def _cell(path: str, overrides: Sequence[str], fields: grids.Cell, per: Sequence
 
 
 def cell_run(sweep: Sweep, cell: Cell) -> Run:
-  """Returns the run that trains a cell (one candidate of the sweep) and measures its validation images.
+  """Returns the run that trains a cell (one candidate of the sweep) and evaluates it.
 
-  The run does not use test images.
+  The run is evaluated on validation images. It does not use test images.
   """
   overrides = (*sweep.overrides, *grids.overrides(cell.fields), "--config.eval.test=False")
   return _train(sweep, cell.label, sweep.workdir / "cells" / cell.label, overrides)
@@ -246,13 +250,13 @@ def _train(sweep: Sweep, name: str, workdir: Path, overrides: Sequence[str]) -> 
 def choose(sweep: Sweep) -> dict[str, Choice]:
   """Chooses the cell (candidate setting) with the best validation value in each group.
 
-  Of several equal cells, the first is chosen.
+  If several cells have the same value, the first one is chosen.
 
   Args:
     sweep: sweep whose cells are all finished.
 
   Returns:
-    Choice of each group, by the name of the group.
+    Chosen cell of each group, by the name of the group.
 
   Raises:
     ConfigError: a cell has no validation record for the sweep's criterion.
@@ -271,7 +275,9 @@ def choose(sweep: Sweep) -> dict[str, Choice]:
 
 
 def validation(sweep: Sweep, label: str) -> results.Record:
-  """Returns the validation record by which a finished cell (candidate setting) is compared with others.
+  """Returns the validation record (one result) of a finished cell (candidate setting).
+
+  The sweep compares cells by these records.
 
   Args:
     sweep: the sweep.
@@ -285,9 +291,10 @@ def validation(sweep: Sweep, label: str) -> results.Record:
 
 
 def final_runs(sweep: Sweep, choices: dict[str, Choice]) -> dict[str, list[Run]]:
-  """Returns the final runs of each group, which test the cell (candidate setting) chosen in the group.
+  """Returns the final runs of each group, by the name of the group.
 
-  There is one run per seed, in the order of the sweep's seeds.
+  The final runs test the cell (candidate setting) that was chosen in the group. There is one run per
+  seed, in the order of the sweep's seeds.
   """
   return {
     group: [_final(sweep, group, choice, seed) for seed in sweep.seeds]
@@ -319,7 +326,7 @@ def _final(sweep: Sweep, group: str, choice: Choice, seed: int) -> Run:
 def _own_task(sweep: Sweep, cell: Cell) -> list[str]:
   """Returns the argument of `byolx eval` that loads the user's own task from the config file.
 
-  The list is empty for a task of this package.
+  The result is a list. It is empty if the task is one of this package.
   """
   if not is_users_own(cell.config.task):
     return []
@@ -327,7 +334,9 @@ def _own_task(sweep: Sweep, cell: Cell) -> list[str]:
 
 
 def tested(run: Run) -> list[results.Record]:
-  """Returns the test records of a finished run; only those of the chosen learning rate if it has several.
+  """Returns the test records of a finished run. A record is a dictionary of one result.
+
+  If the run has several learning rates, only records of the chosen rate are returned.
 
   Raises:
     ConfigError: the run has no test records.

@@ -79,7 +79,10 @@ class Figures:
 
 
 def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | None) -> Figures:
-  """Compiles a program for a TPU slice and returns the compiler's estimates, cached if possible.
+  """Returns the compiler's estimates for a program on a TPU slice.
+
+  If the estimates are in the cache, they are read from there. Otherwise the program is compiled, and
+  its estimates are added to the cache.
 
   Args:
     lowered: program, lowered for the devices of `topology`.
@@ -87,8 +90,8 @@ def figures(lowered: jax.stages.Lowered, topology: tpu.Topology, cache: Path | N
     cache: folder of the cached estimates; None disables the cache.
 
   Raises:
-    ConfigError: the compiler refuses the program for another reason than its size, or libtpu is not
-      installed.
+    ConfigError: the compiler refuses the program, but not because of its size. Or libtpu, the TPU
+      compiler, is not installed.
   """
   text = lowered.as_text()
   key = _key(text, topology.name)

@@ -108,10 +108,10 @@ def loop_factor(program: Program, weight: Callable[[Program, str, Instruction], 
 def collectives(program: Program) -> dict[str, dict[str, int]]:
   """Counts a program's collectives, the operations that communicate between cores, by kind.
 
-  Each kind, such as "all-reduce", has the number of executions as `count`, and the total size of
-  their results on one core as `bytes`. An asynchronous collective has two instructions, start and
-  done, but counts once. The result of an all-gather is the whole gathered array. The result of a
-  reduce-scatter is only the core's part of the sum.
+  The returned dictionary has an entry for each kind, such as "all-reduce". Its `count` is the number
+  of executions, and its `bytes` is the total size of their results on one core. An asynchronous
+  collective has two instructions, start and done, but counts once. The result of an all-gather is
+  the whole gathered array. The result of a reduce-scatter is only the core's part of the sum.
   """
   collectives: dict[str, dict[str, int]] = {}
   for _, instruction, times in executed(program):

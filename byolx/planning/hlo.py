@@ -26,7 +26,9 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-  """One instruction of a compiled program. A computation is a list of instructions, one per line.
+  """One instruction of a compiled program, parsed from one line of the program's text.
+
+  A computation is a list of instructions, such as the body of a loop.
 
   Args:
     name: name of the instruction, unique in the computation.

@@ -1,11 +1,12 @@
-"""`byolx bench input`: measures how fast images can be loaded, and how many TPU cores that feeds.
+"""`byolx bench input`: measures how fast images can be loaded, and for how many TPU cores they suffice.
 
 All measurements use the config's images, in the order of the first epoch. The first measurement
 times each stage of loading, such as decoding, in one thread. The second one times only the bare
 functions decode, crop and resize, without the loader. It includes the colour augmentations if the
-host (CPU) applies them. The bare functions read bytes in memory, so no loader can be faster. The
-third measurement times the loader itself, in this process and in worker processes. The second and
-the third measurement alternate, because the speed of a machine changes with time.
+host (CPU) applies them. The bare functions read bytes in memory, and their speed serves as the upper
+limit of the loader's speed. The third measurement times the loader itself, in this process and in
+worker processes. The second and the third measurement alternate, because the speed of a machine
+changes with time.
 """
 
 import dataclasses

@@ -104,7 +104,7 @@ class Plan:
   def scheduled_seconds(self) -> float | None:
     """Seconds of a train step, as estimated by the compiler.
 
-    It is None if the compiler refused the step, because the step needs too much memory.
+    It is None if the compiler refused the step as too large for the memory.
     """
     cycles = self.figures.cycles
     return None if cycles is None else cycles / self.topology.generation.clock_hz
@@ -113,17 +113,18 @@ class Plan:
   def images_per_second(self) -> float | None:
     """Images per second on which the slice trains at the speed that the compiler estimates.
 
-    The image loaders must deliver as many images. It is None if the compiler refused the train
-    step, because the step needs too much memory.
+    The image loaders must deliver as many images. The value is None if the compiler refused the
+    train step as too large for the memory.
     """
     seconds = self.scheduled_seconds
     return self.batch_size / seconds if seconds else None
 
   @property
   def hours(self) -> float | None:
-    """Hours of the whole training at the speed that the compiler estimates, which is optimistic.
+    """Hours of the whole training at the speed that the compiler estimates.
 
-    It is None if the compiler refused the train step, because the step needs too much memory.
+    This is an optimistic estimate. It is None if the compiler refused the train step as too large
+    for the memory.
     """
     seconds = self.scheduled_seconds
     return None if seconds is None else self.steps * seconds / 3600
@@ -132,8 +133,8 @@ class Plan:
   def core_hours(self) -> float | None:
     """Expected hours of the whole training, multiplied by the number of cores of the slice.
 
-    The expected speed is `Terms.efficiency` times the speed that the compiler estimates. It is None
-    if the compiler refused the train step, because the step needs too much memory.
+    The expected speed is `Terms.efficiency` times the speed that the compiler estimates. The value
+    is None if the compiler refused the train step as too large for the memory.
     """
     return self.hours and self.hours / self.terms.efficiency * self.topology.cores
 
@@ -141,27 +142,25 @@ class Plan:
   def usd(self) -> float | None:
     """Price of the whole training in USD.
 
-    It is None without `Terms.price`. It is also None if the compiler refused the train step, because
-    the step needs too much memory.
+    It is None if `Terms.price` is None. It is also None if the compiler refused the train step as
+    too large for the memory.
     """
     price = self.terms.price
     return None if price is None or self.core_hours is None else price * self.core_hours
 
   @property
   def share_of_flops(self) -> float | None:
-    """Arithmetic rate of a train step, divided by the TPU's peak rate, as the compiler estimates it.
+    """Estimated arithmetic rate of a train step, divided by the TPU's peak rate.
 
-    The value is from 0 to 1. It is None if the compiler refused the step, because the step needs too
-    much memory.
+    The value is from 0 to 1. It is None if the compiler refused the step as too large for the memory.
     """
     return self._share(self.figures.flops, self.topology.generation.flops)
 
   @property
   def share_of_bandwidth(self) -> float | None:
-    """Memory rate of a train step, divided by the TPU's peak rate, as the compiler estimates it.
+    """Estimated memory traffic of a train step per second, divided by the memory's peak rate.
 
-    The value is from 0 to 1. It is None if the compiler refused the step, because the step needs too
-    much memory.
+    The value is from 0 to 1. It is None if the compiler refused the step as too large for the memory.
     """
     return self._share(self.figures.bytes_accessed, self.topology.generation.bandwidth)
 

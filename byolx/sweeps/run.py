@@ -15,7 +15,7 @@ from byolx.sweeps.sweep import Choice, Sweep, cell_run, choose, final_runs, test
 
 
 def run(sweep: Sweep, jobs: int) -> list[Run]:
-  """Executes a sweep: trains its cells (candidate settings), chooses the best per group, and tests it.
+  """Executes a sweep: trains all cells (candidate settings) and tests the best cell of each group.
 
   Writes and prints the results. Finished runs are skipped, so the same call resumes a stopped sweep.
 

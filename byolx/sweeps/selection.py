@@ -111,7 +111,7 @@ def _describe(candidate: results.Record) -> str:
 def best(values: Sequence[float], by: By) -> int:
   """Returns the index of the best value, or of the first of several equal ones.
 
-  A NaN or infinite value counts as the worst.
+  NaN and infinite values count as the worst.
 
   Args:
     values: values of a metric, at least one.

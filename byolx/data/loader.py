@@ -126,9 +126,9 @@ def evaluation_batches(
 ) -> "Batches":
   """Returns an iterator over evaluation batches, which are loaded in advance.
 
-  The batches have each record (example) of the source once, in order. The last batch is
-  padded to `batch_size`. Rows of padding and of unreadable records have `mask` False, label and index -1,
-  and zeros in all other arrays.
+  The batches have each record (example) of the source once, in order. The last batch is padded to
+  `batch_size`. Rows of padding and of unreadable records have `mask` False, label and index -1, and zeros
+  in all other arrays.
 
   Args:
     source: examples.

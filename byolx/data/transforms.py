@@ -146,7 +146,7 @@ class Views(Transform):
 
   @property
   def brightness_rule(self) -> str:
-    """Brightness rule of the first view, "additive" or "multiplicative"; a config sets one for all views."""
+    """Brightness rule of the first view, "additive" or "multiplicative"; a config has one for all."""
     return self.specs[0].brightness_rule
 
   @property

@@ -2,7 +2,7 @@
 
 A view is an augmented copy of an image. All its random numbers (`Draws`) are drawn first, by `draw`.
 They are drawn from a `ViewSpec`, which describes one of the paper's distributions T and T'. The view
-depends only on the image and these numbers. `resizing.crop_and_resize` makes the random crop. Then
+depends only on the image and these numbers. `resizing.crop_and_resize` crops and resizes it. Then
 either `on_host.apply_host` (numpy and OpenCV) or `on_device.apply_device` (jnp, inside the jitted step)
 applies all other operations. The results of these two functions differ by at most one grey level.
 """

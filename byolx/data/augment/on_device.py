@@ -224,7 +224,7 @@ def _change_hsv(planes: Planes, factor: Float[Array, "b"], shift: Float[Array, "
 def _blur_and_mirror(
   x: Float[Array, "b 3 s s"], sigma: Float[Array, "b"], mirror: Bool[Array, "b"]
 ) -> Float[Array, "b 3 s s"]:
-  """Blurs each image, and mirrors it left to right if `mirror` is set; uses two matrix products.
+  """Blurs each image by two matrix products, and mirrors it left to right if `mirror` is set.
 
   Args:
     x: square images in [0, 1].

@@ -1,9 +1,8 @@
 """Applies flip, colour jitter, grayscale, blur and solarise to one view on the host (numpy, OpenCV).
 
 The operations are those of appendix C of the paper, with the order and arithmetic of the authors' code.
-Each operation maps a
-float32 image in [0, 1] to another one; `apply_host` applies them in turn, with the random numbers of one
-view (`Draws`). `on_device` has the same functions for batches, in jnp.
+Each operation maps a float32 image in [0, 1] to another one; `apply_host` applies them in turn, with the
+random numbers of one view (`Draws`). `on_device` has the same functions for batches, in jnp.
 """
 
 import cv2

@@ -6,8 +6,9 @@ samples the `Operations` of one view with the settings in a `RandAugment`. `appl
 function of the view and these operations.
 
 Each operation maps a uint8 image to another one. The result equals Pillow's bit for bit, and
-torchvision uses Pillow for PIL images (its operations on tensors differ). Operations that map each
-value to a new value use look-up tables of OpenCV, for speed. Shears and rotations call Pillow.
+torchvision uses Pillow for PIL images (its operations on tensors differ). Operations that
+replace each value by one from a table use OpenCV's table look-up, for speed. Shears and rotations call
+Pillow.
 """
 
 import functools
@@ -291,7 +292,7 @@ def color(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, 
 
 
 def contrast(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Changes the contrast: mean + factor * (x - mean), where `mean` is the view's rounded mean luma."""
+  """Changes the contrast: mean + factor * (x - mean), where `mean` is the mean grey value, rounded."""
   mean = np.float32(int(_luma(view).mean() + 0.5))
   return cv2.LUT(view, _blend(mean, _LEVELS.astype(np.float32), factor))
 

@@ -1,10 +1,10 @@
 """Implements `byolx prepare`, which converts a folder or tar archives of images to a prepared set.
 
-A prepared set has a few large files (shards) with random access. Before anything is
-written, each image is assigned to a shard, by the order and the sizes of the image files. So the set
-does not depend on the number of processes. A plan is stored in the set, and describes all that determines
-the result. If a run is stopped, the same command continues after the finished shards. The set is then
-the same, byte for byte, as after a run without a stop.
+A prepared set has a few large files (shards) with random access. Before anything is written,
+each image is assigned to a shard, by the order and the sizes of the image files. So the set does not
+depend on the number of processes. A plan is stored in the set, and describes all that determines the
+result. If a run is stopped, the same command continues after the finished shards. The set is then the
+same, byte for byte, as after a run without a stop.
 """
 
 import contextlib
@@ -199,7 +199,10 @@ def _cut(sizes: np.ndarray, count: int) -> list[np.ndarray]:
 def _plan(
   name: str, collection: Collection, cut: dict[str, list[np.ndarray]], encode: Encode | None
 ) -> dict[str, Any]:
-  """Returns the plan: a description of all that determines the set. Equal plans give equal sets."""
+  """Returns the plan, which describes all that determines the set.
+
+  Sets with equal plans are equal, byte for byte.
+  """
   left_out = "\n".join(collection.left_out).encode("utf-8", "surrogateescape")
   return {
     "format": prepared_format.FORMAT,
@@ -341,8 +344,8 @@ def _write_shards(
 def _write_in_parallel(jobs: list[Job], workers: int) -> Iterator[Finished]:
   """Writes shards (large files of images), and yields a description of each finished shard.
 
-  The shards are written in parallel if `workers` is above 1. If the iterator is closed early,
-  the shards that were already started are completed.
+  The shards are written in parallel if `workers` is above 1. If the iterator is closed early, the
+  shards that were already started are completed.
 
   Raises:
     OSError: a shard cannot be written, or a worker process was killed.

@@ -42,8 +42,8 @@ def with_retries(read: Callable[[], Result], folder: str) -> Result:
   There is a pause before each repetition.
 
   Args:
-    read: function that reads a record. It raises a DecodeError if this fails; the cause of the
-      DecodeError is the OSError, if there was one.
+    read: function that reads a record. If this fails, it raises a DecodeError. If an OSError was the
+      reason, it is the `__cause__` of the DecodeError.
     folder: path of the data set's folder.
 
   Raises:

@@ -214,7 +214,7 @@ class TrainPart:
     return allocation.finish({"label": label, "index": index}, failures)
 
   def _read(self, record: int, stream: Stream, failures: list[Failure]) -> tuple[Example, int]:
-    """Reads a record; if it is unreadable, reads other records until one is readable.
+    """Reads a record (an example). If it is unreadable, reads others until one is readable.
 
     The order in which other records are tried depends on the seed and on `record` only.
 

@@ -22,7 +22,7 @@ VIEW, ORDER, REPLACEMENT, RANDAUGMENT = range(4)
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> Int32[np.ndarray, "count"]:
-  """Returns the order of the records in one epoch: a read-only permutation of 0 to count - 1."""
+  """Returns the order of the examples in one epoch: a read-only permutation of 0 to count - 1."""
   order = Stream(seed).at(ORDER, 0, epoch).permutation(count).astype(np.int32)
   order.flags.writeable = False
   return order
@@ -64,7 +64,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Rows:
-  """Division of the endless stream of records into batches, and of each batch among the hosts.
+  """Division of the endless stream of records (examples) into batches, and of a batch among the hosts.
 
   In training, the stream joins all epochs. Position p belongs to epoch p // records, and has the record
   at place p % records in the order of that epoch. The batch of each step is the next `batch_size`

@@ -1,4 +1,4 @@
-"""Logs unreadable records, and stops the run if there are too many of them.
+"""Logs unreadable records (examples), and stops the run if there are too many of them.
 
 Large data sets often have a few damaged files, which should not stop a run of several days. The
 loader replaces an unreadable record by another one in training, leaves it out of an evaluation, and
@@ -22,7 +22,7 @@ MIN_SEEN = 100
 
 
 class TooManyFailuresError(ValueError):
-  """Error: the share of unreadable records exceeds data.max_failed_share."""
+  """Error: the share of unreadable records (examples) exceeds data.max_failed_share."""
 
 
 class Failure(NamedTuple):
@@ -80,7 +80,7 @@ class FailureLog:
     self._named = set() if named is None else named
 
   def add(self, index: Int32[np.ndarray, "b"], failures: Sequence[Failure]) -> None:
-    """Counts the records of one batch, and logs the unreadable ones to the logger `byolx`.
+    """Counts the records (examples) of one batch, and logs the unreadable ones to the logger `byolx`.
 
     Args:
       index: index of the record in each row of the batch, -1 for a row without a record.

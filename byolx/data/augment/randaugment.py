@@ -1,7 +1,7 @@
 """RandAugment, the augmentation of the supervised baselines: N random operations with magnitude M.
 
-Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the paper cites RandAugment without N, M or
-the operations; torchvision's defaults are used here. All random numbers are drawn first: `draw`
+RandAugment is from Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the BYOL paper cites it, but
+does not give N, M or the operations. So torchvision's defaults are used here. All random numbers are drawn first: `draw`
 samples the `Operations` of one view with the settings in a `RandAugment`. `apply` is then a pure
 function of the view and these operations.
 

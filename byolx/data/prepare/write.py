@@ -59,7 +59,7 @@ _MB = 10**6
 
 
 class DamagedError(OSError):
-  """Error for a prepared set that does not match its checksums."""
+  """Error: files of a prepared data set do not match their checksums."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def _claimed(to: Path, plan: dict[str, Any]) -> Iterator[None]:
-  """Locks the folder of a set for this process while the context is open, and stores the plan there.
+  """Locks the folder of a prepared set while the context is open, and stores the plan there.
 
   Args:
     to: path of the folder.

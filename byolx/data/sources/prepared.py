@@ -174,7 +174,7 @@ def verify(
   images: bool = False,
   threads: int = 1,
 ) -> list[str]:
-  """Checks a whole prepared set against the checksums of all files and all records.
+  """Checks all files and records of a prepared data set against their checksums.
 
   Args:
     folder: path of the prepared set.
@@ -215,7 +215,7 @@ def verify(
 def _verify_shard(
   path: Path, shard: Shard, index: Index | None, part: slice, images: bool
 ) -> list[str]:
-  """Checks one shard (file of records) of a prepared set, and returns its problems, one line for each.
+  """Checks one shard (large file) of a prepared data set. Returns its problems, one line for each.
 
   Args:
     path: path of the file.

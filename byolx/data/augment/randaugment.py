@@ -1,9 +1,9 @@
 """RandAugment, the augmentation of the supervised baselines: N random operations with magnitude M.
 
 RandAugment is from Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the BYOL paper cites it, but
-does not give N, M or the operations. So torchvision's defaults are used here. All random numbers are drawn first: `draw`
-samples the `Operations` of one view with the settings in a `RandAugment`. `apply` is then a pure
-function of the view and these operations.
+does not give N, M or the operations. So torchvision's defaults are used here. All random numbers are
+drawn first: `draw` samples the `Operations` of one view with the settings in a `RandAugment`. `apply`
+is then a pure function of the view and these operations.
 
 Each operation maps a uint8 image to another one. The result equals Pillow's bit for bit, and
 torchvision uses Pillow for PIL images (its operations on tensors differ). Operations that

@@ -1,8 +1,9 @@
 """Loads batches in parts: reads the records of a part and fills the arrays of its rows.
 
-A host loads its rows of a batch in one or more parts of consecutive rows. `TrainPart` and
-`EvaluationPart` load a part, given its number. They are pickled into worker processes, and may be called
-in any process and in any order, because `sampler` computes the records of a part from the number alone.
+A part is a range of consecutive rows of a batch. Each host loads its rows of a batch in one or more
+parts. `TrainPart` and `EvaluationPart` load the part with a given number. They are pickled into worker
+processes. They may be called in any process and in any order, because `sampler` computes the records
+(examples) of a part from its number alone.
 """
 
 import math
@@ -57,7 +58,7 @@ class Slot(NamedTuple):
 
 
 class LoadedPart(NamedTuple):
-  """A part of a batch (some of its rows), and the unreadable records met while loading it.
+  """A part of a batch (some of its rows), and the records (examples) that could not be read for it.
 
   Attributes:
     slots: positions in `block` of the large arrays, such as images.
@@ -75,8 +76,9 @@ class LoadedPart(NamedTuple):
 class Allocation:
   """Allocates the arrays of one part of a batch, which are then filled row by row.
 
-  Arrays with axes besides the rows, such as images, are together in one block of shared memory. Arrays
-  of scalars and those of a NamedTuple, such as a view's random numbers, are ordinary arrays.
+  Images and other arrays with several values per row are together in one block of shared memory. Arrays
+  with one number per row are ordinary arrays, and so are those of a NamedTuple, such as a view's random
+  numbers.
 
   Args:
     arrays: shape and dtype of each array for one example, by name.
@@ -117,7 +119,7 @@ class Allocation:
 
 
 def _each(function: Callable[[Any], Any], array: Any) -> Any:
-  """Returns `function(array)`, or a NamedTuple of such results if `array` is a NamedTuple of arrays."""
+  """Applies `function` to an array, or to each array of a NamedTuple, and returns the result."""
   if isinstance(array, tuple) and not isinstance(array, Array):
     return type(array)(*map(function, array))
   return function(array)
@@ -145,7 +147,7 @@ class ThreadPool:
     return ThreadPool, (self._threads,)
 
   def fill(self, rows: int, fill: Callable[[range], list[Failure]]) -> tuple[Failure, ...]:
-    """Calls `fill` in parallel, on ranges that cover all rows of a part.
+    """Fills all rows of a part: divides them into ranges, and calls `fill` for these in parallel.
 
     Args:
       rows: number of rows of the part.
@@ -171,7 +173,9 @@ class ThreadPool:
 
 
 class TrainPart:
-  """Function that loads a part of a training batch (some of its rows), given the part's number.
+  """Callable that loads one part of a training batch: some of its rows.
+
+  It is called with the number of the part, counted over all batches.
 
   Args:
     source: training examples.
@@ -210,7 +214,7 @@ class TrainPart:
     return allocation.finish({"label": label, "index": index}, failures)
 
   def _read(self, record: int, stream: Stream, failures: list[Failure]) -> tuple[Example, int]:
-    """Reads a record; if it is unreadable, reads other records until one is readable.
+    """Reads a record (an example). If it is unreadable, reads others until one is readable.
 
     The order in which other records are tried depends on the seed and on `record` only.
 
@@ -247,7 +251,9 @@ class TrainPart:
 
 
 class EvaluationPart:
-  """Function that loads a part of an evaluation batch (some of its rows), given the part's number.
+  """Callable that loads one part of an evaluation batch: some of its rows.
+
+  It is called with the number of the part, counted over all batches.
 
   Args:
     source: examples.
@@ -324,7 +330,7 @@ def _concatenated(values: list[Any]) -> Any:
 
 
 def start_worker(*_) -> None:
-  """Sets up a worker process: OpenCV and BLAS use one thread; the process ends when its parent ends."""
+  """Sets up a worker process: OpenCV and BLAS use one thread, and the process ends with its parent."""
   end_with_parent()
   one_thread_per_image()
   threadpoolctl.threadpool_limits(1)

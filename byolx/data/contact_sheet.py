@@ -20,8 +20,8 @@ def draw_sheet(
   """Draws a contact sheet: one row per image, with the original and then its pairs of views.
 
   Views of less than 96 pixels are enlarged to 96 or more by an integer factor, without interpolation, so
-  that each pixel is visible. Originals are resized to fit a square of the same size, and keep their
-  aspect ratio.
+  that each pixel is visible. Originals keep their aspect ratio. They are resized to fit into a square of
+  the size of the drawn views.
 
   Args:
     originals: RGB images 0..255 of any size.
@@ -70,7 +70,7 @@ def _enlarge(image, factor):
 
 
 def _fit(image, cell):
-  """Resizes an image to fit a white square with sides of `cell` pixels, and returns it centred there."""
+  """Resizes an image and centres it in a white square of side `cell` pixels. Returns the square."""
   height, width = image.shape[:2]
   scale = cell / max(height, width)
   if scale >= 1:
@@ -86,7 +86,10 @@ def _fit(image, cell):
 
 
 def _write(sheet, label, left, cell):
-  """Writes `label` into the top line of `sheet`, centred above the column at x = left of width `cell`."""
+  """Writes `label` into the top line of `sheet`, centred above one column.
+
+  The column starts at x = `left` and is `cell` pixels wide.
+  """
   font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.45
   (width, _), _ = cv2.getTextSize(label, font, scale, 1)
   at = (left + (cell - width) // 2, _HEADER - 8)

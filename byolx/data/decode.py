@@ -49,7 +49,7 @@ class DecodeError(ValueError):
 
 
 def is_image_name(name: str) -> bool:
-  """Tests whether a file name ends with the extension of an image file (EXTENSIONS), in any case."""
+  """Tests whether a file name has the extension of an image file (EXTENSIONS), in upper or lower case."""
   return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -211,7 +211,7 @@ def _jpeg_segments(data: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _is_plain(frame: bytes) -> bool:
-  """Tests whether a JPEG's frame header declares 8 bits, 1 or 3 channels, and at most MAX_PIXELS."""
+  """Tests whether a JPEG's frame header has 8 bits, 1 or 3 channels, and at most MAX_PIXELS pixels."""
   if len(frame) < 10:
     return False
   bits, height, width, channels = struct.unpack_from(">BHHB", frame, 4)
@@ -252,7 +252,10 @@ def _orientation(exif: bytes) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-  """Turns pixels upright by the EXIF orientation: 2-4 mirror or rotate by 180°, 5-8 also transpose."""
+  """Turns pixels upright. `orientation` is the EXIF value, 1 to 8; 1 changes nothing.
+
+  The values 2 to 4 mirror the image or rotate it by 180°. For 5 to 8, the image is first transposed.
+  """
   if orientation >= 5:
     pixels = pixels.transpose(1, 0, 2)
   if orientation in (3, 4, 7, 8):

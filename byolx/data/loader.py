@@ -1,13 +1,13 @@
 """Loads batches of training or evaluation data in advance, by threads or worker processes.
 
-A batch is a function of (source, transform, seed, step). `sampler` computes the records of the batch and
-their random numbers, the transform turns each example into arrays, and `batching` collects the arrays.
-So batches do not depend on restarts, or on the number of hosts, workers, threads or devices, and every
-view can be reproduced.
+A batch depends only on the source, the transform, the seed and the step. `sampler` computes the records
+(examples) of the batch and their random numbers. The transform turns each example into arrays, and
+`batching` collects the arrays. So batches do not depend on restarts, or on the number of hosts, workers,
+threads or devices. Every view (augmented image) can be reproduced.
 
-The library grain schedules the work. It is given whole batches or, for worker processes, large parts of
-batches rather than single records, because its overhead per element is as large as the cost of a view
-of a small image. Worker processes write large arrays into shared memory (`shared_memory`).
+The library grain schedules the work. Its overhead per element is as large as the cost of a view of a
+small image. So an element is not a single record. It is a whole batch or, with worker processes, a large
+part of a batch. Worker processes write large arrays into shared memory (`shared_memory`).
 
 A few unreadable files do not stop a run: they are replaced or left out (`unreadable`).
 """
@@ -81,11 +81,11 @@ def train_batches(
     host_index: index of this host, 0 to host_count - 1.
     host_count: number of hosts; each loads one block of rows of the global batch.
     max_failed_share: largest share of unreadable records, 0 to 1; up to ten are accepted in any case,
-      unless it is 0.
-    named: error messages of unreadable records that were logged before, not to be logged again; new
-      ones are added.
-    prefetch: number of batches loaded in advance; 0 to load each batch in the call of `next`, except
-      that each worker process always loads at least a part of a batch in advance.
+      unless the share is 0.
+    named: error messages of unreadable records that were logged before. They are not logged again. New
+      messages are added.
+    prefetch: number of batches loaded in advance. With 0, each batch is loaded in the call of `next`;
+      but a worker process always loads at least one part of a batch in advance.
 
   Returns:
     Iterator of dicts, to be closed by `close()` or used in a with statement. Each dict has the arrays of
@@ -124,10 +124,11 @@ def evaluation_batches(
   named: set[str] | None = None,
   prefetch: int = 2,
 ) -> "Batches":
-  """Returns an iterator over evaluation batches: all records of a source once, in order.
+  """Returns an iterator over evaluation batches, which are loaded in advance.
 
-  The last batch is padded to `batch_size`. Rows of padding and of unreadable records have `mask` False,
-  label and index -1, and zeros in all other arrays.
+  The batches have each record (example) of the source once, in order. The last batch is padded to
+  `batch_size`. Rows of padding and of unreadable records have `mask` False, label and index -1, and zeros
+  in all other arrays.
 
   Args:
     source: examples.
@@ -138,9 +139,9 @@ def evaluation_batches(
     host_index: index of this host, 0 to host_count - 1.
     host_count: number of hosts; each loads one block of rows of the global batch.
     max_failed_share: largest share of unreadable records, 0 to 1; up to ten are accepted in any case,
-      unless it is 0.
-    named: error messages of unreadable records that were logged before, not to be logged again; new
-      ones are added.
+      unless the share is 0.
+    named: error messages of unreadable records that were logged before. They are not logged again. New
+      messages are added.
     prefetch: number of batches loaded in advance.
 
   Returns:
@@ -166,7 +167,7 @@ def evaluation_batches(
 def evaluation_images(
   source: Source, transform: Transform, *, workers: int = 0
 ) -> tuple[UInt8[np.ndarray, "n size size 3"], Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
-  """Loads the images of all readable records of a source into memory, in order.
+  """Loads the images of all readable records (examples) of a source into memory, in order.
 
   Args:
     source: examples.
@@ -261,7 +262,10 @@ class Batches(Iterator[Batch]):
     self._finalizer = weakref.finalize(self, _close_all, self._running)
 
   def __next__(self) -> Batch:
-    """Returns the next batch. An error while it was loaded is raised here, and closes the iterator."""
+    """Returns the next batch.
+
+    If an error occurred while the batch was loaded, the iterator is closed and the error is raised here.
+    """
     if not self._running:
       raise StopIteration
     try:

@@ -1,10 +1,10 @@
 """Sampler: computes the records of each step, and their random generators, from seed and step alone.
 
 A record is an example of the data set. Epoch e visits the records in the order `epoch_order(seed, e)`.
-The epochs are joined to one endless stream, which is divided into batches of exactly `batch_size`
-records, so a batch may cover the end of one epoch and the start of the next. No record is dropped or
-repeated: each is used once per epoch, whatever the batch size and the number of hosts. Each host loads
-one block of rows of each batch.
+The epochs are joined to one endless stream. The stream is divided into batches of exactly `batch_size`
+records, so a batch may cover the end of one epoch and the start of the next. Each record is used exactly
+once per epoch, for any batch size and any number of hosts. Each host loads one block of rows of each
+batch.
 
 The random numbers of a view are drawn from `Stream(seed).at(VIEW, record, epoch, view)`, a Philox
 generator with the key (seed, record) and the counter (draw, purpose, epoch, view).
@@ -22,7 +22,7 @@ VIEW, ORDER, REPLACEMENT, RANDAUGMENT = range(4)
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, count: int) -> Int32[np.ndarray, "count"]:
-  """Returns the order of the records in one epoch: a read-only permutation of 0 to count - 1."""
+  """Returns the order of the examples in one epoch: a read-only permutation of 0 to count - 1."""
   order = Stream(seed).at(ORDER, 0, epoch).permutation(count).astype(np.int32)
   order.flags.writeable = False
   return order
@@ -43,7 +43,7 @@ class Stream:
     self._generator = np.random.Generator(np.random.Philox(key=0))
 
   def at(self, purpose: int, record: int, epoch: int = 0, view: int = 0) -> np.random.Generator:
-    """Returns a generator at the start of one stream of numbers; it is valid until the next call.
+    """Returns a generator at the start of one stream of numbers. Use it only until the next call of `at`.
 
     Args:
       purpose: purpose of the numbers: VIEW, ORDER, REPLACEMENT or RANDAUGMENT.
@@ -64,12 +64,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class Rows:
-  """Division of the endless stream of records into batches, and of each batch among the hosts.
+  """Division of the endless stream of records (examples) into batches, and of a batch among the hosts.
 
-  The stream joins all epochs. Its position p belongs to the epoch p // records; in the order of that
-  epoch, it is the record at place p % records. Each step takes the next `batch_size` positions as its
-  batch. Each host gets one block of equal size, which it loads in `parts` parts, one by one. In
-  evaluation, position p is the record p, and positions after the last record are rows of padding.
+  In training, the stream joins all epochs. Position p belongs to epoch p // records, and has the record
+  at place p % records in the order of that epoch. The batch of each step is the next `batch_size`
+  positions. It is divided into one block per host, all of equal size. A host loads its block in `parts`
+  parts, one by one. In evaluation, position p has the record p, and positions after the last record are
+  rows of padding.
 
   Attributes:
     records: number of records (examples) of the data source.
@@ -104,10 +105,10 @@ class Rows:
     return self.batch_size // self.host_count
 
   def of(self, number: int) -> range:
-    """Returns the positions, in the stream of records, of one part of a batch on this host.
+    """Returns the rows of one part of a batch on this host, as positions in the stream of records.
 
     Args:
-      number: number of the part, counted over all steps: step * parts + index of the part in its step.
+      number: number of the part, counted over all steps. It is step * parts + i for part i of a step.
     """
     step, part = divmod(number, self.parts)
     first = step * self.batch_size + self.host_index * self.local

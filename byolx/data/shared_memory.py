@@ -1,13 +1,13 @@
 """Shared memory, which a worker process fills with a batch and the training process reads directly.
 
 A worker writes a batch into a memfd (memory that has no name in the file system) and sends a
-`BufferHandle`, with which the training process maps the same memory. The last byte of the memory is a
-flag. The training process clears the flag when the last array in this memory is deleted; the worker then
-writes another batch into the memory, because new memory pages are slow on first use. The memory is
-freed however the processes end, and does not need /dev/shm, which has only 64 MB in many containers.
+`BufferHandle`. With it, the training process maps the same memory. The last byte of the memory is a
+flag. The training process clears the flag when the last array in this memory is deleted. The worker then
+writes another batch into the same memory, because new memory is slow on first use. The memory is freed
+however the processes end. It does not need /dev/shm, which has only 64 MB in many containers.
 
-This needs Linux. On other systems, `POSSIBLE` is False: each batch is a newly allocated array, which
-grain, the library that runs the workers, sends to the training process.
+This needs Linux. On other systems, `POSSIBLE` is False, and each batch is a newly allocated array. The
+library grain, which runs the workers, then sends the array to the training process.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _FREE, _IN_USE = 0, 1  # values of the flag
 
 
 class BufferHandle(NamedTuple):
-  """Message with which one process tells another where to find a uint8 array in shared memory.
+  """Address of a uint8 array in shared memory; one process sends it to another.
 
   Attributes:
     pid: id of the process that allocated the memory.

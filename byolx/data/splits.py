@@ -20,23 +20,23 @@ def balanced_subset(
 ) -> Int64[np.ndarray, "k"]:
   """Draws a class-balanced subset of the labels.
 
-  Of k labels and C classes, floor(k / C) examples are drawn from each class, and one more from k mod C
-  random classes. If a class has fewer examples, all of them are drawn, and the rest is drawn from the
-  other classes. Subsets are nested: with equal labels and seed, a larger subset contains a smaller one.
+  For k labels and C classes, floor(k / C) examples are drawn from each class. One more example is drawn
+  from each of k mod C random classes. If a class has fewer examples, all of them are drawn, and the rest
+  is drawn from the other classes. With equal labels and seed, a larger subset contains a smaller one.
 
   Args:
     labels: class of each example, -1 for unlabelled examples, which are never drawn.
-    amount: fraction of the examples as a float in (0, 1], or number k of labels as an int. For a
-      fraction, k = round(amount * n), where n counts all examples, but at least one label per
-      class present and at most all labels.
+    amount: number k of labels as an int, or fraction of the examples as a float in (0, 1]. A fraction
+      gives k = round(amount * n), where n is the number of all examples. This k is then limited: it is
+      at least the number of classes present and at most the number of labelled examples.
     seed: seed of the random choice of the examples, and of the classes that give one more.
 
   Returns:
     Sorted indices of the subset.
 
   Raises:
-    ValueError: the fraction is outside (0, 1]; a count is less than the number of classes or more
-      than the number of labelled examples; no example is labelled.
+    ValueError: the fraction is outside (0, 1]; the number of labels is less than the number of
+      classes or more than the number of labelled examples; no example is labelled.
   """
   labelled = np.flatnonzero(labels >= 0)
   if not len(labelled):
@@ -69,13 +69,13 @@ def labelled_share(
 ) -> Int64[np.ndarray, "k"]:
   """Draws a class-balanced subset of the candidates, as large as a share of all labelled examples.
 
-  The share counts all labelled examples, also those held out of training: 1 % of ImageNet is 12,812
+  The share is one of all labelled examples, also those held out of training. So 1 % of ImageNet is 12,812
   images. At least one example per class is drawn. If there are not enough labelled candidates, all of
   them are returned.
 
   Args:
     labels: class of each example, -1 for unlabelled examples.
-    candidates: indices of the examples to draw from, those that are not held out.
+    candidates: indices of the examples to draw from, which are not held out.
     share: size of the subset as a share of all labelled examples, 0 < share <= 1.
     seed: seed of the random choice of the examples.
 
@@ -141,18 +141,18 @@ def stratified_holdout(
 ) -> tuple[Int64[np.ndarray, "r"], Int64[np.ndarray, "h"]]:
   """Divides the examples into a held-out part and the remaining ones, class by class.
 
-  Of n examples, ceil(share * n) are held out, from each class in proportion to its size; where this is
-  not a whole number, the classes with the largest remainders give one more. At least one example of
-  each class remains, so fewer examples are held out if classes are very small. The label -1 counts as
-  a class.
+  Of n examples, ceil(share * n) are held out. The number for each class is in proportion to its size. It
+  is rounded down, and the classes with the largest remainders then give one more example. At least one
+  example of each class remains, so fewer examples are held out if classes are very small. The label -1
+  counts as a class.
 
   Args:
     labels: class of each example, -1 if it is unlabelled.
     share: share of the examples held out, 0 <= share < 1.
     seed: seed of the choice of examples within each class.
-    names: name of each example; None for a random choice. With names, the choice is by a hash of seed
-      and name: it does not depend on the order of the examples, and hardly changes when examples are
-      added.
+    names: name of each example; None for a random choice. With names, examples are chosen by a hash of
+      seed and name. Their choice then does not depend on the order of the examples, and hardly changes
+      when examples are added.
 
   Returns:
     Two sorted arrays of indices: the remaining examples, and those held out.
@@ -191,7 +191,7 @@ def imagenet_validation(
   shards have 10009 of the 1,281,167 images. The authors' code holds out the first 10000 instead.
 
   Args:
-    names: name of each training image; folders, the part up to the last slash, are ignored.
+    names: name of each training image. The part up to the last slash, its folders, is ignored.
     rule: name of the rule: 'last_10009' holds out the last 10009 images in the order of TensorFlow
       Datasets, 'first_10000' the first 10000.
 
@@ -199,7 +199,7 @@ def imagenet_validation(
     Two sorted arrays of indices: the remaining images, and those held out.
 
   Raises:
-    ValueError: the rule is unknown, or there are not more images than it holds out.
+    ValueError: the rule is unknown, or no image would remain.
   """
   if rule not in IMAGENET_VALIDATION:
     raise ValueError(f"rule is {rule!r}; expected one of {', '.join(IMAGENET_VALIDATION)}")
@@ -222,7 +222,7 @@ def imagenet_validation(
 
 
 def _rank_in_class(class_of):
-  """Returns, for each element of `class_of`, the number of earlier elements of the same class."""
+  """Returns an array with one number per element: how many earlier elements have the same class."""
   order = np.argsort(class_of, kind="stable")
   starts = np.searchsorted(class_of[order], class_of[order])
   ranks = np.empty(len(class_of), np.int64)
@@ -235,8 +235,8 @@ def _quotas(sizes, total):
 
   Args:
     sizes: number of examples of each class.
-    total: number of examples to hold out in all. If classes are so small that at least one example of
-      each could not remain, fewer are held out.
+    total: number of examples to hold out in all. Fewer are held out if this is necessary for one
+      example of each class to remain.
   """
   total = min(total, int((sizes - 1).sum()))
   exact = total * sizes / sizes.sum()

@@ -1,8 +1,9 @@
 """Transforms: functions that turn an example into arrays of fixed shape, such as its augmented views.
 
 A transform declares the name, shape and dtype of its arrays. The loader allocates these arrays for many
-examples at once, in shared memory where possible, and the transform fills the rows of one example. So
-views, masks, boxes and depth maps are treated alike, and all shapes are known before an image is read.
+examples at once, in shared memory where possible. The transform then fills one row of each array for an
+example. So views, masks, boxes and depth maps are treated alike. All shapes are known before an image is
+read.
 """
 
 import dataclasses
@@ -57,7 +58,7 @@ class Random(NamedTuple):
   epoch: int
 
   def generator(self, number: int = 0, purpose: int = VIEW) -> np.random.Generator:
-    """Returns a generator of random numbers for the example; it is valid until the next call.
+    """Returns a generator of random numbers for the example. Use it only until the next call.
 
     Args:
       number: index of an independent stream of random numbers, such as the index of a view.
@@ -68,11 +69,11 @@ class Random(NamedTuple):
 
 @runtime_checkable
 class Transform(Protocol):
-  """Interface of transforms: objects that fill arrays from one example; workers get a pickled copy.
+  """Interface of transforms: objects that fill arrays from one example.
 
-  The loader itself adds `label` (int32, -1 if unlabelled), `index` (int32, index of the record) and, in
-  evaluation, `mask` (bool, False for padding and unreadable records), so a transform does not declare
-  these.
+  A transform is pickled into worker processes. It does not declare the following arrays, because the
+  loader adds them itself: `label` (int32, -1 if unlabelled), `index` (int32, index of the record) and,
+  in evaluation, `mask` (bool, False for padding and unreadable records).
   """
 
   @property
@@ -89,7 +90,10 @@ class Transform(Protocol):
     """
 
   def preview(self) -> "Transform":
-    """Returns a variant that does all augmentation on the host, for the picture `views.png`."""
+    """Returns a variant of this transform, with all augmentation on the host.
+
+    It is used to draw the picture `views.png`.
+    """
     return self
 
 
@@ -137,7 +141,7 @@ class Views(Transform):
 
   @property
   def on_device(self) -> bool:
-    """Whether the train step applies the whole augmentation after the crop."""
+    """Whether the train step, rather than the loader, applies all augmentation that follows the crop."""
     return self.placement == "device"
 
   @property
@@ -231,7 +235,7 @@ def make_view(
     view: index of the view, from 0.
     out: array for the view.
     antialias: whether to antialias where the crop shrinks.
-    on_host: whether to apply the whole augmentation; if False, the image is only cropped and resized.
+    on_host: whether to apply the whole augmentation. If False, the image is only cropped and resized.
 
   Returns:
     Random numbers of the view, except those of RandAugment.

@@ -1,4 +1,4 @@
-"""Logs unreadable records, and stops the run if there are too many of them.
+"""Logs unreadable records (examples), and stops the run if there are too many of them.
 
 Large data sets often have a few damaged files, which should not stop a run of several days. The
 loader replaces an unreadable record by another one in training, leaves it out of an evaluation, and
@@ -22,11 +22,11 @@ MIN_SEEN = 100
 
 
 class TooManyFailuresError(ValueError):
-  """Error: the share of unreadable records exceeds data.max_failed_share."""
+  """Error: the share of unreadable records (examples) exceeds data.max_failed_share."""
 
 
 class Failure(NamedTuple):
-  """Unreadable record of a source, and the reason why it cannot be read.
+  """Record (example) of a source that cannot be read, and the reason.
 
   Attributes:
     record: index of the record in the source.
@@ -38,24 +38,24 @@ class Failure(NamedTuple):
 
 
 class FailureLog:
-  """Logs why records cannot be read, each reason once, and raises an error if there are too many.
+  """Logs unreadable records (examples), and raises an error if there are too many of them.
 
-  The main process calls `add` for each batch that is used, in order. So the counts do not depend on the
-  number of worker processes. Each iterator over batches, and each host, counts for itself. The set
-  `named` can be shared by several iterators, so that none of them repeats a message.
+  Each reason is logged once. The main process calls `add` for each batch that is used, in order. So the
+  counts do not depend on the number of worker processes. Each iterator over batches, and each host, has
+  its own counts. Several iterators can share the set `named`, so that none of them repeats a message.
 
-  There are too many if more than ten (`TOLERATED`) distinct records, and more than the share
-  `max_failed_share` of all distinct records seen, are unreadable. This is checked as soon as 100
-  (`MIN_SEEN`) distinct records, or all records of the source, were seen. If `max_failed_share` is 0, the
-  first unreadable record raises the error.
+  There are too many unreadable records if two conditions hold. More than ten (`TOLERATED`) distinct
+  records are unreadable. They are also more than the share `max_failed_share` of all distinct records
+  seen. The check starts when 100 (`MIN_SEEN`) distinct records, or all records of the source, were seen.
+  If `max_failed_share` is 0, the first unreadable record raises the error.
 
   Args:
     name: name of the data source, for the log.
     records: number of records (examples) of the source.
     max_failed_share: largest share of unreadable records, 0 to 1; the field data.max_failed_share.
-    consequence: words for the log that tell how the loader treats an unreadable record, such as "it
+    consequence: words for the log about what the loader does with an unreadable record, such as "it
       is left out".
-    named: reasons already logged, which are not logged again; new reasons are added. None for an
+    named: reasons already logged. They are not logged again. New reasons are added. None for an
       empty set.
 
   Raises:
@@ -80,7 +80,7 @@ class FailureLog:
     self._named = set() if named is None else named
 
   def add(self, index: Int32[np.ndarray, "b"], failures: Sequence[Failure]) -> None:
-    """Counts the records of one batch, and logs the unreadable ones to the logger `byolx`.
+    """Counts the records (examples) of one batch, and logs the unreadable ones to the logger `byolx`.
 
     Args:
       index: index of the record in each row of the batch, -1 for a row without a record.

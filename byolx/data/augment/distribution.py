@@ -1,10 +1,10 @@
 """Distributions of augmentations, and the random numbers of one view (appendix C, Table 6).
 
-A view is an augmented copy of an image. All its random numbers are drawn first: `draw` samples a
-`Draws` from a `ViewSpec`, which describes one of the paper's distributions T and T'. The rest of the
-augmentation is a pure function of the image and these numbers. `resizing.crop_and_resize` crops the
-image. Two functions do all the rest, and their results differ by at most one grey level:
-`on_host.apply_host` (numpy and OpenCV) and `on_device.apply_device` (jnp, inside the jitted step).
+A view is an augmented copy of an image. All its random numbers (`Draws`) are drawn first, by `draw`.
+They are drawn from a `ViewSpec`, which describes one of the paper's distributions T and T'. The view
+depends only on the image and these numbers. `resizing.crop_and_resize` crops and resizes it. Then
+either `on_host.apply_host` (numpy and OpenCV) or `on_device.apply_device` (jnp, inside the jitted step)
+applies all other operations. The results of these two functions differ by at most one grey level.
 """
 
 import math
@@ -62,7 +62,7 @@ class ViewSpec:
     hue: largest hue shift as a share of the colour circle, in [0, 0.5].
     grayscale_probability: probability of the conversion to grey.
     blur_probability: probability of a Gaussian blur.
-    blur_sigma: range of the blur's standard deviation, pixels, sampled uniformly.
+    blur_sigma: range of the blur's standard deviation in pixels, sampled uniformly.
     solarise_probability: probability of solarisation, in which values x of at least 0.5 become 1 - x.
     brightness_rule: name of the rule for a change of brightness by d: 'additive' for x + d, as in the
       authors' code, or 'multiplicative' for x * (1 + d).
@@ -154,7 +154,9 @@ class ViewsSpec:
 
 
 class Draws(NamedTuple):
-  """Random numbers of one view; for a batch of views, each array has a leading axis.
+  """Random numbers that determine the augmentation of one view (an augmented copy of an image).
+
+  For a batch of views, each array has a leading axis.
 
   Attributes:
     crop: top, left, height and width of the crop, pixels of the source image.

@@ -6,10 +6,10 @@ jitted program serves a batch whose images need different operations in differen
 cost is memory traffic, which these choices reduce:
 
 - Images are stored as planes, one per channel; a TPU lays out `b h w 3` in the same way.
-- Saturation and hue commute. So the jitter is two steps of brightness or contrast, and a change of
-  saturation and hue before, between and after them (`_jitter`).
-- The blur is two matrix products per plane, the second of which also mirrors the image. On a TPU
-  they take three bfloat16 passes, since one pass is not accurate enough.
+- Saturation and hue commute, so they are changed together. The colour jitter (`_jitter`) has two steps
+  of brightness or contrast. Saturation and hue are changed before, between and after these steps.
+- The blur is two matrix products per plane. The second one also mirrors the image. On a TPU each
+  product takes three bfloat16 passes, since one pass is not accurate enough.
 
 `docs/augment_cost.py` prints the cost estimated by a TPU's compiler.
 """
@@ -40,11 +40,13 @@ Planes = tuple[Array, Array, Array]  # red, green, blue: Float[Array, "b h w"]
 def brightness(
   x: Float[Array, "b *c h w"], amount: Float[Array, "b"], rule: str = "additive"
 ) -> Float[Array, "b *c h w"]:
-  """Changes the brightness of images to x + amount, or x * amount, clipped to [0, 1].
+  """Changes the brightness of each image: adds `amount` to all values, or multiplies them by it.
+
+  The result is clipped to [0, 1].
 
   Args:
     x: images in [0, 1].
-    amount: number added to each image, or its factor.
+    amount: number for each image, which is added to its values or is their factor.
     rule: name of the rule: 'additive' for x + amount, or 'multiplicative' for x * amount.
   """
   amount = _per_image(amount, x)
@@ -66,7 +68,7 @@ def saturation(x: Float[Array, "b 3 h w"], factor: Float[Array, "b"]) -> Float[A
 
 
 def hue(x: Float[Array, "b 3 h w"], shift: Float[Array, "b"]) -> Float[Array, "b 3 h w"]:
-  """Shifts the hue (HSV) of each image by a share of the colour circle."""
+  """Shifts the hue (HSV) of each image by its `shift`, a share of the colour circle."""
   return jnp.stack(_change_hsv(_planes(x), jnp.ones_like(shift), shift), axis=1)
 
 
@@ -167,10 +169,10 @@ def network_input(
 def _jitter(planes: Planes, draws: Draws, brightness_rule: str) -> Planes:
   """Applies brightness, contrast, saturation and hue, in the order drawn for each image.
 
-  Only saturation and hue commute. So the sequence HSV, step, HSV, step, HSV covers every order: "step"
-  is a change of brightness or contrast, "HSV" one of saturation and hue. Saturation is applied in the
-  first, second or third HSV change if zero, one or two steps precede it in the drawn order; hue
-  likewise. In the other changes the parameters have the value that changes nothing.
+  All images pass through the same five changes: HSV, step, HSV, step, HSV. A step changes brightness or
+  contrast. "HSV" changes saturation and hue; their order does not matter. If n steps precede saturation
+  in an image's drawn order, its saturation changes in the HSV change after n steps. The same holds for
+  hue. In the other HSV changes the parameters are neutral: they change nothing.
   """
   neutral_brightness = 1.0 if brightness_rule == "multiplicative" else 0.0
   position = jnp.argsort(draws.order, axis=1)  # position of each operation in the order
@@ -222,7 +224,7 @@ def _change_hsv(planes: Planes, factor: Float[Array, "b"], shift: Float[Array, "
 def _blur_and_mirror(
   x: Float[Array, "b 3 s s"], sigma: Float[Array, "b"], mirror: Bool[Array, "b"]
 ) -> Float[Array, "b 3 s s"]:
-  """Blurs each image, and mirrors it left to right if selected, by two matrix products.
+  """Blurs each image by two matrix products, and mirrors it left to right if `mirror` is set.
 
   Args:
     x: square images in [0, 1].
@@ -240,7 +242,9 @@ def _blur_and_mirror(
 def _blur_matrix(
   size: int, sigma: Float[Array, "b"], mirror: Bool[Array, "b"]
 ) -> Float[Array, "b size size"]:
-  """Returns, for each image, the matrix that blurs a line of `size` pixels, and mirrors it if selected.
+  """Returns one matrix per image, which blurs a line of `size` pixels.
+
+  If `mirror` is set for the image, the matrix also mirrors the line.
 
   Element [b, i, j] is the weight of pixel j of the line in pixel i of the blurred line.
   """
@@ -261,5 +265,5 @@ def _planes(x: Float[Array, "b 3 h w"]) -> Planes:
 
 
 def _per_image(parameter: Array, x: Array) -> Array:
-  """Reshapes a parameter per image, shape [b], so that it broadcasts against images x [b ...]."""
+  """Reshapes an array with one parameter per image, [b], so that it broadcasts against x [b ...]."""
   return jnp.reshape(parameter, (-1,) + (1,) * (x.ndim - 1))

@@ -1,8 +1,8 @@
 """Applies flip, colour jitter, grayscale, blur and solarise to one view on the host (numpy, OpenCV).
 
-Appendix C of the paper, in the order and arithmetic of the authors' code. Each operation maps a
-float32 image in [0, 1] to another one; `apply_host` applies them in turn, with the random numbers of one
-view (`Draws`). `on_device` has the same functions for batches, in jnp.
+The operations are those of appendix C of the paper, with the order and arithmetic of the authors' code.
+Each operation maps a float32 image in [0, 1] to another one; `apply_host` applies them in turn, with the
+random numbers of one view (`Draws`). `on_device` has the same functions for batches, in jnp.
 """
 
 import cv2
@@ -25,7 +25,9 @@ _LUMA = np.tile(np.array([0.2989, 0.5870, 0.1140], np.float32), (3, 1))
 def brightness(
   x: Float32[np.ndarray, "h w 3"], amount: float, rule: str = "additive"
 ) -> Float32[np.ndarray, "h w 3"]:
-  """Changes the brightness of an image to x + amount, or x * amount, clipped to [0, 1].
+  """Changes the brightness of an image: adds `amount` to all values, or multiplies them by it.
+
+  The result is clipped to [0, 1].
 
   Args:
     x: image in [0, 1].

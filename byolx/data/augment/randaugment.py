@@ -1,13 +1,14 @@
 """RandAugment, the augmentation of the supervised baselines: N random operations with magnitude M.
 
-Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the paper cites RandAugment without N, M or
-the operations; torchvision's defaults are used here. All random numbers are drawn first: `draw`
-samples the `Operations` of one view with the settings in a `RandAugment`. `apply` is then a pure
-function of the view and these operations.
+RandAugment is from Cubuk et al. 2020 (arXiv:1909.13719). Appendix D.2 of the BYOL paper cites it, but
+does not give N, M or the operations. So torchvision's defaults are used here. All random numbers are
+drawn first: `draw` samples the `Operations` of one view with the settings in a `RandAugment`. `apply`
+is then a pure function of the view and these operations.
 
 Each operation maps a uint8 image to another one. The result equals Pillow's bit for bit, and
-torchvision uses Pillow for PIL images (its operations on tensors differ). Operations that change each
-value by itself are look-up tables of OpenCV, for speed; shears and rotations call Pillow.
+torchvision uses Pillow for PIL images (its operations on tensors differ). Operations that
+replace each value by one from a table use OpenCV's table look-up, for speed. Shears and rotations call
+Pillow.
 """
 
 import functools
@@ -57,7 +58,7 @@ class RandAugment:
     operations: number N of operations, at least 1, drawn with replacement and applied in turn.
     magnitude: magnitude M, 0 to bins - 1, not necessarily an integer; 0 gives the weakest form of
       each operation, bins - 1 the strongest.
-    bins: number of whole magnitudes, 0 to bins - 1; at least 2.
+    bins: number of integer magnitudes, which are 0 to bins - 1; at least 2.
     interpolation: name of the interpolation of shears and rotations, 'nearest' or 'bilinear'.
 
   Raises:
@@ -88,10 +89,10 @@ class Operations(NamedTuple):
 
   Attributes:
     index: indices of the operations in `OPERATIONS`, in the order of their application.
-    strength: argument of each operation, with its sign. A shear has the shift in pixels per pixel, a
-      translation a share of the side, a rotation the angle in degrees; brightness, color, contrast and
-      sharpness have a factor, posterize the number of bits, solarize the threshold. 0 for an operation
-      without an argument.
+    strength: argument of each operation, with its sign. This is the shift in pixels per pixel for a
+      shear, a share of the side for a translation, and the angle in degrees for a rotation. It is a
+      factor for brightness, color, contrast and sharpness, the number of bits for posterize, and the
+      threshold for solarize. It is 0 for an operation without an argument.
   """
 
   index: Int32[np.ndarray, "*b n"]
@@ -116,7 +117,7 @@ def draw(spec: RandAugment, rng: np.random.Generator) -> Operations:
 
 @functools.lru_cache(maxsize=64)
 def _strengths(spec: RandAugment) -> Float32[np.ndarray, "2 14"]:
-  """Computes the argument of each of the 14 operations: row 0 for the sign +, row 1 for the sign -.
+  """Computes the argument of each of the 14 operations, with the sign + in row 0 and - in row 1.
 
   The values are those of torchvision's `RandAugment._augmentation_space`, at the magnitude in `spec`.
   """
@@ -247,7 +248,7 @@ def translate_y(view: UInt8[np.ndarray, "h w 3"], share: float) -> UInt8[np.ndar
 def rotate(
   view: UInt8[np.ndarray, "h w 3"], degrees: float, interpolation: str = "nearest"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Rotates the view counter-clockwise about its centre, as Pillow's `Image.rotate`.
+  """Rotates the view counter-clockwise about its centre, as Pillow's `Image.rotate` does.
 
   Pixels from outside the view are black.
   """
@@ -263,7 +264,10 @@ def _affine(view, matrix, interpolation):
 
 
 def _moved(share, side):
-  """Returns the slices (target, source) that move a line of `side` pixels by `share` times its length."""
+  """Returns two slices, `target` and `source`, for moving a line of `side` pixels.
+
+  The assignment `moved[target] = line[source]` moves the line by `share` times its length.
+  """
   # Rounded before the truncation: the float32 share of a move by 5 pixels may give 4.9999998.
   pixels = int(round(share * side, 4))
   kept = max(0, side - abs(pixels))
@@ -288,7 +292,7 @@ def color(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, 
 
 
 def contrast(view: UInt8[np.ndarray, "h w 3"], factor: float) -> UInt8[np.ndarray, "h w 3"]:
-  """Changes the contrast: mean + factor * (x - mean), with the view's mean luma, rounded."""
+  """Changes the contrast: mean + factor * (x - mean), where `mean` is the mean grey value, rounded."""
   mean = np.float32(int(_luma(view).mean() + 0.5))
   return cv2.LUT(view, _blend(mean, _LEVELS.astype(np.float32), factor))
 

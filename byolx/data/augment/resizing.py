@@ -25,9 +25,9 @@ def crop_and_resize(
 ) -> UInt8[np.ndarray, "size size 3"]:
   """Crops an image and resizes the crop to a square, with bicubic interpolation.
 
-  The kernel is Keys' with a = -0.5 and half-pixel centres. Weights outside the crop are dropped and
-  the others normalised. Without antialiasing, as in the authors' code, the result is that of
-  `jax.image.resize(patch, method='cubic', antialias=False)`, clipped and rounded. With
+  The kernel is that of Keys, with a = -0.5 and half-pixel centres. Weights outside the crop are dropped,
+  and the other weights are normalised. Without antialiasing, as in the authors' code, the result is that
+  of `jax.image.resize(patch, method='cubic', antialias=False)` for the crop, clipped and rounded. With
   antialiasing, the kernel widens if the crop shrinks. The result is then that of Pillow's BICUBIC,
   which also clips and rounds between the horizontal and the vertical pass.
 
@@ -120,13 +120,16 @@ def _resize(image, rows, columns, antialias, out=None):
 
 
 def _to_uint8(x, out=None):
-  """Clips x to [0, 255] and rounds it to uint8, ties upwards as in Pillow. Overwrites x."""
+  """Clips x to [0, 255] and rounds it to uint8. Ties are rounded up, as in Pillow. x is overwritten."""
   cv2.threshold(x, 0, 0, cv2.THRESH_TOZERO, x)
   return cv2.convertScaleAbs(x, out, beta=1e-4)
 
 
 def _multiply(blocks, x, slot):
-  """Multiplies a banded matrix, given as a tuple of `_Block`, by x [n, m], in scratch buffer `slot`."""
+  """Multiplies the banded matrix `blocks` (a tuple of `_Block`) by the matrix x [n, m].
+
+  The result is in the scratch buffer `slot`, which the next call with this slot may overwrite.
+  """
   out = _scratch.floats(slot, blocks[-1].stop, x.shape[1])
   for block in blocks:
     np.matmul(block.weights, x[block.low : block.high], out=out[block.start : block.stop])
@@ -134,7 +137,7 @@ def _multiply(blocks, x, slot):
 
 
 class _Scratch(threading.local):
-  """Two buffers per thread, reused between images because newly allocated memory is slow."""
+  """Two buffers for each thread. They are reused, because newly allocated memory is slow."""
 
   _MAX_FLOATS = 2**23  # larger arrays are not kept, which limits the memory of a thread
 
@@ -142,7 +145,10 @@ class _Scratch(threading.local):
     self._slots = [np.empty(0, np.float32), np.empty(0, np.float32)]
 
   def floats(self, slot: int, *shape: int) -> np.ndarray:
-    """Returns an uninitialised float32 array; the next call with the same slot, 0 or 1, may reuse it."""
+    """Returns an uninitialised float32 array from the buffer `slot`, 0 or 1.
+
+    The next call with the same slot may return the same memory.
+    """
     count = math.prod(shape)
     if count > self._MAX_FLOATS:
       return np.empty(shape, np.float32)
@@ -174,9 +180,12 @@ class _Block(NamedTuple):
 def _resize_weights(
   source: int, target: int, first: int, count: int, antialias: bool
 ) -> tuple[_Block, ...]:
-  """Computes the matrix that resizes a line of `source` pixels to `target` pixels, as blocks of rows.
+  """Computes the matrix that resizes a line of `source` pixels to `target` pixels.
 
-  Only the rows `first` to `first + count - 1` are computed, for that part of the resized line.
+  Only the rows `first` to `first + count - 1` are computed, one row for each pixel of the resized line.
+
+  Returns:
+    The matrix as blocks of consecutive rows.
   """
   scale = source / target
   stretch = max(scale, 1.0) if antialias else 1.0

@@ -1,8 +1,8 @@
-"""Finds the images that `byolx prepare` is to convert, in folders or tar archives.
+"""Finds images in folders or tar archives, for conversion by `byolx prepare`.
 
-A tar archive may have the same layouts as a folder (folders.image_folder): class folders, or images
-without labels, or the folders `train` and `test` (or `val`) that contain either. A single folder around
-all members, as written by `tar cf photos.tar photos`, is ignored.
+A tar archive may have the same contents as a folder (folders.image_folder). It has class folders, or
+images without labels. Either of these may also be in two folders, `train` and `test` (or `val`). A single
+folder around all members, as written by `tar cf photos.tar photos`, is ignored.
 """
 
 import os
@@ -29,7 +29,7 @@ _STAT_THREADS = 16  # parallel, to hide the latency of network disks
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-  """Files of one split that `byolx prepare` converts, in the order in which they are stored.
+  """Image files of one split, in the order in which `byolx prepare` will store them.
 
   Attributes:
     split: name of the split, 'train' or 'test'.
@@ -84,7 +84,7 @@ class Inputs:
 
 
 class Collection(NamedTuple):
-  """All images that `byolx prepare` converts to one prepared set.
+  """All images that `byolx prepare` converts to one prepared set (a few large files).
 
   Attributes:
     splits: files of each split by its name: 'train', and 'test' if there is a test split.
@@ -190,7 +190,7 @@ def _of_files(split: str, source) -> _Part:
 
 
 def _splits_of_archive(path: Path, archive: Archive) -> dict[str, _Part]:
-  """Finds the images of each split of an archive, by the split's name.
+  """Returns the images of each split of an archive, by the name of the split.
 
   If the archive has the folders `train` and `test` (or `val`), these are the splits; otherwise all
   images are training images.
@@ -246,7 +246,9 @@ def _labelled_test(
   classes: tuple[str, ...],
   test_labels: str | Path | None,
 ) -> Inputs:
-  """Returns the files of the test split with labels that are indices of the training split's classes.
+  """Relabels the files of the test split by the classes of the training split, and returns the files.
+
+  A new label is an index of `classes`. If both splits are unlabelled, all labels are -1.
 
   Args:
     inputs: files of the test split; their labels are indices of `test_classes`, or -1.

@@ -1,8 +1,10 @@
-"""Writes one shard of a prepared set atomically. A shard is one of the files that hold the records.
+"""Writes one shard of a prepared set atomically.
+
+A prepared set is a data set of images in a few large files, which are called shards.
 
 A shard is written to a temporary file in the folder `prepared_format.PROGRESS`, flushed to disk and
-renamed. Then a progress file, which describes the shard, is written in the same way. So a process may
-be killed at any time: a file with its final name is complete, and a shard with an intact progress file
+renamed. Then a progress file, which describes the shard, is written in the same way. So the process may
+be killed at any time. A file with its final name is complete, and a shard with an intact progress file
 is not written again.
 """
 
@@ -36,9 +38,10 @@ TEMPORARY = ".tmp"
 
 @dataclass(frozen=True)
 class Encode:
-  """Settings for reducing large images, which are then stored as JPEG.
+  """Settings for making large images smaller. The smaller images are stored as JPEG.
 
-  An image is reduced if its shorter side exceeds `short_side`; the shorter side then has this length.
+  An image is reduced if its shorter side is longer than `short_side`. Its shorter side then has this
+  length.
 
   Attributes:
     short_side: largest length of the shorter side in pixels.
@@ -51,7 +54,7 @@ class Encode:
   subsampling: str = "4:2:0"
 
   def describe(self) -> dict[str, Any]:
-    """Returns these settings as they are stored in `dataset.json`."""
+    """Returns these settings as a dict, as they are stored in `dataset.json`."""
     return {**asdict(self), "resize": "bicubic, antialiased", "format": "jpeg"}
 
   def apply(self, image: UInt8[np.ndarray, "h w 3"], data: bytes, name: str) -> bytes:
@@ -81,7 +84,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Job:
-  """Shard that is to be written; a shard is one of the files of records in a prepared set.
+  """Task to write one shard. A shard is one of the large files of a prepared data set.
 
   Attributes:
     folder: path of the prepared set.
@@ -98,13 +101,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-  """Shard that was written; a shard is one of the files of records in a prepared set.
+  """Description of a finished shard. A shard is one of the large files of a prepared data set.
 
   Attributes:
     shard: entry of the shard in `dataset.json`.
-    kept: indices of the inputs that are stored in the shard; the others were unreadable.
+    kept: indices of the input images that are stored in the shard; the others were unreadable.
     crc32: CRC-32 of the bytes of each stored record.
-    unreadable: one line `name: reason` for each input that was left out.
+    unreadable: one line `name: reason` for each input image that was left out.
   """
 
   shard: Shard
@@ -121,12 +124,13 @@ def start_worker() -> None:
 
 
 def write_shard(job: Job) -> Finished:
-  """Writes a shard, unless an earlier run wrote it and it still matches its checksum.
+  """Writes a shard, one of the large files of a prepared data set.
 
-  Images that cannot be read or decoded are left out.
+  If an earlier run wrote the shard and it still matches its checksum, it is not written again. Images
+  that cannot be read or decoded are left out.
 
   Returns:
-    Description of the shard, whether it was written now or earlier.
+    Description of the shard, also if an earlier run wrote it.
 
   Raises:
     OSError: the shard cannot be written, for example on a full disk; no partial file is left.
@@ -157,14 +161,21 @@ def write_shard(job: Job) -> Finished:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-  """Replaces the file `path` atomically, and flushes it to disk; after an error the old file remains."""
+  """Writes `data` to the file `path` and flushes it to disk.
+
+  An existing file is replaced atomically: it remains if the new one cannot be written.
+  """
   with _temporary(path) as temporary:
     temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-  """Yields a temporary path; at the end the file is renamed to `path`, or deleted after an error."""
+  """Yields the path of a temporary file, for writing the file `path` atomically.
+
+  At the end of the context, the temporary file is flushed to disk and renamed to `path`. After an error
+  it is deleted instead.
+  """
   folder = path.parent if path.parent.name == PROGRESS else path.parent / PROGRESS
   temporary = folder / f"{path.name}.{os.getpid()}{TEMPORARY}"
   try:
@@ -177,7 +188,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-  """Flushes a file to disk, or, if `path` is a folder, the list of its files."""
+  """Flushes a file to disk. If `path` is a folder, the list of its files is flushed."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -187,7 +198,7 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
-  """Yields a writer of ArrayRecord files, and closes it at the end.
+  """Yields a writer for one ArrayRecord file, and closes the writer at the end.
 
   Raises:
     OSError: the file cannot be written or closed.
@@ -206,7 +217,10 @@ def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
 
 
 def _read_progress(path: Path) -> Finished | None:
-  """Reads the progress file of a shard that an earlier run wrote; None if it is missing or damaged."""
+  """Reads the progress file of a shard, and returns the description of the shard.
+
+  Returns None if the progress file is missing or damaged.
+  """
   try:
     values = json.loads(path.read_text())
     return Finished(Shard(**values["shard"]), values["kept"], values["crc32"], values["unreadable"])

@@ -28,7 +28,7 @@ _BLOCK = 512
 
 @dataclass
 class Archive:
-  """Images found in a tar archive, and what else it contains.
+  """Contents of a tar archive: images, folders, and members that are not used.
 
   Attributes:
     images: byte offset and size in bytes of each image, by its name in the archive, `folder/file.jpg`.

@@ -1,10 +1,10 @@
 """Implements `byolx prepare`, which converts a folder or tar archives of images to a prepared set.
 
-A prepared set has a few large files (shards) with random access. Each image is assigned to a shard
-before anything is written, from the order and the sizes of the image files, so the set does not depend
-on the number of processes. A plan, stored in the set, describes all that determines the result. If a run
-is stopped, the same command continues after the finished shards; the set is then the same, byte for
-byte, as after a run without a stop.
+A prepared set has a few large files (shards) with random access. Before anything is written,
+each image is assigned to a shard, by the order and the sizes of the image files. So the set does not
+depend on the number of processes. A plan is stored in the set, and describes all that determines the
+result. If a run is stopped, the same command continues after the finished shards. The set is then the
+same, byte for byte, as after a run without a stop.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ _MB = 10**6
 
 
 class DamagedError(OSError):
-  """Error for a prepared set that does not match its checksums."""
+  """Error: files of a prepared data set do not match their checksums."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Options:
       `shard_mb`.
     shard_mb: approximate size of the image files of one shard, in megabytes (10**6 bytes).
     encode: settings for reducing large images; None to store each file unchanged.
-    workers: number of worker processes; 1 for none, with all work in the calling process.
-    max_failed_share: largest share of images that may be left out as unreadable, 0 to 1; if there are
-      more, the set is not finished.
+    workers: number of worker processes; with 1, the calling process does all the work itself.
+    max_failed_share: largest share of images that may be left out as unreadable, 0 to 1. If more are
+      left out, the set is not finished.
   """
 
   name: str = ""
@@ -92,7 +92,7 @@ def prepare(
   test: Path | None = None,
   test_labels: Path | None = None,
 ) -> None:
-  """Converts images to a prepared set, or continues an unfinished set.
+  """Converts images to a prepared set (a few large files), or continues an unfinished set.
 
   Args:
     source: path of a folder or tar archive with the training images, or with both splits.
@@ -129,7 +129,7 @@ def prepare(
 
 
 def verify(folder: Path, workers: int, images: bool) -> None:
-  """Checks a whole prepared set against its checksums, and prints its problems to stderr.
+  """Checks all files of a prepared data set against their checksums, and prints problems to stderr.
 
   Args:
     folder: path of the prepared set.
@@ -158,10 +158,11 @@ def verify(folder: Path, workers: int, images: bool) -> None:
 
 
 def _cut_all(collection: Collection, options: Options) -> dict[str, list[np.ndarray]]:
-  """Assigns the images of each split to shards of about equal size in bytes.
+  """Assigns the images of each split to shards (large files) of about equal size in bytes.
 
   Returns:
-    For each split by name, one array per shard with the indices of consecutive images.
+    Dict from the name of each split to a list. The list has one array per shard: the indices of the
+    images in the shard, which are consecutive.
 
   Raises:
     ValueError: there would be more shards than images, or too many shards.
@@ -198,7 +199,10 @@ def _cut(sizes: np.ndarray, count: int) -> list[np.ndarray]:
 def _plan(
   name: str, collection: Collection, cut: dict[str, list[np.ndarray]], encode: Encode | None
 ) -> dict[str, Any]:
-  """Returns the plan: a description of all that determines the set. Equal plans give equal bytes."""
+  """Returns the plan, which describes all that determines the set.
+
+  Sets with equal plans are equal, byte for byte.
+  """
   left_out = "\n".join(collection.left_out).encode("utf-8", "surrogateescape")
   return {
     "format": prepared_format.FORMAT,
@@ -240,7 +244,7 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def _claimed(to: Path, plan: dict[str, Any]) -> Iterator[None]:
-  """Locks the folder of a set for this process while the context is open, and stores the plan there.
+  """Locks the folder of a prepared set while the context is open, and stores the plan there.
 
   Args:
     to: path of the folder.
@@ -286,7 +290,9 @@ def _claimed(to: Path, plan: dict[str, Any]) -> Iterator[None]:
 def _write_shards(
   to: Path, collection: Collection, cut: dict[str, list[np.ndarray]], options: Options
 ) -> dict[str, Finished]:
-  """Writes all shards in parallel, and the list of the images that were left out.
+  """Writes all shards (large files of images) in parallel.
+
+  Then writes the list of the images that were left out.
 
   Args:
     to: path of the set.
@@ -336,9 +342,10 @@ def _write_shards(
 
 
 def _write_in_parallel(jobs: list[Job], workers: int) -> Iterator[Finished]:
-  """Writes shards, in parallel if `workers` is above 1, and yields a description of each written one.
+  """Writes shards (large files of images), and yields a description of each finished shard.
 
-  If the iterator is closed early, the shards that were already started are completed.
+  The shards are written in parallel if `workers` is above 1. If the iterator is closed early, the
+  shards that were already started are completed.
 
   Raises:
     OSError: a shard cannot be written, or a worker process was killed.
@@ -376,7 +383,7 @@ def _publish(
   finished: dict[str, Finished],
   encode: Encode | None,
 ) -> None:
-  """Writes the index file of each split and, last, `dataset.json`, which marks the set as finished.
+  """Writes the index file of each split. Then writes `dataset.json`, which marks the set as finished.
 
   Args:
     to: path of the set.

@@ -33,7 +33,7 @@ def open_shard(path: str, records: int) -> ArrayRecordReader:
 
 
 def read_record(reader: ArrayRecordReader, position: int) -> bytes:
-  """Reads one record of a shard, and returns the bytes.
+  """Reads one record of a shard (an ArrayRecord file), and returns the bytes.
 
   Args:
     reader: reader of the open shard.
@@ -61,7 +61,9 @@ class Readers:
     return Readers, ()
 
   def get(self, path: str, records: int) -> ArrayRecordReader:
-    """Returns the reader of a shard, opened at the first call; threads may share the reader.
+    """Returns the reader of a shard (an ArrayRecord file), and opens the file at the first call.
+
+    Threads may share the reader.
 
     Args:
       path: path of the ArrayRecord file.

@@ -1,8 +1,8 @@
-"""Interface of data sources (`Source`), and the source classes that several layouts share.
+"""Interface of data sources (`Source`), and source classes for several kinds of data sets.
 
 A source gives access to the examples of a data set by index. Its labels and classes are available
 without decoding an image. A source can be pickled, so that worker processes can use it. All images are
-uint8 RGB pixels. Functions in these modules of the package open the data sets:
+uint8 RGB pixels. The data sets are opened by functions in these modules of the package:
 
   small      scikit-learn's digits, and Fashion-MNIST from Debian's package
   cifar      CIFAR-10 and CIFAR-100
@@ -50,7 +50,7 @@ class Source(Protocol):
     name: name of the data set.
     labels: class of each example, -1 if it is unlabelled; available without decoding.
     classes: names of the classes, empty for an unlabelled set.
-    names: name of each example, such as its file; held-out splits are chosen by these names.
+    names: name of each example, such as its file. Held-out splits are chosen by these names.
   """
 
   name: str
@@ -175,7 +175,7 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class EncodedSubset(Subset):
-  """Data source with some examples of another one, which can also return undecoded image files."""
+  """A `Subset` of an `EncodedSource`: it can also return the undecoded bytes of an image file."""
 
   source: EncodedSource
 
@@ -186,7 +186,7 @@ class EncodedSubset(Subset):
 def subset(source: Source, indices: Int64[np.ndarray, "k"]) -> Subset:
   """Returns a data source with the examples of `source` at `indices`, in the order of `indices`.
 
-  If `source` can return undecoded image files (`EncodedSource`), so can the result.
+  If `source` can return undecoded image files (`EncodedSource`), the result can do the same.
   """
   if isinstance(source, EncodedSource):
     return EncodedSubset(source, indices)

@@ -140,10 +140,10 @@ def _read_batch(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, 
 def _load(path: Path, *keys: str) -> dict[str, Any]:
   """Loads a pickled dict with the restricted unpickler, and checks that it has the given keys.
 
-  The keys of the result are strings; among the values, strings written by Python 2 are bytes.
+  The keys of the result are strings. A value that Python 2 wrote as a string is bytes.
 
   Raises:
-    ValueError: the file is missing or damaged, or refers to names that no array needs.
+    ValueError: the file is missing or damaged, or refers to a forbidden Python name.
   """
   try:
     data = path.read_bytes()
@@ -167,7 +167,10 @@ def _load(path: Path, *keys: str) -> dict[str, Any]:
 
 
 class _RefusedError(Exception):
-  """Error for a pickle that refers to a Python name which no pickled array needs."""
+  """Error for a pickle that refers to a forbidden Python name.
+
+  Only the names that a pickled numpy array needs are allowed.
+  """
 
 
 class _Unpickler(pickle.Unpickler):
@@ -211,7 +214,7 @@ class _Dtype:
 
 
 def _latin1(text: Any, encoding: Any = None) -> bytes:
-  """Replacement for `codecs.encode` while unpickling; old pickle protocols make bytes with it."""
+  """Replacement for `codecs.encode` while unpickling. Old pickles call that function to make bytes."""
   if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
     raise _RefusedError(f"the encoding {encoding!r}")
   return text.encode("latin1")

@@ -6,7 +6,7 @@
 
 wnid is a WordNet id such as n01440764, the name of a class folder of ImageNet. All file names are read
 when a source is opened, several class folders in parallel. An image is opened only when its example is
-read; if it cannot be decoded, that raises DecodeError.
+read. If the image cannot be decoded, the read raises DecodeError.
 """
 
 import logging
@@ -49,11 +49,12 @@ def image_folder(folder: str | Path, split: str, test_share: float = 0.2) -> Fil
     - Subfolders `train` and `test` (or `val`), each in one of the layouts below, are the splits. If
       `test` and `val` both exist, the test split is `test`, or `val` if only `val` has class
       folders.
-    - Subfolders, at least one of which has an image at any depth, are one class each, sorted by name.
-      Images beside the subfolders are ignored.
+    - If a subfolder has an image at any depth, each subfolder is one class. The classes are sorted by
+      name. Images beside the subfolders are ignored.
     - Images without such subfolders are unlabelled.
-  Unless there are folders for both splits, `test_share` of each class is held out as the test split,
-  chosen by a hash of the file names. If `train` is the only subfolder, its images are divided this way.
+  If the two splits do not have their own folders, `test_share` of each class is held out as the test
+  split. These images are chosen by a hash of the file names. If `train` is the only subfolder, its images
+  are divided this way.
 
   Args:
     folder: path of the folder; the field data.folder.
@@ -185,7 +186,10 @@ class _Listing(NamedTuple):
 
 
 def _list_tree(folder: Path) -> _Listing:
-  """Lists the images in class folders below `folder`; if there are none, those in `folder` itself."""
+  """Lists the images in the class folders of `folder`.
+
+  If the subfolders have no image, the images in `folder` itself are listed, without labels.
+  """
   ignored = Counter()
   flat, subfolders = [], []
   for entry in _entries(folder):
@@ -280,7 +284,7 @@ def _existing(folder: str | Path, expected: str) -> Path:
 
 
 def _relabelled(listing: _Listing, classes: Sequence[str], folder: Path) -> _Listing:
-  """Returns a listing whose labels are indices of the training split's classes.
+  """Returns the images of a split with new labels, which are indices of the training split's classes.
 
   Args:
     listing: images of a split; their labels are indices of `listing.classes`.
@@ -318,7 +322,7 @@ def _source(name: str, root: Path, split: str, listing: _Listing) -> FileSource:
 
 
 def _test_folder(root: Path) -> Path | None:
-  """Returns the path of the test split's folder; None if `root` does not have folders for both splits."""
+  """Returns the path of the test split's folder. Returns None if a split has no folder in `root`."""
   if not (root / "train").is_dir():
     return None
   folders = [root / name for name in ("test", "val") if (root / name).is_dir()]
@@ -398,7 +402,8 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
 def _places(root: Path, files: list[str], labels: list[int], split: str) -> tuple[str, ...]:
   """Returns the class names of Places365, such as `airfield`, in the order of the class numbers.
 
-  They are read from `categories_places365.txt`, or else from the folders in the training list.
+  The names are read from `categories_places365.txt`. If this file is missing, they are the names of the
+  folders in the training list.
 
   Args:
     root: path of the data set's folder.

@@ -1,7 +1,7 @@
-"""Sequences of the names of records: millions of short strings in little memory, and fast to pickle.
+"""Sequences of names of records. They hold millions of short strings in little memory.
 
-`Names` holds all strings in one bytes object, with the offset at which each string ends. So a worker
-process receives two objects rather than ImageNet's 1,281,167 Python strings.
+`Names` holds all strings in one bytes object, with the offset at which each string ends. This is
+fast to pickle: a worker process receives two objects rather than ImageNet's 1,281,167 Python strings.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,7 +80,7 @@ class Numbered(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Picked(Sequence[str]):
-  """Sequence of some elements of `names`, those at `indices`; the strings are not copied."""
+  """Sequence of the elements of `names` at `indices`; the strings are not copied."""
 
   names: Sequence[str]
   indices: Int[np.ndarray, "k"]

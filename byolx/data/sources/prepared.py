@@ -10,10 +10,10 @@ folder of these files:
   train.index.npz                      label, checksum and name of each record
   unreadable.txt                       images that were left out, with the reasons
 
-`prepared` opens this folder for training. When it does, the SHA-256 of the index and the sizes of the
-shards are checked; when a record is read, its CRC-32 is. The checksums inside the ArrayRecord files do
-not suffice: if a shard is truncated while it is open, reads return empty records without an error.
-`verify` checks a whole set.
+The function `prepared` opens this folder for training. It checks the SHA-256 of the index and the sizes
+of the shards. The CRC-32 of a record is checked when the record is read. The checksums inside the
+ArrayRecord files do not suffice: if a shard is truncated while it is open, reads return empty records
+without an error. The function `verify` checks a whole set.
 """
 
 import bisect
@@ -118,9 +118,9 @@ def _checked(reader: ArrayRecordReader, position: int, crc32: int) -> bytes:
 def prepared(folder: str | Path, split: str, test_share: float = 0.2) -> EncodedSource:
   """Opens one split of a set written by `byolx prepare`.
 
-  If the set has only a training split, `test_share` of each class is held out as the test split, chosen
-  by a hash of the record names. This gives the same test split as the image folder from which the set
-  was prepared, unless images were left out.
+  If the set has only a training split, `test_share` of each class is held out as the test split. These
+  records are chosen by a hash of their names. The test split is then the same as that of the original
+  image folder, unless images were left out.
 
   Args:
     folder: path of the prepared set; the field data.folder.
@@ -174,7 +174,7 @@ def verify(
   images: bool = False,
   threads: int = 1,
 ) -> list[str]:
-  """Checks a whole prepared set against the checksums of all files and all records.
+  """Checks all files and records of a prepared data set against their checksums.
 
   Args:
     folder: path of the prepared set.
@@ -215,12 +215,12 @@ def verify(
 def _verify_shard(
   path: Path, shard: Shard, index: Index | None, part: slice, images: bool
 ) -> list[str]:
-  """Checks one shard (file of records) of a prepared set, and returns its problems, one line for each.
+  """Checks one shard (large file) of a prepared data set. Returns its problems, one line for each.
 
   Args:
     path: path of the file.
     shard: entry of the shard in the manifest.
-    index: index of the split; None if it cannot be read, so that the records are not checked.
+    index: index of the split. It is None if it cannot be read; then the records are not checked.
     part: positions of the shard's records in the index.
     images: whether to decode the image in each record as well.
   """

@@ -1,5 +1,7 @@
 """Reads and writes the metadata of a prepared set: `dataset.json`, and the index file of each split.
 
+A prepared set is a data set that `byolx prepare` converted to a few large files.
+
 The files may be damaged or malicious: file names must stay inside the folder, nothing is unpickled, and
 an inconsistent value raises an error that names the file.
 """
@@ -30,7 +32,7 @@ PROGRESS = ".prepare"
 
 @dataclass(frozen=True)
 class Shard:
-  """Entry of `dataset.json` for a shard, one of the files that hold the records of a prepared set.
+  """Entry of `dataset.json` for a shard, one of the large files of a prepared data set.
 
   Attributes:
     file: name of the file in the folder of the set.
@@ -47,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class IndexFile:
-  """Entry of `dataset.json` for an index, the file of the labels, checksums and names of a split.
+  """Entry of `dataset.json` for the index of a split: the file of its labels, checksums and names.
 
   Attributes:
     file: name of the file in the folder of the set.
@@ -77,7 +79,7 @@ class StoredSplit:
 
 @dataclass(frozen=True)
 class Manifest:
-  """Contents of `dataset.json`, the file that describes a prepared set.
+  """Contents of `dataset.json`, the file that describes a data set written by `byolx prepare`.
 
   Attributes:
     name: name of the data set.
@@ -98,7 +100,7 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-  """Reads and checks `dataset.json`, the file that describes a prepared set.
+  """Reads and checks `dataset.json`, the file that describes a data set written by `byolx prepare`.
 
   Raises:
     ValueError: the file is missing, damaged or of another format, or the set is unfinished.
@@ -149,7 +151,7 @@ def _manifest(name, byolx, encode, classes, splits) -> Manifest:
 
 
 class Index(NamedTuple):
-  """Labels, checksums and names of the records of one split of a prepared set.
+  """Labels, checksums and names of the records (images) in one split of a prepared data set.
 
   Attributes:
     labels: class of each record, -1 if it is unlabelled.

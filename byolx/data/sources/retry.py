@@ -3,7 +3,7 @@
 The loader replaces or leaves out a record that cannot be read. While a network file system is being
 remounted, however, every read would fail. A read is therefore retried, after longer and longer pauses,
 if the error is transient or the data folder is missing. If the folder stays missing, the run ends with an
-error that names the folder; started again, the run continues from its last checkpoint.
+error that names the folder. When the run is started again, it continues from its last checkpoint.
 """
 
 import errno
@@ -36,12 +36,14 @@ class FolderLostError(OSError):
 
 
 def with_retries(read: Callable[[], Result], folder: str) -> Result:
-  """Calls `read` and returns its result; calls it again after a transient error.
+  """Calls `read` and returns its result. After a DecodeError, the call may be repeated.
 
-  The call is also repeated after any DecodeError while the folder is missing.
+  It is repeated if the error is transient (a temporary failure of the storage) or the folder is missing.
+  There is a pause before each repetition.
 
   Args:
-    read: function that reads a record; it raises DecodeError, with the OSError, if any, as its cause.
+    read: function that reads a record. If this fails, it raises a DecodeError. If an OSError was the
+      reason, it is the `__cause__` of the DecodeError.
     folder: path of the data set's folder.
 
   Raises:

@@ -1,6 +1,6 @@
 """Parses tf.Example messages without TensorFlow.
 
-A tf.Example is a message in the format of protocol buffers, of which only this part is supported:
+A tf.Example is a message in the format of protocol buffers. Only this part of the format is supported:
 
   Example   { Features features = 1; }
   Features  { map<string, Feature> feature = 1; }, whose entries are { key = 1; value = 2; }
@@ -27,7 +27,9 @@ def features(record: bytes) -> dict[str, memoryview]:
 
 
 def first_bytes(features: dict[str, memoryview], key: str) -> bytes:
-  """Returns the first byte string of the feature `key`; `features` is from the function `features`.
+  """Returns the first byte string of the feature `key` of a tf.Example.
+
+  The first argument is the dict that the function `features` returns.
 
   Raises:
     ValueError: the feature is missing, damaged or has no byte string.
@@ -39,7 +41,9 @@ def first_bytes(features: dict[str, memoryview], key: str) -> bytes:
 
 
 def first_int(features: dict[str, memoryview], key: str) -> int:
-  """Returns the first integer of the feature `key`; `features` is from the function `features`.
+  """Returns the first integer of the feature `key` of a tf.Example.
+
+  The first argument is the dict that the function `features` returns.
 
   Raises:
     ValueError: the feature is missing, damaged or has no integer.
@@ -101,7 +105,7 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
   """Reads a varint (an integer of variable length) of a message.
 
   Returns:
-    The unsigned integer, and the position of the byte after it.
+    The unsigned integer, and the position of the byte that follows it.
 
   Raises:
     ValueError: the message ends inside the integer, or the integer has more than 64 bits.

@@ -2,7 +2,7 @@
 
 The folder of a set holds `dataset_info.json` (splits, and the number of records in each file),
 `features.json` (the features of a record), the files `NAME-SPLIT.array_record-00000-of-00008` and
-so on, and the class names in `label.labels.txt`. A record is a serialised tf.Example, of which only
+so on, and the class names in `label.labels.txt`. A record is a serialised tf.Example. Only its
 image, label and file name are used. This line of Python writes such a set:
 
   tensorflow_datasets.builder("imagenet2012", file_format="array_record").download_and_prepare()
@@ -47,8 +47,8 @@ class TFDSSource:
   Attributes:
     name: name of the data set.
     files: paths of the ArrayRecord files.
-    ends: number of records in each file and all files before it.
-    image_key: key of the image in a tf.Example, the message that is one record.
+    ends: for each file, the number of records in this file and all files before it together.
+    image_key: key of the image in a record; each record is a tf.Example message.
     labels: class of each record, -1 if it is unlabelled.
     classes: names of the classes, empty for an unlabelled set.
     names: name of each record.
@@ -101,8 +101,8 @@ def tfds(folder: str | Path, split: str) -> TFDSSource:
 
   Raises:
     ValueError: the split is unknown; the folder is not a set of TensorFlow Datasets in the format
-      ArrayRecord; a file is missing or incomplete; the records have no image, or several images of
-      which none is the input for supervised learning.
+      ArrayRecord; a file is missing or incomplete; the records have no image; they have several
+      images, and none is the input for supervised learning.
   """
   check_split(split)
   root = Path(folder)
@@ -128,7 +128,7 @@ def tfds(folder: str | Path, split: str) -> TFDSSource:
 
 
 class _Keys(NamedTuple):
-  """Keys under which the records of a set have their image, label and file name.
+  """Keys of the image, label and file name in the records of a set, and the class names.
 
   Attributes:
     image: key of the image.
@@ -175,8 +175,8 @@ def _keys(root: Path, info: dict, features: dict) -> _Keys:
     features: contents of `features.json`.
 
   Raises:
-    ValueError: records have no image, or several of which none is the input for supervised learning;
-      or the number of class names is not the number of classes.
+    ValueError: records have no image; they have several images, and none is the input for supervised
+      learning; or the number of class names is not the number of classes.
   """
   parts = features.get("featuresDict", {}).get("features", {})
   kinds = {key: part.get("pythonClassName", "").rpartition(".")[2] for key, part in parts.items()}
@@ -209,7 +209,7 @@ def _keys(root: Path, info: dict, features: dict) -> _Keys:
 def _shards(root: Path, info: dict) -> dict[str, list[_Shard]]:
   """Returns the files of each split that has records, by the split's name.
 
-  It is not checked that the files exist.
+  The files may be missing: their existence is not checked.
 
   Args:
     root: path of the set's folder.
@@ -235,7 +235,10 @@ def _shards(root: Path, info: dict) -> dict[str, list[_Shard]]:
 
 
 def _file_name(template: str, dataset: str, split: str, shard: int, count: int) -> str:
-  """Returns a file name from a template of TFDS, such as `mnist-train.array_record-00000-of-00001`."""
+  """Fills in a template of TensorFlow Datasets, and returns the name of one file of a split.
+
+  An example is `mnist-train.array_record-00000-of-00001`.
+  """
   values = {
     "DATASET": dataset,
     "SPLIT": split,
@@ -284,7 +287,7 @@ def _labels_and_names(shard: _Shard, keys: _Keys, count: int) -> tuple[np.ndarra
   """Reads the labels and names of the first `count` records of a file.
 
   Returns:
-    int32 labels, -1 for a record whose label is missing or cannot be read; and the names.
+    The labels (int32), and the names. A label is -1 if it is missing or cannot be read.
 
   Raises:
     ValueError: the file does not exist, or has another number of records than `shard.records`.
@@ -314,7 +317,7 @@ def _labels_and_names(shard: _Shard, keys: _Keys, count: int) -> tuple[np.ndarra
 
 
 def _records(reader: ArrayRecordReader, count: int) -> Iterator[bytes]:
-  """Yields the first `count` records of a file, and b"" in place of a damaged record."""
+  """Yields the first `count` records of a file. For a damaged record it yields b"" instead."""
   for start in range(0, count, _AT_ONCE):
     numbers = list(range(start, min(start + _AT_ONCE, count)))
     try:

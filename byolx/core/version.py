@@ -1,3 +1,3 @@
-"""Version number of byolx. Prepared data sets store it; checkpoints do if the git commit is unknown."""
+"""Version number of byolx. Data sets store it, and checkpoints do if the git commit is unknown."""
 
 VERSION = "0.1.0"

@@ -208,7 +208,7 @@ def _in_encoder(name: str) -> tuple[str, str] | None:
   """Returns the name of the encoder that holds an array, and the array's name inside the encoder.
 
   For `params.target.encoder.stem.kernel`, the result is `("target", "stem.kernel")`. If the model
-  has a single encoder, no encoder is named before `encoder`, and the first result is `online`.
+  has a single encoder, the full name contains no name of an encoder, and the result has `online`.
 
   Args:
     name: full name of the array in the state.

@@ -30,7 +30,7 @@ class Field:
     default: value of the field if neither a file nor an override sets it.
     meaning: short description, which `byolx fields` prints.
     check: function that takes a value, which already has the type of the default. It returns None if
-      the value is possible, else a description of all possible values.
+      the value is possible, else a text that describes the possible values.
     free: whether the field may change when a run is resumed, because no result depends on it.
     encoder: whether a pretrained encoder must be used with the same value of the field, because its
       outputs would differ with another value.
@@ -56,8 +56,8 @@ def field(
   Args:
     default: value of the field if neither a file nor an override sets it.
     meaning: short description, which `byolx fields` prints.
-    check: function that takes a value. It returns None if the value is possible, else a description
-      of all possible values.
+    check: function that takes a value. It returns None if the value is possible, else a text that
+      describes the possible values.
     free: whether the field may change when a run is resumed, because no result depends on it.
     encoder: whether a pretrained encoder must be used with the same value of the field, because its
       outputs would differ with another value.

@@ -303,10 +303,10 @@ def gathered(x: Any) -> Any:
 def summed(gradient: Callable[..., Any], shape: Sequence[int], *rows: Any) -> Any:
   """Computes the gradient of a weight, summed over all examples.
 
-  The gradient is sharded if the layout set by `using` shards gradients. Each device then computes
-  the gradient of its own rows. One reduce-scatter over `fsdp` sums these gradients and leaves a part
-  of the sum on each device. XLA's own partitioner would sum whole gradients on every device, and
-  then select each device's part.
+  The gradient is sharded as by `in_pieces` if the layout set by `using` shards gradients. Each device
+  then computes the gradient of its own rows. One reduce-scatter over `fsdp` sums these gradients and
+  leaves a part of the sum on each device. XLA's own partitioner would sum whole gradients on every
+  device, and then select each device's part.
 
   Args:
     gradient: function that takes rows of examples and returns the gradient, summed over these rows.

@@ -24,7 +24,7 @@ class BYOLSpec:
 
   Args:
     encoder: specification of the ResNet f. Projector and predictor use its normalisation and its
-      initialiser too; the probe uses its initialiser.
+      initialiser too. The probe, a linear classifier, uses its initialiser.
     projection_size: size of the projection z and of the prediction q(z).
     projector_hidden, projector_depth: size of the hidden layers and number of linear layers of the
       projector g.
@@ -69,7 +69,10 @@ class BYOLSpec:
 
 
 class Outputs(NamedTuple):
-  """Outputs for a batch of images: representation y of the encoder and projection z, both float32."""
+  """Outputs for a batch of images: the encoder's representation y and the projector's projection z.
+
+  Both are float32.
+  """
 
   representation: Float[Array, "b d"]
   projection: Float[Array, "b p"]

@@ -46,9 +46,9 @@ def train_step(
     key: random key of the run, from which the key of this step is derived.
 
   Returns:
-    The new state and a dictionary of scalars: those of the loss, averaged over the micro-batches,
-    those of `task.after_update`, and `norm_gradient` and `norm_update`, the l2 norms of gradient
-    and update.
+    The new state and a dictionary of scalars. It holds the scalars of the loss, averaged over the
+    micro-batches, and the scalars of `task.after_update`. It also holds `norm_gradient` and
+    `norm_update`, the l2 norms of gradient and update.
   """
   key = jax.random.fold_in(key, state.step)
   gradient = functools.partial(_gradient, task, remat, layout, state.graphdef, state.params)
@@ -174,8 +174,10 @@ def compile_step(
 ) -> jax.stages.Wrapped:
   """Returns the jitted train step for a mesh: a function of state, batch and random key.
 
-  The step donates the state, which is placed by `layout`. Each batch is sharded over all devices by
-  example.
+  The step donates the state, whose arrays are placed as `layout` says. Each batch is sharded over all
+  devices by example.
+
+  The jitted function returns the new state and a dictionary of scalars.
 
   Args:
     task: task that defines the loss and the trainable variables.

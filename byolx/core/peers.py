@@ -29,7 +29,7 @@ ends the wait much earlier."""
 
 
 class Request(Protocol):
-  """A request that all processes grant at the same time, such as `distributed.Soon`."""
+  """Interface of a request that all processes grant at the same time, such as `distributed.Soon`."""
 
   negotiating: bool
 
@@ -137,7 +137,7 @@ class Group:
     self.leave(EXIT_LOST, readers=self.count - 1)
 
   def end_with(self, end_record: dict) -> NoReturn:
-    """Ends this process because another process has ended and stored an end record.
+    """Ends this process with the exit code that another process stored when it ended.
 
     Args:
       end_record: the other process's reason and exit code.
@@ -161,8 +161,8 @@ class Group:
   def leave(self, code: int, readers: int) -> NoReturn:
     """Ends this process with an exit code.
 
-    Process 0, which runs the key-value store, first waits up to 5 s, until the other processes have
-    read the end record and are leaving too.
+    Process 0 runs the key-value store, so it waits up to 5 s before it ends. In this time, the other
+    processes read from the store why they must end.
 
     Args:
       code: exit code.

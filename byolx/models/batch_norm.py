@@ -99,7 +99,9 @@ class BatchNorm(nnx.Module):
     return self.mean[...] / weight, jnp.where(updated, self.var[...] / weight, 1.0)
 
   def _record(self, moments: Float[Array, "g v 2 c"]) -> None:
-    """Updates the running averages with the statistics of one batch, once per view, in order.
+    """Updates the running averages with the statistics of one batch.
+
+    The update is made once for each view, in the order of the views.
 
     Args:
       moments: mean and variance of each view in each group of images. They are averaged over the

@@ -34,8 +34,9 @@ class BYOLSpec:
     predictor: whether there is a predictor; if False, the projection is used as prediction (Table
       19).
     target: name of the target of the prediction (Table 19). "ema" is the projection of a target
-      network, which is a moving average of the online network. "stop_gradient" and "online" are the
-      online projection, with and without a stopped gradient (sg(theta) and theta in the paper).
+      network, which is a moving average of the online network. "stop_gradient" is the online
+      projection with a stopped gradient, sg(theta) in the paper. "online" is the online projection
+      with its gradient, theta in the paper.
     target_init: name of the target network's initial weights: "own_key" for random weights of its
       own, "online" for a copy of the online network's.
     classes: number of classes of the online probe, a linear classifier; 0 for no probe.

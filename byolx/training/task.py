@@ -43,11 +43,11 @@ class Panel(NamedTuple):
       name in the legend.
     scale: factor of all values, such as 100 for percentages.
     marks: horizontal lines, each a pair of height and label.
-    from_zero: whether the vertical axis starts at 0; it does not if a value is negative.
+    from_zero: whether the vertical axis starts at 0 if no value is negative.
     top: value that an axis from 0 must include, even if all values are smaller.
     noisy: whether a running mean is drawn over the values.
-    logarithmic: whether the vertical axis is logarithmic, if all values are positive and the
-      largest is more than 100 times the smallest.
+    logarithmic: whether the vertical axis may be logarithmic. It is so if all values are positive
+      and the largest is more than 100 times the smallest.
   """
 
   title: str
@@ -95,7 +95,7 @@ class Setting:
     return ViewSpec(**views.view1, **rules), ViewSpec(**views.view2, **rules)
 
   def views(self, *specs: ViewSpec) -> Views:
-    """Returns the transform of training images to one random view per distribution in `specs`."""
+    """Returns the transform that makes random views of a training image, one per entry of `specs`."""
     views = self.config.views
     return Views(specs, views.size, views.placement, views.antialias)
 

@@ -26,7 +26,7 @@ _FIRST, _SECOND = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
 
 class Pending:
-  """Checksums that are being computed; `start` returns them in this form.
+  """Result of `start`: checksums whose computation may not have ended yet.
 
   Args:
     sums: checksums as uint32 scalars on the devices, by array name.
@@ -49,6 +49,9 @@ def start(arrays: Mapping[str, jax.Array]) -> Pending:
 
   Args:
     arrays: arrays of any shape and sharding, by name; they may be donated after the call.
+
+  Returns:
+    An object whose method `result` waits for the checksums and returns them.
   """
   sums, on_host = {}, {}
   for name, array in arrays.items():
@@ -75,7 +78,7 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
 
 def _is_on_host(array: jax.Array) -> bool:
-  """Returns whether all of an array is in CPU memory, where numpy can view it without a copy.
+  """Returns whether a whole array is in CPU memory, where numpy can view it without a copy.
 
   jax does not write into memory that has a view, so such an array may be donated.
   """
@@ -126,7 +129,9 @@ def _sum(xp: Any, words: Any) -> Any:
 
 
 def _positions(xp: Any, shape: tuple[int, ...]) -> Any:
-  """Returns the row-major index of each element of an array times an odd constant, modulo 2^32.
+  """Returns one uint32 number for each element of an array, computed from the element's position.
+
+  The number is the row-major index of the element, multiplied by an odd constant, modulo 2^32.
 
   Args:
     xp: the module that computes, numpy or jax.numpy.

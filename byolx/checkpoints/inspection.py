@@ -1,4 +1,4 @@
-"""Summarises a workdir or a checkpoint on one page; arrays are read only to verify them."""
+"""Summarises a workdir (the folder of a run) or a checkpoint; arrays are read only to verify them."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ class Step:
     saved: time of the save, ISO 8601 in UTC; empty if it is unknown.
     bytes: size of all files, in bytes.
     metrics: metrics saved with the checkpoint, by name.
-    data: position in the training data from which training resumes, by name of each number.
+    data: numbers that give the position in the training data from which training resumes, by name.
     problem: description of the damage; empty if no damage was found.
     verified: whether all arrays were read and their checksums matched.
   """
@@ -51,9 +51,10 @@ class Page:
     commit: git commit of the code that saved the checkpoint; empty if it is unknown.
     fingerprint: hash of the config fields on which results depend; empty if it is unknown.
     changes: config fields that are not at their default, each name with the list [default, value].
-    parts: rows for the parts of the saved state, such as `online encoder`: name of the part, number
-      of arrays, number of values, and an empty remark.
-    lineage: origin of the encoder that the run started from; None for a run from scratch.
+    parts: one row for each part of the saved state, such as `online encoder`. A row holds the name
+      of the part, its number of arrays, its number of values, and an empty text.
+    lineage: origin of the encoder that the run started from; None if the run started from random
+      weights.
     encoder: config fields with which the encoder must be used, by name; empty if the checkpoint has
       no config.
   """
@@ -134,7 +135,7 @@ def _of_encoder(
 
   Args:
     flat: config of the checkpoint, by dotted name; if None or empty, the result is empty.
-    defaults: defaults of the fields that this config does not have.
+    defaults: default of every field, by dotted name; used for fields that the config does not have.
     names: names of the fields to return.
   """
   if not flat:
@@ -151,8 +152,8 @@ def _summarise(folder: Path, verify: bool) -> tuple[Step, dict[str, Any] | None]
     verify: whether to read every array and compare its checksum.
 
   Returns:
-    The summary, and the contents of the checkpoint's record.json; None in place of the contents if
-    the record is damaged.
+    Two values: the summary, and the contents of the checkpoint's record.json. The second is None if
+    this file is damaged.
   """
   record, problem = None, ""
   try:
@@ -222,9 +223,10 @@ def _part_rows(parts: list[tuple[str, int, int, str]]) -> list[list[str]]:
 
 
 def _table(rows: list[list[str]]) -> str:
-  """Formats rows as a table: the first column is aligned to the left, all others to the right.
+  """Formats rows of text as a table.
 
-  Text in the last column is not aligned, but numbers are.
+  The first column is aligned to the left, and all others to the right. In the last column, only
+  cells that end in a digit are aligned.
   """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join(
@@ -272,11 +274,13 @@ def _changes(changes: dict[str, list[Any]]) -> str:
 
 
 def _lineage(lineage: dict[str, Any] | None) -> str:
-  """Formats the chain of warm starts from which an encoder comes, one line per run, the latest first.
+  """Formats the origin of an encoder as text, with one line for each earlier run, the latest first.
+
+  The text is empty if there is no earlier run.
 
   Args:
-    lineage: origin of the encoder, with the origin of the run before as `from`; None for a run from
-      scratch.
+    lineage: origin of the encoder. Its key `from` holds the origin of the previous encoder. None if
+      the run started from random weights.
   """
   lines = []
   while lineage:

@@ -42,7 +42,8 @@ class PretrainedEncoder(nnx.Module):
     features: size d of the representation.
     size: side of the training views, in pixels.
     mean, std: mean and standard deviation of each colour channel, for pixels in [0, 1].
-    crop: values of resize, crop_rule and antialias, by which `prepare` crops images.
+    crop: values of the config fields eval.resize, eval.crop_rule and eval.antialias, which `prepare`
+      uses.
     checkpoint: folder of the checkpoint.
     step: training step of the checkpoint.
   """
@@ -74,8 +75,8 @@ class PretrainedEncoder(nnx.Module):
       images: uint8 [n, h, w, 3], RGB pixels 0..255, which are not resized.
 
     Returns:
-      The feature maps, each [n, height, width, channels], from the first layers' to the last
-      stage's.
+      One feature map [n, height, width, channels] for the first layers, then one for each stage, in
+      order.
 
     Raises:
       ValueError: the images have another dtype or shape.
@@ -85,9 +86,9 @@ class PretrainedEncoder(nnx.Module):
   def prepare(
     self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]
   ) -> UInt8[np.ndarray, "n size size 3"]:
-    """Returns the centre crops of images of any size, with the size that the encoder was trained with.
+    """Returns centre crops of images of any size, in the size that the encoder was trained with.
 
-    The crop is the one with which the encoder's run was evaluated.
+    The images are resized and cropped as in the evaluation of the encoder's run.
 
     Args:
       images: images uint8 [height, width, 3], RGB pixels 0..255.
@@ -127,8 +128,8 @@ def load_encoder(
 ) -> PretrainedEncoder:
   """Loads an encoder from the newest undamaged checkpoint of a run; the data set is not needed.
 
-  Architecture, padding, epsilon, compute type, colour normalisation and image size are those of the
-  checkpoint.
+  The checkpoint's config sets architecture, padding, epsilon, compute type, colour normalisation and
+  image size.
 
     encoder = byolx.load_encoder("runs/quickstart")
     features = encoder(images)  # uint8 [n, h, w, 3] -> float32 [n, d]
@@ -144,7 +145,7 @@ def load_encoder(
   Raises:
     ConfigError: the checkpoint has no such encoder, no config is stored with it, or its arrays
       belong to another network.
-    CheckpointError: there is no checkpoint, or none is undamaged.
+    CheckpointError: there is no checkpoint, or all are damaged.
   """
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   if mesh is not None:

@@ -1,8 +1,8 @@
 """Saves the checkpoints of a run in the background, restores and verifies them, and removes old ones.
 
-An interrupted save leaves no checkpoint. A restore verifies the checksums; if a checkpoint is
-damaged, it logs a warning and restores the checkpoint before it. For a checkpoint of another model
-it raises an error that names the differences.
+An interrupted save leaves no checkpoint. A restore verifies the checksums. If a checkpoint is
+damaged, the restore logs a warning and reads the previous checkpoint. If a checkpoint belongs to
+another model, the restore raises an error that names the differences.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ class Restored(NamedTuple):
   Attributes:
     step: training step of the checkpoint.
     state: restored pytree of arrays, with the structure and shardings that the caller asked for.
-    data: position in the training data from which training resumes, by name of each number.
+    data: numbers that give the position in the training data from which training resumes, by name.
     meta: facts about the run, such as its commit and config.
   """
 
@@ -144,23 +144,24 @@ class Checkpoints:
     meta: dict[str, Any],
     metrics: dict[str, float] | None = None,
   ) -> float:
-    """Starts a save in the background, after waiting for the save in progress, if any.
+    """Starts to save a checkpoint in the background.
 
-    Saves nothing if a checkpoint of this step exists already.
+    If another save is in progress, the method waits for its end before it starts the new one. It
+    saves nothing if a checkpoint of this step exists already.
 
     Args:
       step: training step; it becomes the name of the checkpoint's folder.
       state: pytree of arrays, which may be donated after the call.
       data: position in the training data from which training resumes, serialisable as JSON.
       meta: facts about the run, such as its commit and config, serialisable as JSON.
-      metrics: metrics of this step by name, by which the policy selects the best checkpoint, and
-        which summaries show.
+      metrics: metrics of this step by name. The policy selects the best checkpoint by them, and
+        summaries show them.
 
     Returns:
       Time that the caller was blocked, in seconds.
 
     Raises:
-      CheckpointError: this save could not start, or the save before it failed.
+      CheckpointError: this save could not start, or the previous save failed.
       TypeError: `data`, `meta` or `metrics` is not serialisable as JSON.
     """
     began = time.monotonic()
@@ -199,15 +200,15 @@ class Checkpoints:
   ) -> Restored:
     """Restores the checkpoint of a given step, or the newest undamaged checkpoint.
 
-    If no step is given and a checkpoint is damaged, a warning is logged and the checkpoint before
-    it is read.
+    If no step is given and a checkpoint is damaged, a warning is logged and the previous checkpoint
+    is read.
 
     Args:
-      abstract: description of the saved state: a pytree with a `jax.ShapeDtypeStruct`, with its
-        sharding, for each array.
+      abstract: pytree with the structure of the saved state. In place of each array it has a
+        `jax.ShapeDtypeStruct` with a sharding.
       step: training step of the checkpoint; None for the newest undamaged one.
-      accept: function that takes the step and the saved position in the training data, before the
-        arrays are read, and raises an error to refuse the checkpoint. None to accept any.
+      accept: function that takes the step and the saved position in the training data. It is called
+        before the arrays are read, and raises an error to refuse the checkpoint. None to accept any.
 
     Raises:
       ValueError: names, shapes or types of the checkpoint's arrays differ from those of `abstract`.
@@ -233,10 +234,10 @@ class Checkpoints:
     distributed.barrier("discard")
 
   def wait(self) -> None:
-    """Waits for the save in progress, which writes at full speed from now on.
+    """Waits for the end of the save in progress, and lets it write at full speed until then.
 
     Raises:
-      CheckpointError: the save failed; raised only once per save.
+      CheckpointError: the save failed. The next call does not raise this error again.
     """
     if self._thread is not None:
       self._writer.stop_throttling()
@@ -256,7 +257,10 @@ class Checkpoints:
         self._writer = None
 
   def _complete(self, step: int) -> None:
-    """Waits in a background thread until a step's save is complete, then removes old checkpoints."""
+    """Waits for the end of a step's save, then removes old checkpoints; runs in a background thread.
+
+    If the save failed, the error is kept, and the next call of `wait` raises it.
+    """
     try:
       self._writer.wait()
     except Exception as error:  # raised in the main thread by the next `wait`
@@ -323,7 +327,9 @@ def folders_at(path: Path) -> list[Path]:
 
 
 def first_good(folders: list[Path], read: Callable[[Path], Result]) -> Result:
-  """Reads checkpoints in order until one is undamaged, and returns the result; logs each damaged one.
+  """Reads checkpoints in order, and returns the result for the first undamaged one.
+
+  A warning is logged for each damaged checkpoint before it.
 
   Args:
     folders: folders of the checkpoints, in the order in which they are read.
@@ -347,15 +353,15 @@ def first_good(folders: list[Path], read: Callable[[Path], Result]) -> Result:
 def load(
   folder: Path, choose: Callable[[dict[str, Any]], Mapping[str, jax.ShapeDtypeStruct]]
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-  """Reads the record and some of the arrays of a checkpoint, and verifies the arrays' checksums.
+  """Reads record.json and some of the arrays of a checkpoint, and verifies the arrays' checksums.
 
   Args:
     folder: folder of the checkpoint.
-    choose: function that takes the record and returns shape, type and sharding of each array to
-      read, by array name.
+    choose: function that selects the arrays to read. It takes the contents of record.json, and
+      returns shape, type and sharding of each selected array, by array name.
 
   Returns:
-    The record, which is the contents of record.json, and the arrays by name.
+    The contents of record.json, and the selected arrays by name.
 
   Raises:
     DamagedError: a file is missing or damaged.
@@ -396,10 +402,10 @@ def _clean(folder: Path) -> None:
 
 
 def _on_all_processes(work: Callable[[], Result]) -> Result:
-  """Runs `work` on every process and returns the result.
+  """Runs `work` in this process and returns its result; all processes must call this function.
 
-  If `work` raises CheckpointError or DamagedError in one process, such an error is raised in all
-  processes.
+  If `work` raises CheckpointError or DamagedError in one process, all processes raise such an
+  error.
   """
   error: CheckpointError | None = None
   result: Any = None
@@ -424,7 +430,7 @@ def _refuse_other_arrays(
 
   Args:
     step: training step of the checkpoint.
-    record: record of the checkpoint, with type and shape of each array.
+    record: contents of the checkpoint's record.json, with type and shape of each array.
     templates: shape and type of each array of the state, by name.
 
   Raises:

@@ -60,9 +60,9 @@ class Encoder:
 
   Args:
     arrays: the encoder's arrays, by their names inside the encoder, such as `stem.kernel`.
-    lineage: origin of the encoder, serialisable as JSON: `path` and `step` of the checkpoint,
+    lineage: origin of the encoder, serialisable as JSON. It has `path` and `step` of the checkpoint,
       `encoder` (online or target), `commit` (of git) and `fingerprint` (hash of the config) of the
-      source run, and `from`, the origin of the encoder that the source run itself started from.
+      source run. Its key `from` holds the origin of the encoder that the source run started from.
     others: types and shapes, such as `float32[8, 10]`, of all other arrays in the checkpoint, by
       full name.
     data: position of the source run in its training data, with facts such as the number of images.
@@ -116,9 +116,9 @@ def read(
     path: folder of the workdir, of its checkpoints, or of one checkpoint.
     which: encoder to read, `online` or `target`.
     place: sharding of the arrays.
-    accept: function that takes the config that the encoder was trained with, and the checkpoint's
-      folder, and raises ConfigError to refuse the checkpoint. If the checkpoint has no config, a
-      warning is logged instead. None for no check.
+    accept: function that takes the checkpoint's config and its folder. It raises ConfigError to
+      refuse the checkpoint. If the checkpoint has no config, a warning is logged, and the function
+      is not called. None for no check.
 
   Raises:
     ConfigError: the checkpoint has no such encoder, or `accept` refuses it.
@@ -162,7 +162,7 @@ def apply(state: State, encoder: Encoder) -> tuple[State, Table]:
     encoder: loaded encoder, whose arrays are copied.
 
   Returns:
-    The new state, each array with the sharding that it had in `state`, and a summary.
+    The new state and a summary. Each array of the new state has the sharding that it had in `state`.
 
   Raises:
     ConfigError: an encoder of the state has another architecture.
@@ -205,10 +205,10 @@ def arrays_of(state: Any, which: str = "online") -> dict[str, jax.Array]:
 
 
 def _in_encoder(name: str) -> tuple[str, str] | None:
-  """Returns the encoder that an array belongs to, and the array's name inside the encoder.
+  """Returns the name of the encoder that holds an array, and the array's name inside the encoder.
 
-  `params.target.encoder.stem.kernel` gives `("target", "stem.kernel")`. A model with a single
-  encoder has no name before `encoder`; the encoder is then `online`.
+  For `params.target.encoder.stem.kernel`, the result is `("target", "stem.kernel")`. If the model
+  has a single encoder, the full name contains no name of an encoder, and the result has `online`.
 
   Args:
     name: full name of the array in the state.
@@ -271,8 +271,9 @@ def parts_of(
     remarks: remarks on some of the arrays, by array name.
 
   Returns:
-    One row per part: name of the part, number of arrays, number of values, and a text with the
-    first remark on an array of the part and the number of further remarks, empty if there is none.
+    One row for each part: its name, its number of arrays, its number of values, and a text. The
+    text holds the first remark on an array of the part, and the number of further remarks. It is
+    empty if there is no remark.
   """
   parts: dict[str, list[str]] = {}
   for name in kinds:

@@ -1,11 +1,11 @@
 """Format of one checkpoint on disk, written in the background and read by orbax.
 
   STEP/state/    every array under its dotted name, in orbax's format
-  STEP/record/   record.json: format, step, time, data position, facts about the run, metrics,
-                 type, shape and checksum of every array, and a CRC-32 of the record itself
+  STEP/record/   record.json: format, step, time, position in the training data, facts about the
+                 run, metrics, type, shape and checksum of every array, and a CRC-32 of all this
 
-A folder is written under a temporary name and renamed when it is complete. Writes are throttled, to
-leave the machine to training, until `Writer.stop_throttling` is called.
+A folder is written under a temporary name and renamed when it is complete. Writes are throttled
+until `Writer.stop_throttling` is called, so that they slow down training less.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ def kind(array: Any) -> str:
 
 
 def shape_of(kind: str) -> tuple[int, ...]:
-  """Returns the shape in a text such as `float32[8, 10]`, here (8, 10)."""
+  """Returns the shape that a text contains; for the text `float32[8, 10]`, it is (8, 10)."""
   return tuple(int(size) for size in kind.partition("[")[2].rstrip("]").split(",") if size)
 
 
@@ -104,7 +104,7 @@ class Writer:
   ) -> None:
     """Starts saving a checkpoint in the background.
 
-    The writes are throttled, to leave the machine to training, until `stop_throttling` is called.
+    The writes are throttled until `stop_throttling` is called, so that they slow down training less.
 
     Args:
       folder: folder of the checkpoint.
@@ -131,7 +131,7 @@ class Writer:
   def wait(self) -> None:
     """Waits until the save in progress has ended, including all of its writes.
 
-    If the save failed, the error that made it fail is raised.
+    If the save failed, its error is raised.
     """
     try:
       self._checkpointer.wait_until_finished()
@@ -234,7 +234,10 @@ def verify_checksums(record: dict[str, Any], checksums: Mapping[str, int]) -> No
 
 
 class _RecordHandler(ocp.AsyncCheckpointHandler):
-  """Writes record.json in the background, from process 0, once the arrays' checksums are computed."""
+  """Handler by which orbax writes and reads record.json.
+
+  Process 0 writes the file in the background, after the checksums of the arrays are computed.
+  """
 
   async def async_save(self, directory, args):
     write = ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args))
@@ -305,8 +308,8 @@ class _Throttle:
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
   """Handler by which orbax writes and reads arrays; its writes are throttled.
 
-  Each part of an array is written from one of the devices that hold a copy. The copies do not share
-  the write (`use_replica_parallel`), because splitting it would block the caller.
+  Several devices may hold a copy of the same part of an array. The part is written from only one of
+  them, because dividing the write among them (`use_replica_parallel`) would block the caller.
 
   Args:
     unthrottled: event that ends the throttling when it is set.

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
-  """Raised for an unknown config field, or for values that are impossible alone or together.
+  """Raised for an unknown config field, an impossible value, or values that are impossible together.
 
   The message is one line.
   """
@@ -49,9 +49,9 @@ def stored(path: str | Path) -> dict[str, Any] | None:
     path: workdir, folder of checkpoints, or folder of one checkpoint.
 
   Returns:
-    The config as values by dotted name, from the newest readable checkpoint. If this checkpoint has
-    no config, or none is readable, the config is read from the workdir's config.json. None if there
-    is no such file.
+    The config as values by dotted name. It is read from the newest readable checkpoint. If this
+    checkpoint has no config, or if no checkpoint is readable, the config is read from the workdir's
+    config.json. None if this file is missing too.
 
   Raises:
     ConfigError: the config.json is not a JSON object.

@@ -68,9 +68,9 @@ def initialise(
   jax's SIGTERM handler is not installed, because it would hide the signal from Python's handlers.
 
   Args:
-    coordinator: address HOST:PORT on which process 0 listens. Give all of `coordinator`,
-      `processes` and `process`, or none of them on a TPU pod or in a cluster that jax detects from
-      the environment (SLURM, Open MPI, Kubernetes).
+    coordinator: address HOST:PORT on which process 0 listens. Give either all of `coordinator`,
+      `processes` and `process`, or none of them. Give none only on a TPU pod, or in a cluster that
+      jax detects from the environment (SLURM, Open MPI, Kubernetes).
     processes: number of processes.
     process: index of this process, in 0 to processes - 1.
     peer_timeout: seconds without a heartbeat after which another process counts as lost.
@@ -78,8 +78,8 @@ def initialise(
       exits with code 1.
 
   Raises:
-    ValueError: only some of the three arguments are given, one is invalid, or none is given and no
-      cluster is detected.
+    ValueError: only some of the first three arguments are given, one of them is invalid, or none is
+      given and no cluster is detected.
     DistributedError: process 0 cannot listen on the port, or the connection failed.
   """
   global _group
@@ -131,7 +131,7 @@ def _connect(
 
 
 def _check_port(port: int) -> None:
-  """Raises DistributedError if process 0 cannot listen on a port; jax itself may crash in this case."""
+  """Raises DistributedError if process 0 cannot listen on a port; without this check, jax may crash."""
   dualstack = socket.has_dualstack_ipv6()
   family = socket.AF_INET6 if dualstack else socket.AF_INET
   try:
@@ -144,7 +144,7 @@ def _check_port(port: int) -> None:
 def _deadline(seconds: float, message: str) -> Iterator[None]:
   """Context manager that ends this process with exit code 1 if its block takes too long.
 
-  A timer thread does it, because jax's wait for the other processes cannot be interrupted.
+  A timer thread ends the process, because jax's wait for the other processes cannot be interrupted.
 
   Args:
     seconds: longest time that the block may take.
@@ -220,14 +220,16 @@ def any_process(flag: bool) -> bool:
 
 
 class Soon:
-  """A request that any process may make and that is granted at the same call on all processes.
+  """A request that any process may make, and that all processes grant at the same call.
 
-  The request to stop a run is an example. Every process calls the object equally often, such as
-  after every step. After one process has requested, by `soon(True)`, one later call returns True on
-  all processes; all other calls return False. Threads in the background agree on that call, which
-  takes about a second. The caller waits only if it makes its next call during the agreement. A
-  request in the last second of a loop may not be granted, because no call is left: use
-  `any_process` after the loop. If there is only one process, each call returns its argument.
+  An example is the request to stop a run. Every process calls the object equally often, such as
+  after every step. A process makes the request by `soon(True)`, and calls `soon(False)` otherwise.
+  After a request, one later call returns True on all processes. All other calls return False.
+
+  Background threads agree on that later call, which takes about a second. A call that is made during
+  the agreement waits for its end. A request in the last second of a loop may not be granted, because
+  no call is left; use `any_process` after the loop. With a single process, each call returns its
+  argument.
 
   Args:
     name: name of the request, the same on every process.
@@ -258,10 +260,11 @@ class Soon:
       return True
 
   def negotiate(self, entries: dict[str, str]) -> None:
-    """Agrees with the other processes on the call that returns True; runs in a background thread.
+    """Takes one step towards an agreement of all processes on the call that returns True.
 
-    Each process publishes how often it has called the object, and holds a lock so that it makes no
-    further call. The agreed call is the one after the largest of these numbers.
+    It runs in a background thread. Each process publishes how often it has called the object. A lock
+    delays its next call until the agreement. If the largest published number is n, then call n + 1
+    returns True on all processes.
 
     Args:
       entries: all entries of the key-value store whose keys begin with `peers.WATCH`.
@@ -283,7 +286,7 @@ class Soon:
 
 
 def leave(code: int, reason: str) -> None:
-  """Ends this process and all others with an exit code; returns if there is only one process.
+  """Ends this process and all others with an exit code; does nothing if there is only one process.
 
   Args:
     code: exit code of all processes.
@@ -296,17 +299,20 @@ def leave(code: int, reason: str) -> None:
 
 
 def await_reason() -> None:
-  """Waits, after an error in this process, to see whether another process has ended and caused it.
+  """Checks, after an error in this process, whether the error comes from the end of another process.
 
-  If another process has ended, this process prints why and exits. If none has ended within the time
-  after which a process counts as lost, the function returns.
+  The function waits slightly longer than the time after which a process counts as lost. If another
+  process has ended, this process prints why and exits. If none has ended, the function returns.
   """
   if _group and _group.over.wait(_group.peer_timeout + 3):
     threading.Event().wait()  # the watching thread is about to end this process
 
 
 def finish() -> None:
-  """Waits for all processes, then disconnects this one; after a normal end, none counts as lost."""
+  """Waits until all processes call `finish`, then disconnects this process from the others.
+
+  Without this call, a process that ends normally would count as lost.
+  """
   global _group
   if _group:
     barrier("finish")

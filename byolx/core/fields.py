@@ -29,11 +29,11 @@ class Field:
   Args:
     default: value of the field if neither a file nor an override sets it.
     meaning: short description, which `byolx fields` prints.
-    check: function that returns None if a value is possible, else a description of the values that
-      are. The value already has the type of the default.
+    check: function that takes a value, which already has the type of the default. It returns None if
+      the value is possible, else a text that describes the possible values.
     free: whether the field may change when a run is resumed, because no result depends on it.
-    encoder: whether the field belongs to a pretrained encoder: with another value, the encoder's
-      arrays would compute another function.
+    encoder: whether a pretrained encoder must be used with the same value of the field, because its
+      outputs would differ with another value.
   """
 
   default: Any
@@ -56,11 +56,11 @@ def field(
   Args:
     default: value of the field if neither a file nor an override sets it.
     meaning: short description, which `byolx fields` prints.
-    check: function that returns None if a value is possible, else a description of the values that
-      are.
+    check: function that takes a value. It returns None if the value is possible, else a text that
+      describes the possible values.
     free: whether the field may change when a run is resumed, because no result depends on it.
-    encoder: whether the field belongs to a pretrained encoder: with another value, the encoder's
-      arrays would compute another function.
+    encoder: whether a pretrained encoder must be used with the same value of the field, because its
+      outputs would differ with another value.
   """
   declared = Field(default, meaning, check, free, encoder)
   return dataclasses.field(default=default, metadata={_KEY: declared})
@@ -69,11 +69,13 @@ def field(
 def fields_of(group: Any) -> dict[str, Field]:
   """Returns the config fields of a dataclass by name, in the order of declaration.
 
-  These are the attributes declared by `field`. If the default of another attribute is a dataclass
-  instance, the fields of that instance are included with dotted names, with its values as defaults.
+  Config fields are the attributes declared by `field`. If the default of another attribute is a
+  dataclass instance, the fields of that instance are included, with dotted names. The values of the
+  instance are their defaults.
 
   Args:
-    group: frozen dataclass, or an instance of one, whose values are then returned as the defaults.
+    group: frozen dataclass, or an instance of one. The values of an instance are returned as the
+      defaults.
   """
   declared_fields = {}
   for attribute in dataclasses.fields(group):
@@ -87,16 +89,16 @@ def fields_of(group: Any) -> dict[str, Field]:
 
 
 def at_least(minimum: Number) -> Check:
-  """Returns a check that accepts finite numbers of at least `minimum`."""
+  """Returns a check of a config field, which accepts finite numbers of at least `minimum`."""
   return lambda x: (
     None if math.isfinite(x) and x >= minimum else f"a finite number of at least {minimum}"
   )
 
 
 def whole(minimum: int) -> Check:
-  """Returns a check that accepts integers of at least `minimum`.
+  """Returns a check of a config field, which accepts integers of at least `minimum`.
 
-  It is used for the elements of lists, whose type is not checked otherwise.
+  It is used for elements of lists, because nothing else checks their type.
   """
   return lambda x: (
     None if isinstance(x, int) and x >= minimum else f"a whole number of at least {minimum}"
@@ -104,27 +106,27 @@ def whole(minimum: int) -> Check:
 
 
 def above(minimum: Number) -> Check:
-  """Returns a check that accepts finite numbers above `minimum`."""
+  """Returns a check of a config field, which accepts finite numbers above `minimum`."""
   return lambda x: None if math.isfinite(x) and x > minimum else f"a finite number above {minimum}"
 
 
 def between(low: Number, high: Number) -> Check:
-  """Returns a check that accepts numbers in [low, high]."""
+  """Returns a check of a config field, which accepts numbers in [low, high]."""
   return lambda x: None if low <= x <= high else f"a number from {low} to {high}"
 
 
 def one_of(*choices: str) -> Check:
-  """Returns a check that accepts only the given texts."""
+  """Returns a check of a config field, which accepts only the given texts."""
   return lambda x: None if x in choices else f"one of {', '.join(choices)}"
 
 
 def interval(low: Number, high: Number, top: str = "") -> Check:
-  """Returns a check that accepts a pair of numbers in [low, high], the first at most the second.
+  """Returns a check of a config field, which accepts two numbers a <= b in [low, high].
 
   Args:
     low: least possible number.
     high: largest possible number.
-    top: meaning of `high` in the message for other values; empty to leave it out.
+    top: meaning of `high`, which the message for other values contains; empty to leave it out.
   """
   return lambda pair: (
     None
@@ -134,7 +136,7 @@ def interval(low: Number, high: Number, top: str = "") -> Check:
 
 
 def each(check: Check, length: int | None = None) -> Check:
-  """Returns a check that accepts a list if another check accepts each element.
+  """Returns a check of a config field, which accepts a list if `check` accepts each element.
 
   Args:
     check: check of one element.

@@ -29,12 +29,14 @@ ends the wait much earlier."""
 
 
 class Request(Protocol):
-  """A request that all processes grant at the same time, such as `distributed.Soon`."""
+  """Interface of a request that all processes grant at the same time, such as `distributed.Soon`."""
 
   negotiating: bool
 
   def negotiate(self, entries: dict[str, str]) -> None:
-    """Takes one step towards an agreement with the other processes; called by the watching thread.
+    """Takes one step towards an agreement with the other processes on when the request is granted.
+
+    The thread that watches the other processes calls this method.
 
     Args:
       entries: all entries of the key-value store whose keys begin with WATCH.
@@ -82,10 +84,10 @@ class Group:
     print(f"byolx: error: {self.prefix}{reason}", file=sys.stderr, flush=True)
 
   def next_call(self, kind: str) -> int:
-    """Returns the number of a call: how often `next_call` was called before with the same `kind`.
+    """Returns how often `next_call` was called before with the same `kind`.
 
-    Every process makes the calls of a kind in the same order, so a call has the same number on all
-    processes.
+    This number identifies a call. It is the same on all processes, because every process makes the
+    calls of a kind in the same order.
     """
     self.calls[kind] = self.calls.get(kind, -1) + 1
     return self.calls[kind]
@@ -115,8 +117,8 @@ class Group:
   def _watch_store(self) -> None:
     """Ends this process if process 0, which runs the key-value store, is lost.
 
-    This runs in a thread of its own, because the other watching thread may then wait for ever for
-    the store.
+    This method runs in a thread of its own. The thread that reads the store cannot do this, because
+    it may wait for ever for a lost store.
     """
     while not self.over.wait(1.0):
       if time.monotonic() - self.last_contact > self.peer_timeout:
@@ -135,7 +137,7 @@ class Group:
     self.leave(EXIT_LOST, readers=self.count - 1)
 
   def end_with(self, end_record: dict) -> NoReturn:
-    """Ends this process because another process has ended and stored an end record.
+    """Ends this process with the exit code that another process stored when it ended.
 
     Args:
       end_record: the other process's reason and exit code.
@@ -144,9 +146,9 @@ class Group:
     self.leave(end_record["code"], readers=self.count - ("lost" in end_record))
 
   def publish_end(self, end_record: dict) -> None:
-    """Stores an end record, by which all other processes learn that this process ends, and why.
+    """Stores a reason and an exit code, with which all other processes then end too.
 
-    Does nothing if a record is already stored.
+    Does nothing if another process has stored its own already.
 
     Args:
       end_record: reason and exit code.
@@ -159,8 +161,8 @@ class Group:
   def leave(self, code: int, readers: int) -> NoReturn:
     """Ends this process with an exit code.
 
-    Process 0, which runs the key-value store, first waits up to 5 s, until the other processes have
-    read the end record and are leaving too.
+    Process 0 runs the key-value store, so it waits up to 5 s before it ends. In this time, the other
+    processes read from the store why they must end.
 
     Args:
       code: exit code.

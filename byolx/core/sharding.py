@@ -1,8 +1,8 @@
 """Sharding: the mesh of devices, and how all arrays of the library are placed on it.
 
-The devices of the mesh are ordered by process, with equally many of each process. So the devices of
-a process hold the rows that this process loads, which are consecutive rows of the batch, and a
-global batch has the same rows in the same order for any number of processes.
+The devices of the mesh are ordered by process, with equally many of each process. Each process
+loads consecutive rows of the batch, and its own devices hold them. So a global batch has the same
+rows in the same order for any number of processes.
 """
 
 import collections
@@ -52,8 +52,9 @@ def split_cpu(images: int, devices: int = 0) -> None:
 
   Args:
     images: number of images of one forward pass in this process.
-    devices: number of devices. 0 for the largest divisor of `images` that is at most the number of
-      cores and leaves at least LEAST_IMAGES_PER_CORE images per device, or 1 if there is none.
+    devices: number of devices; 0 to choose it. The choice is the largest divisor of `images` that is
+      at most the number of cores and leaves at least LEAST_IMAGES_PER_CORE images per device. If
+      there is no such divisor, it is 1.
   """
   most = min(usable_cores(), images // LEAST_IMAGES_PER_CORE)
   count = devices or next(n for n in range(max(1, most), 0, -1) if images % n == 0)
@@ -74,8 +75,8 @@ def make_mesh(count: int = 0, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mes
     count: number of devices, equally many of each process; 0 for all.
     fsdp: number of neighbouring devices over which a state is sharded; must divide the number of
       devices.
-    devices: devices to choose from, attached to this machine or only described; empty for all
-      attached devices.
+    devices: devices to choose from, or descriptions of devices that this machine does not have;
+      empty for all attached devices.
 
   Raises:
     ValueError: there are fewer than `count` devices, they are not equally many of each process, or
@@ -242,7 +243,7 @@ def lay_out(spec: MeshSpec, devices: Sequence[Any]) -> Layout:
 
   Args:
     spec: config group `mesh`.
-    devices: all devices of the run, attached to this machine or only described.
+    devices: all devices of the run, or descriptions of devices that this machine does not have.
 
   Raises:
     ValueError: the devices cannot be divided as the config requires.
@@ -288,7 +289,7 @@ def using(layout: Layout) -> Iterator[None]:
 
 
 def gathered(x: Any) -> Any:
-  """Returns an array that every device holds as a whole, from an array that may be sharded.
+  """Gathers an array that may be sharded, so that every device holds the whole array.
 
   The array is gathered only inside of the context `using(layout)`. Outside of it, or if the train
   state is replicated, the array is returned unchanged.
@@ -300,11 +301,12 @@ def gathered(x: Any) -> Any:
 
 
 def summed(gradient: Callable[..., Any], shape: Sequence[int], *rows: Any) -> Any:
-  """Computes the gradient of a weight, summed over all examples; shards it if gradients are sharded.
+  """Computes the gradient of a weight, summed over all examples.
 
-  By default, XLA's partitioner sums whole gradients on every device and then selects each device's
-  part. Here each device computes the gradient of its rows, and one reduce-scatter over `fsdp` both
-  sums and divides the gradients. Whether gradients are sharded is set by `using`.
+  The gradient is sharded as by `in_pieces` if the layout set by `using` shards gradients. Each device
+  then computes the gradient of its own rows. One reduce-scatter over `fsdp` sums these gradients and
+  leaves a part of the sum on each device. XLA's own partitioner would sum whole gradients on every
+  device, and then select each device's part.
 
   Args:
     gradient: function that takes rows of examples and returns the gradient, summed over these rows.
@@ -334,7 +336,9 @@ def summed(gradient: Callable[..., Any], shape: Sequence[int], *rows: Any) -> An
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
-  """Puts the rows of a batch that each process has loaded on its devices, as arrays sharded by example.
+  """Makes global arrays, sharded by example, of the rows that each process has loaded.
+
+  Every process puts its rows of the batch on its own devices.
 
   Args:
     batch: arrays with the rows of this process, by name.

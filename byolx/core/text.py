@@ -12,8 +12,8 @@ def first_few(differences: list[str], most: int = 3) -> str:
 def one_line(error: BaseException) -> str:
   """Returns an error's text in one line, or the name of the error's type if the text is empty.
 
-  Of a text above 300 characters, the first 120 are kept, which mostly name the attempted operation,
-  and the last 180, which mostly name the cause.
+  If the text has more than 300 characters, only the first 120 and the last 180 are kept. The first
+  mostly name the attempted operation, and the last mostly name the cause.
   """
   text = " ".join(str(error).split()) or type(error).__name__
   return text if len(text) <= 300 else f"{text[:120]} ... {text[-180:]}"

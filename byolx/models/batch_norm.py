@@ -99,10 +99,12 @@ class BatchNorm(nnx.Module):
     return self.mean[...] / weight, jnp.where(updated, self.var[...] / weight, 1.0)
 
   def _record(self, moments: Float[Array, "g v 2 c"]) -> None:
-    """Updates the running averages with the statistics of one batch, once per view, in order.
+    """Updates the running averages with the statistics of one batch.
+
+    The update is made once for each view, in the order of the views.
 
     Args:
-      moments: mean and variance of each group of images and view; they are averaged over the
+      moments: mean and variance of each view in each group of images. They are averaged over the
         groups.
     """
     views = moments.shape[1]
@@ -125,7 +127,7 @@ def _by_batch(
   eps: float,
   dtype: np.dtype,
 ) -> tuple[Float[Array, "*b c"], Float[Array, "g v 2 c"]]:
-  """Normalises a batch by the statistics of each group of images and view.
+  """Normalises a batch; each view in each group of images is normalised by its own statistics.
 
   Args:
     x: batch, with row b * views + v for view v of image b.
@@ -137,7 +139,7 @@ def _by_batch(
     dtype: type of the normalised batch.
 
   Returns:
-    The normalised batch, and the mean and variance of each group and view.
+    The normalised batch, and the mean and variance of each view in each group.
   """
   rows, space, channels = x.shape[0], tuple(range(1, x.ndim - 1)), x.shape[-1]
   wide = x.astype(jnp.float32)
@@ -167,10 +169,11 @@ def _normalise(
   inverse: Float[Array, "b *ones c"],
   offset: Float[Array, "c"],
 ) -> Float[Array, "b *s c"]:
-  """Computes (x - mean) * inverse + offset in float32, with a gradient that sums two large arrays.
+  """Computes (x - mean) * inverse + offset in float32, with a gradient that is faster than jax's own.
 
-  The gradient that jax derives sums three, because jax does not see that the gradients of offset
-  and mean are the same sum times a factor.
+  The gradient is written by hand, and takes sums over two large arrays. The gradient that jax derives
+  takes sums over three. The gradients of offset and mean come from the same sum up to a factor, but
+  jax would compute this sum twice.
 
   Args:
     x: batch.

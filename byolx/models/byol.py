@@ -24,7 +24,7 @@ class BYOLSpec:
 
   Args:
     encoder: specification of the ResNet f. Projector and predictor use its normalisation and its
-      initialiser too; the probe uses its initialiser.
+      initialiser too. The probe, a linear classifier, uses its initialiser.
     projection_size: size of the projection z and of the prediction q(z).
     projector_hidden, projector_depth: size of the hidden layers and number of linear layers of the
       projector g.
@@ -34,8 +34,9 @@ class BYOLSpec:
     predictor: whether there is a predictor; if False, the projection is used as prediction (Table
       19).
     target: name of the target of the prediction (Table 19). "ema" is the projection of a target
-      network, which is a moving average of the online network. "stop_gradient" and "online" are the
-      online projection, with and without a stopped gradient (sg(theta) and theta in the paper).
+      network, which is a moving average of the online network. "stop_gradient" is the online
+      projection with a stopped gradient, sg(theta) in the paper. "online" is the online projection
+      with its gradient, theta in the paper.
     target_init: name of the target network's initial weights: "own_key" for random weights of its
       own, "online" for a copy of the online network's.
     classes: number of classes of the online probe, a linear classifier; 0 for no probe.
@@ -69,7 +70,10 @@ class BYOLSpec:
 
 
 class Outputs(NamedTuple):
-  """Outputs for a batch of images: representation y of the encoder and projection z, both float32."""
+  """Outputs for a batch of images: the encoder's representation y and the projector's projection z.
+
+  Both are float32.
+  """
 
   representation: Float[Array, "b d"]
   projection: Float[Array, "b p"]

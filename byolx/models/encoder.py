@@ -17,9 +17,10 @@ that is called as `module(x, train=..., views=...)` on normalised images [b, h, 
 def build(spec: ResNetSpec, network: Network | None, rngs: nnx.Rngs) -> nnx.Module:
   """Builds the encoder: the ResNet of a specification, or the user's own network.
 
-  A parameter's role decides whether it gets weight decay and LARS's trust ratio. Parameters of the
-  user's network that have no role get one by their shape: arrays of two or more axes are kernels,
-  which get both; all others are biases, which get neither.
+  A parameter's role decides whether it gets weight decay and LARS's trust ratio. A parameter of the
+  user's network may have no role. It then gets one by its shape: an array of two or more axes is a
+  kernel, any other array is a bias. By default, kernels get weight decay and the trust ratio, and
+  biases get neither.
 
   Args:
     spec: specification of the ResNet.

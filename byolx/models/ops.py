@@ -6,10 +6,10 @@ compute type, such as bfloat16, but the gradient of a float32 weight is float32,
 product and in the sum over the devices.
 
 The gradient of a convolution of stride s > 1 with respect to its input is computed in s phases per
-axis. Phase a is the set of input pixels s*t + a. They depend only on every s-th tap of the kernel,
-so the gradient of each phase is a small dense convolution. The usual rule inserts zeros between the
-pixels of the output's gradient, and so multiplies s^2 times as many numbers (docs/plan.md, "What
-each change predicted and gave").
+axis. Phase a is the set of input pixels s*t + a. Their gradient depends only on every s-th tap of
+the kernel, so it is a small dense convolution. The usual rule inserts zeros between the pixels of
+the output's gradient, and so computes s^2 times as many products (docs/plan.md, "What each change
+predicted and gave").
 """
 
 import functools
@@ -124,11 +124,11 @@ def _input_gradient(
 ) -> Array:
   """Computes the gradient of a convolution with respect to its input.
 
-  For a stride s > 1, it is computed in phases a = 0 ... s - 1, the input pixels s t + a:
+  For a stride s > 1, it is computed in s phases. Phase a is the set of input pixels s t + a:
 
     dx[s t + a] = sum_j dy[t + (a + lo - b) / s - j] kernel[s j + b],
 
-  with b = (a + lo) mod s and lo the padding before the image.
+  with b = (a + lo) mod s, where lo is the padding before the image.
 
   Args:
     dy: gradient of the output.
@@ -163,7 +163,9 @@ def _input_gradient(
 def _phase(
   a: int, size: int, taps: int, outputs: int, stride: int, low: int
 ) -> tuple[int, int, int]:
-  """Computes kernel tap and padding for one phase of one axis: the input pixels a, a + stride, ...
+  """Computes which kernel tap and which padding a strided convolution's input gradient needs.
+
+  This is done for one phase of one axis. Phase a is the set of input pixels a, a + stride, ...
 
   Args:
     a: index of the phase, in 0 to stride - 1.
@@ -174,8 +176,8 @@ def _phase(
     low: padding before the image on this axis.
 
   Returns:
-    The kernel's first tap that the phase uses, and the padding of the output's gradient before and
-    after it, which is negative if pixels are removed.
+    Three integers: the first kernel tap that the phase uses, and the numbers of pixels by which the
+    output's gradient is padded before and after. A negative number means that pixels are removed.
   """
   first = (a + low) % stride
   count = len(range(first, taps, stride))

@@ -83,8 +83,8 @@ class ResNetSpec:
       default backend is a CPU. Not a config field.
 
   Raises:
-    ValueError: `blocks`, `channels` and `strides` (if not empty) do not have one number per stage
-      each, or are set although `arch` is not "custom".
+    ValueError: for `arch` "custom", `blocks`, `channels` or `strides` does not have one number per
+      stage (`strides` may be empty). For any other `arch`, one of these three fields is not empty.
   """
 
   arch: str = field(
@@ -350,7 +350,7 @@ class ResNet(nnx.Module):
       views: number of views per image in the batch.
 
     Returns:
-      The feature maps [b, height, width, channels], from the stem's to the last stage's.
+      One feature map [b, height, width, channels] for the stem, then one for each stage, in order.
     """
     x = jax.nn.relu(self.stem_norm(self.stem(x.astype(self.spec.dtype)), train=train, views=views))
     if STEMS[self.spec.stem].pool:

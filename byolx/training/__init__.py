@@ -1,1 +1,1 @@
-"""The task contract, the state, the step, the loop, optimisers, schedules, losses."""
+"""Training: interface of tasks, state, step, loop, optimisers, schedules, losses."""

@@ -35,8 +35,9 @@ class CompileSpec:
 def begin(config: ConfigDict, workdir: Path, source: str = "") -> programs.Kept:
   """Sets up the compile cache of a run and starts loading the compiled train step in the background.
 
-  The call returns at once, so it can be made before images are opened and networks are traced. A
-  config with an invalid mesh raises no error here, but later, when the run is built.
+  The call returns at once, so it can be made before images are opened and networks are traced. If the
+  config has an invalid mesh, this function raises no error. The error comes later, when the run is
+  built.
 
   Args:
     config: config of the run, with all fields.
@@ -104,7 +105,7 @@ def compile_aloud(
   platform: str,
   compile_it: Callable[[jax.stages.Lowered], jax.stages.Compiled] = jax.stages.Lowered.compile,
 ) -> jax.stages.Compiled:
-  """Compiles a train step, and prints the expected time before and the actual time after.
+  """Compiles a train step; prints the expected time before, and the actual time after.
 
   Args:
     lowered: train step, lowered by jax but not compiled.
@@ -123,7 +124,7 @@ def compile_aloud(
 
 
 def usual_seconds(lowered: jax.stages.Lowered, platform: str) -> float:
-  """Estimates the seconds that it takes to compile a train step, from the length of its program text.
+  """Estimates how long a train step takes to compile, in seconds, from the length of its program text.
 
   Args:
     lowered: train step, lowered by jax but not compiled.

@@ -63,16 +63,16 @@ class OptimizerSpec:
   ) -> tuple[Schedule, optax.GradientTransformation]:
     """Builds the learning rate schedule and the optimiser.
 
-    If `rates` has several values, one classifier is trained for each of them. The returned schedule
-    is that of the first value; the updates of each classifier are multiplied by its rate divided by
-    the first.
+    If the field `rates` has several values, one classifier is trained for each of them. The returned
+    schedule is that of the first value. The optimiser multiplies each classifier's updates by the
+    ratio of its value to the first value.
 
     Args:
       params: trainable parameters, as arrays or as shapes.
       batch_size: number of images per optimiser step; with `batch_scaling`, the peak rate is
         multiplied by batch_size / 256.
       steps: number of all optimiser steps.
-      warmup_steps: number of the optimiser steps of the warm-up.
+      warmup_steps: number of optimiser steps in the warm-up, in which the learning rate rises from 0.
 
     Returns:
       The learning rate as a function of the step, and the optimiser.
@@ -154,8 +154,8 @@ def scale_by_trust_ratio(trust: float) -> optax.GradientTransformation:
   The update g of an array with the weights w is multiplied by trust * ||w|| / ||g||, or by 1 if a
   norm is 0.
 
-  `optax.scale_by_trust_ratio` computes the same function, but computes each norm twice, which costs
-  two more passes over parameters and gradients in each step.
+  `optax.scale_by_trust_ratio` gives the same result, but computes each norm twice. This costs two
+  more passes over parameters and gradients in each step.
 
   Args:
     trust: factor of the ratio.
@@ -217,7 +217,9 @@ def scale_each(factors: Sequence[float]) -> optax.GradientTransformation:
 
 
 def adamw(rate: Schedule, weight_decay: float, mask: Mask) -> optax.GradientTransformation:
-  """Builds AdamW, with weight decay apart from the gradient; an addition to the paper, for small runs.
+  """Builds AdamW, which applies weight decay separately from the gradient.
+
+  The paper does not use AdamW. It is meant for small runs.
 
   Args:
     rate: learning rate as a function of the step.

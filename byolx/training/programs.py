@@ -1,12 +1,12 @@
-"""Warm start: loads a run's compiled programs from disk without tracing or lowering them.
+"""Fast restart: loads a run's compiled programs from disk without tracing or lowering them.
 
-jax's compilation cache finds a program by its lowered text, so jax must trace the program first.
-This module stores a JSON manifest beside each of jax's cache entries. A manifest is found by the
-facts that determine the program and are known at once: config, devices, package versions, flags,
-and the source code of byolx. If none of these has changed, a restarted run loads the program in the
-background while it still imports modules and counts images. The program also depends on the numbers
-of images and classes, which are compared once they are known. Without a matching manifest, programs
-are traced and compiled as usual.
+jax's compilation cache finds a program by its lowered text, so jax must trace a program before it
+can look it up. This module stores a JSON file, the manifest, beside each of jax's cache entries. A
+manifest is found by facts that determine the program and are known at once: config, devices, package
+versions, flags, and the source code of byolx. If none of these facts has changed, a restarted run
+loads the program in the background while it still imports modules and counts images. The program
+also depends on the numbers of images and classes, which are compared once they are known. Without a
+matching manifest, programs are traced and compiled as usual.
 
 Loading never unpickles: manifests are JSON, and jax's entries are the compiler's bytes. A manifest
 holds the facts, its own checksum and the checksum of jax's entry. A damaged manifest, or one with
@@ -78,7 +78,9 @@ class Kept:
     self._loading: dict[str, concurrent.futures.Future] = {}
 
   def path(self, name: str) -> Path | None:
-    """Returns the path of the manifest, a file that describes a compiled program; it may not exist.
+    """Returns the path of the manifest, the file that describes a compiled program.
+
+    The file may not exist.
 
     Args:
       name: name of the program, such as `step`.
@@ -89,9 +91,9 @@ class Kept:
     return self._folder / f"byolx_{name}-{self._key}.json" if self._folder else None
 
   def begin(self, name: str) -> None:
-    """Starts loading a compiled program in another thread, so that `find` finds it loaded.
+    """Starts to load a compiled program in another thread; `find` then waits for it and returns it.
 
-    Does nothing if the program is not stored, or is being loaded already.
+    Does nothing if the program is not stored, or if it is being loaded already.
 
     Args:
       name: name of the program, such as `step`.
@@ -119,9 +121,9 @@ class Kept:
       name: name of the program, such as `step`.
       arguments: shapes of the program's arguments, as pytrees of `jax.ShapeDtypeStruct` with
         shardings.
-      result: shapes of the program's result, in the same form. If the program returns a pair of a
-        state and a dictionary of scalars, those of the state alone.
-      counts: numbers of images and classes, by name, which the program depends on too.
+      result: shapes of the program's result, in the same form. If the program returns a state and a
+        dictionary of scalars, only the shapes of the state are given.
+      counts: numbers of images and classes, by name; the program depends on them too.
     """
     self.begin(name)
     future = self._loading.pop(name, None)
@@ -145,16 +147,19 @@ class Kept:
     result: Any,
     counts: Mapping[str, Any],
   ) -> jax.stages.Compiled:
-    """Compiles a program, and stores a manifest, with which a later run can load it, in another thread.
+    """Compiles a program and returns it.
+
+    Another thread stores a manifest, a file with which a later run can load the program. Nothing is
+    stored if this store has no folder.
 
     Args:
       name: name of the program, such as `step`.
       lowered: the program, lowered by jax.
       arguments: shapes of the program's arguments, as pytrees of `jax.ShapeDtypeStruct` with
         shardings.
-      result: shapes of the program's result, in the same form. If the program returns a pair of a
-        state and a dictionary of scalars, those of the state alone.
-      counts: numbers of images and classes, by name, which the program depends on too.
+      result: shapes of the program's result, in the same form. If the program returns a state and a
+        dictionary of scalars, only the shapes of the state are given.
+      counts: numbers of images and classes, by name; the program depends on them too.
     """
     with _entries() as entries:
       compiled = lowered.compile()
@@ -196,7 +201,7 @@ class Kept:
 
 @contextlib.contextmanager
 def _entries() -> Iterator[list[str]]:
-  """Context manager that records the keys with which jax looks up its cache entries, in order."""
+  """Context manager that gives a list, to which the key of each look-up in jax's cache is added."""
   names, original = [], compilation_cache.get_cache_key
 
   def get_cache_key(*arguments: Any, **options: Any) -> str:
@@ -228,8 +233,8 @@ def none() -> Kept:
 def of(config: ConfigDict, devices: Sequence[Any], source: str = "") -> Kept:
   """Returns the store of a run's compiled programs, in the folder of jax's compilation cache.
 
-  The store is empty if jax has no local cache folder, and in a multi-process run, where all
-  processes would have to find the same programs.
+  The store is empty if jax has no local cache folder. It is also empty in a multi-process run,
+  because all processes would have to find the same programs.
 
   Args:
     config: config of the run, with all fields.
@@ -320,7 +325,10 @@ def _version(package: str) -> str:
 def _describe(
   compiled: jax.stages.Compiled, devices: Sequence[Any], arguments: tuple, result: Any
 ) -> dict[str, Any]:
-  """Returns the part of a program's manifest that `_rebuild` needs in addition to jax's cache entry.
+  """Returns a description of a compiled program, from which `_rebuild` can make the program again.
+
+  The description is a part of the manifest, the file that is stored beside jax's cache entry.
+  `_rebuild` also needs the executable, which the cache entry holds.
 
   Args:
     compiled: the compiled program.
@@ -329,7 +337,7 @@ def _describe(
     result: shapes of the program's result, with shardings.
 
   Raises:
-    ValueError: a program that is rebuilt from this description differs from `compiled`.
+    ValueError: the program that `_rebuild` makes from this description differs from `compiled`.
   """
   executable = compiled._executable
   output = jax.tree.unflatten(compiled.out_tree, executable.out_avals)
@@ -373,16 +381,18 @@ def _rebuild(
   arguments: tuple,
   result: Any,
 ) -> jax.stages.Compiled:
-  """Makes a callable program of a loaded executable, equal to the one that `lowered.compile()` returns.
+  """Makes a callable program from an executable that was loaded from jax's cache.
 
-  All arrays have their default layouts in memory.
+  The program is equal to the one that `lowered.compile()` returned. Its arrays have their default
+  layouts in memory.
 
   Args:
     manifest: description of the program, from `_describe`.
     executable: executable that was loaded from jax's cache.
     devices: devices of the mesh, in row-major order.
     arguments: shapes of the program's arguments, with shardings.
-    result: shapes of the program's result, with shardings, without its dictionary of scalars.
+    result: shapes of the program's result, with shardings. If the program returns a state and a
+      dictionary of scalars, only the shapes of the state are given.
   """
   inputs, in_tree = jax.tree.flatten((arguments, {}))
   if manifest["scalars"] is not None:

@@ -63,8 +63,8 @@ def tau(step: ArrayLike, steps: int, base: float, rule: str = "cosine") -> Float
 def _once(schedule: Schedule) -> Schedule:
   """Wraps a schedule so that a compiled program computes it only once.
 
-  XLA copies the computation of a scalar into every kernel that uses the scalar, which made hundreds
-  of cosines in one train step (docs/plan.md, "How long it takes to start"). It does not copy a sum of
-  two or more numbers, so the value is written as a sum of two, one of them times 0.
+  XLA copies the computation of a scalar into every kernel that uses the scalar. One train step then
+  had hundreds of cosines (docs/plan.md, "How long it takes to start"). XLA does not copy a sum of two
+  or more numbers. So the value is written as a sum of two numbers, one of which is multiplied by 0.
   """
   return lambda step: jnp.sum(schedule(step + jnp.arange(2)) * jnp.array([1.0, 0.0]))

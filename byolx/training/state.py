@@ -44,10 +44,10 @@ class TrainState:
 
 
 class _Stream(nnx.RngStream):
-  """Stream of random keys that counts the keys already drawn in a Python integer.
+  """Stream of random keys, which is faster to trace than `nnx.RngStream` and gives the same keys.
 
-  It gives the same keys as `nnx.RngStream`, which counts them in an nnx variable. That is slow:
-  flax formats the whole traced program as text each time a variable is set while tracing.
+  It counts the drawn keys by a Python integer. `nnx.RngStream` counts them by an nnx variable, which
+  is slow, because flax formats the whole traced program as text at each change of a variable.
   """
 
   drawn: int = 0
@@ -93,7 +93,9 @@ def initialise(
   layout: sharding.Layout,
   abstract: TrainState | None = None,
 ) -> TrainState:
-  """Creates a new training state at step 0, each array directly on the devices that hold it.
+  """Creates a new training state at step 0.
+
+  Each array is created directly on the devices that hold it.
 
   Args:
     task: task that defines the model and its trainable variables.
@@ -137,7 +139,9 @@ def abstract_state(
   layout: sharding.Layout,
   untrained: TrainState | None = None,
 ) -> TrainState:
-  """Returns a training state with a `jax.ShapeDtypeStruct`, with its sharding, in place of each array.
+  """Returns the shapes, types and shardings of a training state.
+
+  The result is a `TrainState` that has a `jax.ShapeDtypeStruct` in place of each array.
 
   Args:
     task: task that defines the model and its trainable variables.

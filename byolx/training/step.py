@@ -37,8 +37,8 @@ def train_step(
     task: task that defines the loss and the trainable variables.
     tx: optimiser.
     passes: number of micro-batches over which gradients are averaged.
-    remat: name of the rematerialisation policy, which selects the values that the backward pass
-      computes again; a key of `remat.KEPT`.
+    remat: name of the rematerialisation policy, a key of `remat.KEPT`. The policy selects the values
+      that the backward pass computes again.
     layout: mesh of devices, and rule that places the state on it.
     state: training state.
     batch: all micro-batches, as one batch; the length of each array's first axis is a multiple of
@@ -46,9 +46,9 @@ def train_step(
     key: random key of the run, from which the key of this step is derived.
 
   Returns:
-    The new state and a dictionary of scalars: those of the loss, averaged over the micro-batches,
-    those of `task.after_update`, and `norm_gradient` and `norm_update`, the l2 norms of gradient
-    and update.
+    The new state and a dictionary of scalars. It holds the scalars of the loss, averaged over the
+    micro-batches, and the scalars of `task.after_update`. It also holds `norm_gradient` and
+    `norm_update`, the l2 norms of gradient and update.
   """
   key = jax.random.fold_in(key, state.step)
   gradient = functools.partial(_gradient, task, remat, layout, state.graphdef, state.params)
@@ -106,7 +106,7 @@ def _gradient(
     key: random key of the loss.
 
   Returns:
-    The gradient, the other variables after the forward pass, and the scalars that the loss returns.
+    The gradient, the values of `rest` after the forward pass, and the scalars that the loss returns.
   """
 
   def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, Scalars]]:
@@ -130,17 +130,17 @@ def _accumulate(
   Every micro-batch updates the batch statistics.
 
   Args:
-    gradient: function that computes the gradient of one micro-batch. It takes the model's variables
-      that are not trained, the micro-batch and a random key; it returns the gradient, these
-      variables after the forward pass, and scalars.
+    gradient: function that computes the gradient of one micro-batch. It takes the variables that the
+      optimiser does not update, the micro-batch and a random key. It returns the gradient, the
+      values of these variables after the forward pass, and scalars.
     passes: number of micro-batches.
     state: training state.
     batch: all micro-batches, as one batch.
     key: random key of the step, from which each micro-batch's key is derived.
 
   Returns:
-    The averaged gradient, the variables that are not trained after the last micro-batch, and the
-    averaged scalars.
+    The averaged gradient, the model's other variables as they are after the last micro-batch, and
+    the averaged scalars.
   """
 
   def split(x: Array) -> Array:
@@ -174,8 +174,10 @@ def compile_step(
 ) -> jax.stages.Wrapped:
   """Returns the jitted train step for a mesh: a function of state, batch and random key.
 
-  The step donates the state, which is placed by `layout`. Each batch is sharded over all devices by
-  example.
+  The step donates the state, whose arrays are placed as `layout` says. Each batch is sharded over all
+  devices by example.
+
+  The jitted function returns the new state and a dictionary of scalars.
 
   Args:
     task: task that defines the loss and the trainable variables.

@@ -1,10 +1,10 @@
 """Interface of tasks. A task defines all that differs between training protocols, such as the loss.
 
-A task is a frozen dataclass that inherits from `Task`. Its attributes declared by `fields.field`
-are its group of config fields. For the training loop, it defines the model, the loss and an action
-after each update; for the input, the transforms of images; for the end of a run, the measurements,
-curves and records. No other module depends on the name of a task. docs/adding_a_protocol.md is a
-complete example.
+A task is a frozen dataclass that inherits from `Task`. The attributes that it declares by
+`fields.field` are its group of config fields. A task defines the model, the loss, and an action after
+each update. It also defines the transforms of images. For the end of a run, it defines the
+measurements, the curves, and the records for `results.json`. No other module depends on the name of
+a task. docs/adding_a_protocol.md is a complete example.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ class Panel(NamedTuple):
       name in the legend.
     scale: factor of all values, such as 100 for percentages.
     marks: horizontal lines, each a pair of height and label.
-    from_zero: whether the vertical axis starts at 0; it does not if a value is negative.
+    from_zero: whether the vertical axis starts at 0 if no value is negative.
     top: value that an axis from 0 must include, even if all values are smaller.
     noisy: whether a running mean is drawn over the values.
-    logarithmic: whether the vertical axis is logarithmic, if all values are positive and the
-      largest is more than 100 times the smallest.
+    logarithmic: whether the vertical axis may be logarithmic. It is so if all values are positive
+      and the largest is more than 100 times the smallest.
   """
 
   title: str
@@ -67,7 +67,8 @@ class Setting:
   Args:
     config: config of the run, with all fields.
     encoder: config group `model`, the specification of the ResNet. The projector and the predictor
-      use its normalisation and its initialiser too; the probe uses its initialiser.
+      use its normalisation and its initialiser too. The probe, a linear classifier, uses its
+      initialiser.
     classes: number of classes of the images; 0 if they have no labels.
     steps: number K of optimiser steps of the run.
     network: function that makes the user's own encoder, which replaces the ResNet. It takes
@@ -94,7 +95,7 @@ class Setting:
     return ViewSpec(**views.view1, **rules), ViewSpec(**views.view2, **rules)
 
   def views(self, *specs: ViewSpec) -> Views:
-    """Returns the transform of training images to one random view per distribution in `specs`."""
+    """Returns the transform that makes random views of a training image, one per entry of `specs`."""
     views = self.config.views
     return Views(specs, views.size, views.placement, views.antialias)
 
@@ -112,15 +113,15 @@ class Task(Protocol):
   Class attributes:
     group: name of the task's group of config fields.
     needs_labels: whether validation and test images must have labels.
-    selects: whether the task selects a model on the validation images and then measures the model
-      on the test images. If False, a run is measured on the validation images, or on the test
-      images if there are none.
+    selects: whether the task selects a model on the validation images and then measures this model
+      on the test images. If False, no model is selected, and the trained model is measured on the
+      validation images. If there are no validation images, it is measured on the test images.
     own_size: whether `views.size` may differ from the size that the encoder in `init.workdir` was
       trained with.
     parallel_rates: whether the task can train several classifiers at once, one for each of several
       `optim.rates`.
-    record_keys: keys that tell apart the records with the same metric and split; empty if there is
-      only one such record.
+    record_keys: keys in which two records of `results.json` differ if they have the same metric and
+      split; empty if there are no two such records.
     accuracy: name that progress lines show for the scalar `top1`.
     untrained: name that the summary shows for the parameters that the optimiser does not update.
     curves: plots of `curves.png`.
@@ -148,10 +149,10 @@ class Task(Protocol):
 
   @classmethod
   def check(cls, config: ConfigDict) -> None:
-    """Checks that the config's fields go together, before any image is read.
+    """Checks, before any image is read, that the values of the config's fields are possible together.
 
     Raises:
-      ConfigError: two or more fields do not go together.
+      ConfigError: the values of two or more fields are impossible together.
     """
     del config
 
@@ -160,7 +161,7 @@ class Task(Protocol):
     """Builds the task of a run from facts about the run.
 
     Raises:
-      ConfigError: two or more config fields do not go together.
+      ConfigError: the values of two or more config fields are impossible together.
     """
 
   # Training loop.
@@ -206,8 +207,8 @@ class Task(Protocol):
   def warning(self, scalars: Mapping[str, float]) -> str | None:
     """Checks the scalars of one logged step, and returns a warning to print if they look wrong.
 
-    For example, BYOL warns of collapsed projections. The method is called after the warm-up only,
-    and no more once it has returned a warning.
+    For example, BYOL warns of collapsed projections. The method is called only after the warm-up of
+    the learning rate. After it has returned a warning, it is not called again.
 
     Args:
       scalars: scalars of the step, by name.
@@ -221,7 +222,7 @@ class Task(Protocol):
   # Input.
 
   def transform(self, split: str) -> Transform:
-    """Returns the transform of images of a split to the arrays of a batch.
+    """Returns the transform that turns images of a split into the arrays of a batch.
 
     Args:
       split: name of the split, "train" or "test"; validation images use the transform of "test".

@@ -102,9 +102,9 @@ class Sources(NamedTuple):
 
   @property
   def held_out(self) -> tuple[str, base.Source]:
-    """Name and images of the split that measures a run that selects no model, such as pretraining.
+    """Name and images of the split on which pretrained encoders are evaluated.
 
-    These are the validation images, or the test images if the run has no validation images.
+    This is the validation split. If the run has no validation images, it is the test split.
     """
     if self.validation is not None:
       return "validation", self.validation

@@ -140,7 +140,7 @@ def _record(
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Formats records as a table for a terminal, with one row per split and learning rate.
+  """Formats records (entries of `results.json`) as a table with one row per split and learning rate.
 
   An asterisk marks the learning rate that was selected on the validation images.
   """

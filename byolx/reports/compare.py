@@ -259,7 +259,7 @@ def nearest(result: Result) -> tuple[list[tuple[Table, Column, Cell]], list[Depa
 
 
 def open_choices(result: Result) -> list[str]:
-  """Returns the fields of a run that the paper leaves open and that differ from the shipped configs.
+  """Lists the fields that the paper does not state, if a run's values differ from the shipped configs.
 
   Each field is a text `field=value`. A field of the encoder's pretraining run has the prefix
   "pretraining ".

@@ -211,7 +211,7 @@ def _source(result: Result) -> str:
   """Returns a footnote on the origin of a number.
 
   The footnote has the seeds, configs, commits, training time and workdirs of the runs. It also lists the
-  fields that the paper leaves open, if their values differ from the shipped configs.
+  fields that the paper does not state, if their values differ from the shipped configs.
   """
   seeds = ", ".join(map(str, result.seeds)) or "unknown"
   facts = [

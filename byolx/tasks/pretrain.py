@@ -173,7 +173,8 @@ class Pretrain(Task):
   def after_update(self, model: BYOL, step: Int[Array, ""]) -> dict[str, Array]:
     """Moves the target network towards the online network.
 
-    The decay rate tau is the value of its schedule at `step`. It is returned as the scalar `tau`.
+    The decay rate tau is the value of its schedule at `step`, the number of steps before this update. It
+    is returned as the scalar `tau`.
     """
     tau = schedules.tau(step, self.steps, self.tau_base, self.tau_rule)
     model.follow(tau, statistics=self.average_statistics)

@@ -275,8 +275,9 @@ run shows their values, and records are compared as well.
 
 
 def measured(task: str, metric: str = "top1", data: str = "imagenet") -> Mapping[str, Any]:
-  """Returns the required values of a record (an entry of results.json). It must be measured on test
-  images, after training with all labels.
+  """Returns the values that the paper requires of a record (an entry of results.json).
+
+  The record must be measured on test images, after training with all labels.
 
   Args:
     task: name of the task, "linear", "finetune" or "supervised".

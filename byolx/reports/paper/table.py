@@ -42,8 +42,9 @@ class Condition:
   origin_known: bool = False
 
   def but(self, other: "Condition") -> "Condition":
-    """Returns a condition with the required values of both. If both have a value, that of `other` is
-    used.
+    """Returns a condition with the required values of both conditions.
+
+    If both have a value for a key, that of `other` is used.
     """
     return Condition(
       {**self.record, **other.record},
@@ -150,11 +151,10 @@ class Table:
 
   @functools.cached_property
   def defining(self) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the config fields that distinguish the rows, and of such fields of the pretraining
-    config.
+    """Names of the fields that distinguish the rows, in the config and in the config of the pretraining.
 
-    A field distinguishes rows if a row requires another value than its column. The fields of the network
-    are also included. All other fields belong to the protocol of the table.
+    A field distinguishes the rows if a row requires another value than its column. The fields of the
+    network are also included. All other fields belong to the protocol of the table.
     """
     config, pretrain = set(NETWORK), set[str]()
     for row, column in itertools.product(self.rows, self.columns):

@@ -23,7 +23,7 @@ _CONFIDENCE = (2.5, 97.5)
 def choose_and_test(task: Task, finished: Finished) -> list[Record]:
   """Selects the best head (linear classifier) on the validation images, and tests it.
 
-  Without validation images, the first head is tested. All processes share the work on images; only the
+  Without validation images, the first head is tested. All processes share the work on images. Only the
   process with `finished.writer` writes files.
 
   Args:
@@ -31,8 +31,8 @@ def choose_and_test(task: Task, finished: Finished) -> list[Record]:
     finished: the finished run, with its model and images.
 
   Returns:
-    The records of `results.json`: top-1 and top-5 accuracy of each head on the validation images, and of
-    the selected head on the test images.
+    The records (entries) of `results.json`: top-1 and top-5 accuracy of each head on the validation
+    images, and of the selected head on the test images.
   """
   common, model, optim = _facts(finished), finished.model, finished.config.optim
   rates = tuple(optim.rates) or (optim.base_rate,)
@@ -54,7 +54,11 @@ def choose_and_test(task: Task, finished: Finished) -> list[Record]:
 
 
 def _measure(task: Task, finished: Finished, source: Source) -> dict[str, np.ndarray]:
-  """Computes each metric on the images of a source, as an array with one value per head (classifier)."""
+  """Computes the metrics of a classifier on a set of images.
+
+  Returns:
+    One array per metric, by its name. The array has one value per head (linear classifier).
+  """
   return inference.measure(task, finished.model, finished.batches(source), finished.mesh)
 
 
@@ -64,8 +68,8 @@ def _predict_test(task: Task, finished: Finished, model: Any, head: int) -> dict
   Writes predictions.npz if eval.predictions is set.
 
   Returns:
-    Half the width of the 95 % interval of each metric, if eval.bootstrap is set. Otherwise, and in
-    processes that write no files, an empty dict.
+    Half the width of the 95 % interval of each metric, by its name. The dict is empty if eval.bootstrap
+    is not set, and in processes that write no files.
   """
   settings, source = finished.config.eval, finished.test
   if not (settings.predictions or settings.bootstrap):
@@ -112,7 +116,7 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _facts(finished: Finished) -> Record:
-  """Returns the keys and values that all records of a finished run share."""
+  """Returns the keys and values that are the same in all `results.json` entries of a finished run."""
   c, facts, before = finished.config, finished.facts, finished.lineage or {}
   return {
     "task": facts["task"],
@@ -136,7 +140,7 @@ def _record(
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Formats records as a table for a terminal, with one row per split and learning rate.
+  """Formats records (entries of `results.json`) as a table with one row per split and learning rate.
 
   An asterisk marks the learning rate that was selected on the validation images.
   """
@@ -154,10 +158,10 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rate(record: Mapping[str, Any]) -> str:
-  """Returns the learning rate of a record of `results.json` as text.
+  """Returns the learning rate of a record (entry) of `results.json` as text.
 
-  If the record is a mean of runs with several seeds that selected different rates, the text lists these
-  rates, separated by commas.
+  A record can be a mean over seeds, and the selected rate can differ between the seeds. Then the text
+  lists all these rates, separated by commas.
   """
   rate = record["rate"]
   return ", ".join(f"{value:g}" for value in rate) if isinstance(rate, list) else f"{rate:g}"

@@ -33,9 +33,10 @@ class Finished:
       belong to this process.
     normalise: function from uint8 images to the encoder's input.
     workdir: folder of the run.
-    lineage: facts about the checkpoint from which the encoder was loaded; None for an encoder from
-      scratch.
-    facts: values that all records of the run share: task, seed, step, config (fingerprint), commit.
+    lineage: facts about the checkpoint from which the encoder was loaded; None if the encoder was not
+      loaded.
+    facts: values that all records of the run (entries of `results.json`) share: task, seed, step, config
+      (fingerprint), commit.
     writer: whether this process writes the files of the run.
   """
 
@@ -56,9 +57,9 @@ class Finished:
 
   @property
   def held_out(self) -> tuple[str, Source]:
-    """Name and images of the split that measures a run that selects no model, such as pretraining.
+    """Name and images of the split on which pretrained encoders are evaluated.
 
-    These are the validation images, or the test images if the run has no validation images.
+    This is the validation split. If the run has no validation images, it is the test split.
     """
     if self.validation is not None:
       return "validation", self.validation

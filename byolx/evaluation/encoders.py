@@ -31,7 +31,8 @@ def compare(task: Task, finished: Finished) -> list[Record]:
     finished: the finished run, whose model has `online`, `target` and `probe`.
 
   Returns:
-    The records of `results.json`, on every process; an empty list if no held-out image is labelled.
+    The records (entries) of `results.json`. Every process gets them. The list is empty if no held-out
+    image is labelled.
   """
   model, writer = finished.model, finished.writer
   encoders = {"online": model.online.encoder}
@@ -69,15 +70,16 @@ def _draw(finished: Finished, test: dict[str, np.ndarray], labels: np.ndarray) -
 def _records(
   finished: Finished, split: str, training: tuple, test: tuple, online_probe: dict[str, float]
 ) -> list[Record]:
-  """Measures features by k-NN and linear probes, and returns the records.
+  """Measures features by k-NN and linear probes, and returns the entries of `results.json`.
 
   Args:
     finished: the finished run.
     split: name of the split of the test features, "validation" or "test".
-    training: features by encoder, labels and indices of the training images.
-    test: features by encoder, labels and indices of the held-out images.
-    online_probe: metrics of the classifier trained with the encoder; they get a record too. Empty if
-      there is no such classifier.
+    training: tuple of the features of the training images (a dict by encoder), their labels and their
+      indices.
+    test: the same tuple for the held-out images.
+    online_probe: metrics of the classifier that was trained with the encoder. They get an entry too. The
+      dict is empty if there is no such classifier.
   """
   facts = finished.facts
   common = {"task": facts["task"], "split": split, **facts}

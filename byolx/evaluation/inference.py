@@ -80,10 +80,11 @@ def features(
       computation, but the returned arrays have no rows.
 
   Returns:
-    Three values. First, features by the name of the encoder, float32 [n, d], and under "pixels" the raw
-    pixels of the images (shrunk if large), uint8 [n, p]. Second, labels, int32 [n]. Third, the indices
-    of the images in their source, int32 [n]. Masked rows (padding) are left out. Rows are in the order
-    of the batches, and within a batch in the order of the processes.
+    A tuple of features, labels and indices. The features are a dict: float32 [n, d] by the name of the
+    encoder. Its key "pixels" has the raw pixels of the images (shrunk if large), uint8 [n, p]. The
+    labels are int32 [n]. The indices are the positions of the images in their data set, int32 [n].
+    Masked rows (padding) are left out. Rows are in the order of the batches, and within a batch in the
+    order of the processes.
   """
   split = {name: nnx.split(encoder) for name, encoder in encoders.items()}
 

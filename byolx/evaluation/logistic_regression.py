@@ -60,8 +60,8 @@ def linear_probe(
     labels: class of each row of the features; rows with label -1 are ignored.
     l2: penalties, finite and above 0.
     classes: number of classes, at least 2.
-    tolerance: relative reduction of the objective at which the search stops: it stops when the next step
-      is expected to reduce the objective by less. float32 cannot resolve values below about 1e-7.
+    tolerance: the search stops when the next step is expected to reduce the objective by less than this
+      fraction. float32 cannot resolve values below about 1e-7.
     max_iterations: largest number of iterations.
 
   Returns:
@@ -90,7 +90,7 @@ def _fit(
   tolerance: Float[Array, ""],
   max_iterations: Int[Array, ""],
 ):
-  """Computes `linear_probe`, the logistic regressions for several penalties, on padded arrays.
+  """Fits logistic regressions for several l2 penalties to padded arrays (see `linear_probe`).
 
   Returns the arrays kernel, bias, objective, converged and iterations of `LinearProbes`.
   """
@@ -148,8 +148,9 @@ def _minimise(
 
   Args:
     objectives: function from l points to the values of the l objectives.
-    start: first points.
-    tolerance: relative reduction of an objective: its search stops when less is expected of a step.
+    start: the l points from which the search starts.
+    tolerance: the search of an objective stops when the next step is expected to reduce it by less than
+      this fraction.
     max_iterations: largest number of iterations.
 
   Returns:

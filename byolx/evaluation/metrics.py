@@ -4,8 +4,8 @@ BYOL has no negative examples, so its loss allows collapse, where all images get
 (appendix J.2 and Table 22 give examples). The loss does not show collapse, since it is lowest there.
 The collapse monitors show it: they measure how different the vectors of a batch are.
 
-All functions on arrays are pure, and cheap enough for each training step, except `effective_rank`: it
-needs singular values, and is for evaluation.
+All functions on arrays are pure. They are cheap enough for each training step. Only `effective_rank` is
+not: it needs singular values, and is for evaluation.
 """
 
 import math
@@ -96,8 +96,8 @@ def topk_accuracy(
 ) -> Float[Array, ""]:
   """Computes the share of the labelled examples whose class is among the k largest logits.
 
-  Of equal logits, that of the lower class number counts as larger, as in `jax.lax.top_k`. An example
-  whose label has the logit NaN counts as wrong.
+  If two logits are equal, the logit of the lower class number counts as larger, as in `jax.lax.top_k`.
+  An example whose label has the logit NaN counts as wrong.
 
   Args:
     logits: logits; larger is more likely.
@@ -113,10 +113,10 @@ def topk_accuracy(
 
 
 def rank_of_label(logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]) -> Int[Array, "*b"]:
-  """Computes the rank of the label's class by decreasing logit: 0 if its logit is the largest.
+  """Computes the rank of the label's class among all classes, from 0 for the largest logit.
 
-  Of equal logits, that of the lower class number comes first. NaN logits of other classes come first; if
-  the logit of the label is NaN, the label comes last.
+  If two logits are equal, the lower class number comes first. Other classes whose logit is NaN come
+  first. If the logit of the label is NaN, the label comes last.
 
   Args:
     logits: logits; larger is more likely.

@@ -1,4 +1,4 @@
-"""Draws a map of images by their features, and has the style that all figures share.
+"""Draws a map of images by their features, and defines the style of all figures.
 
 Files are replaced atomically. Figures do not use pyplot, so any thread or notebook may draw them.
 """
@@ -117,7 +117,7 @@ def _project(features: Num[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "
 
 
 def _appearance(label: int) -> tuple[str, str]:
-  """Returns the colour and the marker of a class; those of unlabelled images for label -1."""
+  """Returns the colour and the marker of a class. Label -1 means unlabelled images."""
   if label < 0:
     return FAINT, "o"
   cycle = label // len(COLOURS)

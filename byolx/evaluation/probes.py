@@ -1,7 +1,7 @@
 """Measures frozen features by a linear probe and k-NN, at several shares of the labels.
 
-The rules are the same for all encoders: features are centred and scaled by one number, and validation
-images choose the l2 penalty from a fixed grid (appendix E.2). The classifiers are in
+The rules are the same for all encoders. Features are centred and scaled by one number. The l2 penalty is
+chosen from a fixed grid on validation images (appendix E.2). The classifiers are in
 `byolx.evaluation.logistic_regression` and `byolx.evaluation.knn`.
 """
 
@@ -54,7 +54,7 @@ class Draw(NamedTuple):
 
   Attributes:
     fit: indices of the images on which the probe is trained.
-    validation: indices of the images that choose the l2 penalty.
+    validation: indices of the images on which the l2 penalty is chosen.
     retrain: whether the probe is trained again with the chosen penalty, on the images of `fit` and
       `validation` together (E.2).
   """
@@ -71,7 +71,7 @@ class Score(NamedTuple):
     accuracy: top-1 accuracy on the test images, in 0..1.
     l2: chosen l2 penalty.
     at_edge: whether the chosen penalty is the smallest or largest of the grid and clearly better than
-      the next one. Then the grid should be extended.
+      the next one. If so, the grid should be extended.
   """
 
   accuracy: float
@@ -87,9 +87,9 @@ def preprocess(
   Subtracts the mean of the training features, divides by one number so that the mean squared norm of the
   training features is 1, and rotates to their principal axes. A rotation does not change the results of
   the probes, which depend on |kernel| and on cosines. It reduces the iterations of L-BFGS, and removes
-  dimensions without information (units that are always 0). Equal neighbouring dimensions, such as grey
-  pixels in three channels, are merged before. The rotation is left out if it would take too long: if n
-  and d are both above `_LARGEST_ROTATION`.
+  dimensions without information (units that are always 0). Before the rotation, equal neighbouring
+  dimensions are merged, such as grey pixels in three channels. The rotation is left out if n and d are
+  both above `_LARGEST_ROTATION`, because it would take too long.
 
   Args:
     train: features of all training images, real numbers.
@@ -169,10 +169,10 @@ def label_draws(
 ) -> list[Draw]:
   """Draws class-balanced subsets of the training labels.
 
-  The same images, a stratified share of the labelled ones, are held out in all draws to choose the l2
-  penalty. A small subset is drawn from the remaining images. A subset that is larger than the remaining
-  images is drawn from all labelled images. The classifier is then trained on the images of the subset
-  that are not held out, and after the choice of l2 again on the whole subset.
+  A stratified share of the labelled images is held out to choose the l2 penalty. It is the same in all
+  draws. A small subset is drawn from the remaining images. A subset that is larger than the remaining
+  images is drawn from all labelled images. Then the classifier is trained twice: to choose l2, on the
+  images of the subset that are not held out, and finally on the whole subset.
 
   Args:
     labels: classes of the training images; -1 means unlabelled.
@@ -183,7 +183,7 @@ def label_draws(
     validation_share: fraction of the labelled images to hold out.
 
   Returns:
-    The subsets, each divided into images to train on and images that choose the l2 penalty.
+    The subsets, each divided into images to train on and images on which the l2 penalty is chosen.
 
   Raises:
     ValueError: the fraction is outside (0, 1], or no image is labelled.
@@ -227,7 +227,7 @@ def select_and_score(
 
   Args:
     train: training images.
-    validation: images that choose the l2 penalty.
+    validation: images on which the l2 penalty is chosen.
     test: images on which the accuracy is measured.
     classes: number of classes, at least 2.
     l2: candidate penalties, above 0.
@@ -308,7 +308,7 @@ def evaluate_features(
   """Evaluates encoders by a linear probe and k-NN at each fraction of the labels.
 
   Args:
-    features: pairs of training and test features, by name of the encoder.
+    features: the training features and the test features of each encoder, by its name.
     train_labels: classes of the training images; -1 means unlabelled.
     test_labels: classes of the test images; -1 means unlabelled.
     fractions: fractions of the training labels that the probes use, each in (0, 1].
@@ -323,9 +323,9 @@ def evaluate_features(
     l2: candidate penalties of the linear probe, above 0.
 
   Returns:
-    One record per encoder, protocol ("linear" or "knn") and fraction. Its value is the mean accuracy
-    over the subsets, in 0..1. Its interval is half the range of the accuracies, or None if there is
-    only one subset. The list is empty if no training image or no test image is labelled.
+    One record (a dict) per encoder, protocol ("linear" or "knn") and fraction. Its value is the mean
+    accuracy over the subsets, in 0..1. Its interval is half the range of the accuracies, or None if
+    there is only one subset. The list is empty if no training image or no test image is labelled.
 
   Raises:
     ValueError: a fraction or the rule is invalid, or features are not finite.
@@ -388,7 +388,7 @@ def _record(
 
 
 def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-  """Formats records as a text table of accuracies in %.
+  """Formats records of results as text tables of accuracies in %.
 
   The rows are encoders; the columns are protocols and shares of the labels. There is one table for each
   combination of task, split, metric, step and seed.
@@ -406,7 +406,11 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Returns the lines of the table of one group of records, with encoders as rows."""
+  """Formats records of one task, split, metric, step and seed as a table with encoders as rows.
+
+  Returns:
+    The lines of the table.
+  """
   encoders = list(dict.fromkeys(r["encoder"] for r in records))
   lines = ["", "encoder", *encoders]
   margin = max(map(len, lines))

@@ -1,4 +1,4 @@
-"""Averages measured results over seeds, and finds the cells of the paper's tables that they measure."""
+"""Averages measured results over seeds, and finds the paper's numbers for the same settings."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Departure:
-  """A config field whose value in a run differs from the value in the paper's protocol.
+  """A config field whose value in a run differs from the paper's protocol (its required settings).
 
   Args:
     field: name of the field.
@@ -98,7 +98,7 @@ def results(measurements: Iterable[Measurement], include_all: bool = False) -> l
   Args:
     measurements: records of results.json files with their configs, from any workdirs.
     include_all: whether to include results on validation images, and results of candidates (such as
-      other learning rates) that validation did not choose.
+      other learning rates) that were not chosen on validation images.
 
   Returns:
     One result per group of measurements that differ only in seeds, sorted by data set, task, protocol,
@@ -117,13 +117,14 @@ def results(measurements: Iterable[Measurement], include_all: bool = False) -> l
 
 
 def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-  """Returns whether a measured run satisfies the condition for a cell of one of the paper's tables.
+  """Returns whether a measured run has all settings that a cell of the paper's tables requires.
 
   Args:
-    condition: required values of the run's record and configs.
+    condition: required values of the run's record and configs, for the cell.
     record: record of the run, an entry of results.json.
-    config: config of the run, as a flat mapping from field names to values. A missing field counts as its
-      default. An empty mapping means that the config is unknown: it satisfies no condition on fields.
+    config: config of the run, as a flat mapping from field names to values. A missing field counts as
+      its default. An empty mapping means that the config is unknown. Then the result is False if the
+      cell requires the value of any field in this config.
   """
   return departures(condition, record, config) == []
 
@@ -131,7 +132,7 @@ def matches(condition: Condition, record: Mapping[str, Any], config: Mapping[str
 def departures(
   condition: Condition, record: Mapping[str, Any], config: Mapping[str, Any]
 ) -> list[Departure] | None:
-  """Returns the config fields in which a measured run differs from the condition for a cell of a table.
+  """Returns the config fields whose values in a measured run are not those that a table cell requires.
 
   Args:
     condition: required values of the run's record and configs, for a cell of one of the paper's tables.
@@ -139,10 +140,11 @@ def departures(
     config: config of the run, as a flat mapping from field names to values; empty if it is unknown.
 
   Returns:
-    The fields that differ; empty if the run satisfies the condition. None if the run cannot be compared
-    with the cell: a required value of the record differs (such as the task, the data set or the metric),
-    validation did not choose this run, its config is unknown, its encoder's pretraining is unfinished,
-    or the condition requires a known pretraining and the record has none.
+    The fields that differ. The list is empty if the run has all required values. The result is None if
+    the run cannot be compared with the cell. This has one of five reasons: its record has another task,
+    data set, metric or other required value; another candidate was chosen on validation images; its
+    config is required but unknown; its encoder's pretraining is unfinished; the settings of this
+    pretraining are required but unknown.
   """
   if record.get("chosen", True) is False or (condition.config and not config):
     return None
@@ -164,7 +166,7 @@ def departures(
 
 
 def of_cell(table: Table, row: Row, column: Column, candidates: Sequence[Result]) -> list[Result]:
-  """Returns the candidates that measure one cell of a table.
+  """Returns the results among `candidates` that have all settings required by one cell of a table.
 
   The list is empty if this library cannot measure the cell.
   """
@@ -175,7 +177,10 @@ def of_cell(table: Table, row: Row, column: Column, candidates: Sequence[Result]
 
 
 def in_paper(result: Result) -> list[tuple[Table, Column, Cell]]:
-  """Returns the cells of the paper's tables that a result measures. Usually there is no cell or one."""
+  """Returns the cells of the paper's tables whose required settings a result has.
+
+  Usually the list has at most one cell.
+  """
   return [
     (table, column, cell)
     for table, column, cell, condition in _measurable_cells()
@@ -185,7 +190,10 @@ def in_paper(result: Result) -> list[tuple[Table, Column, Cell]]:
 
 @functools.cache
 def _measurable_cells() -> tuple[tuple[Table, Column, Cell, Condition], ...]:
-  """Returns all cells of the paper's tables that this library can measure, each with its condition."""
+  """Returns all cells of the paper's tables that this library can measure.
+
+  The condition of each cell, the last value of its tuple, has the settings that a run must have.
+  """
   return tuple(
     (table, column, cell, condition)
     for table in TABLES.values()
@@ -198,10 +206,10 @@ def _measurable_cells() -> tuple[tuple[Table, Column, Cell, Condition], ...]:
 def off_protocol(
   table: Table, row: Row, column: Column, candidates: Sequence[Result]
 ) -> list[tuple[Result, list[Departure]]]:
-  """Returns the results that differ from one cell of a table only in the table's protocol.
+  """Returns the results that have the settings of one table cell, except for some protocol fields.
 
-  Such a result has the network of the row and the row's values of all fields that distinguish the rows
-  (`Table.defining`). It differs in fields that all rows share, such as the number of epochs.
+  The protocol of a table is the fields that do not distinguish its rows, such as the number of epochs.
+  All other fields (`Table.defining`), such as the network, have the values that the row requires.
 
   Returns:
     Pairs of a result and the protocol fields in which it differs.
@@ -214,10 +222,11 @@ def off_protocol(
 
 
 def _off_protocol(table: Table, condition: Condition, result: Result) -> list[Departure]:
-  """Returns the fields in which a result differs from one cell of a table, if only the protocol differs.
+  """Returns the fields in which a result differs from one table cell, if all are protocol fields.
 
-  The protocol is all fields that the rows of the table share. The list is empty if the result differs in
-  a field that distinguishes the rows, if it measures the cell exactly, or if it cannot be compared.
+  The protocol of a table is the fields that do not distinguish its rows. The list is empty in three
+  cases. The result differs in a field that distinguishes the rows. Or it has all settings of the cell.
+  Or it cannot be compared with the cell.
   """
   config, pretrain = table.defining
   fields = departures(condition, result.record, result.config) or []
@@ -228,13 +237,13 @@ def _off_protocol(table: Table, condition: Condition, result: Result) -> list[De
 
 
 def nearest(result: Result) -> tuple[list[tuple[Table, Column, Cell]], list[Departure]]:
-  """Finds the cells of the paper that are most similar to a result measured by another protocol.
+  """Finds the cells of the paper's tables that differ least from a result in the protocol.
 
   Returns:
-    The most similar cells, and the fields in which the result differs from each of them. These are the
-    cells with the fewest differing fields. If cells with equally few fields differ in other fields, only
-    those with the fields of the first cell are returned. Both lists are empty if the result measures a
-    cell exactly, or if no cell is similar.
+    A list of cells, and a list of the fields in which the result differs from each of these cells. The
+    cells are those with the fewest differing fields. If some of them differ in other fields than the
+    first cell does, they are left out. Both lists are empty if a cell has exactly the settings of the
+    result, or if no cell is similar.
   """
   places: list[tuple[Table, Column, Cell]] = []
   fewest: list[Departure] = []
@@ -250,10 +259,10 @@ def nearest(result: Result) -> tuple[list[tuple[Table, Column, Cell]], list[Depa
 
 
 def open_choices(result: Result) -> list[str]:
-  """Returns the fields that the paper does not state and that differ from the shipped configs.
+  """Lists the fields that the paper does not state, if a run's values differ from the shipped configs.
 
-  Each field is a text `field=value` with the value of the run. A field of the encoder's pretraining run
-  has the prefix "pretraining ".
+  Each field is a text `field=value`. A field of the encoder's pretraining run has the prefix
+  "pretraining ".
   """
   pretrain = result.record.get("pretrain")
   fields = (
@@ -271,7 +280,10 @@ def open_choices(result: Result) -> list[str]:
 
 
 def protocol(result: Result) -> str:
-  """Returns the name of a result's protocol with its variants: `linear, pretrain views, tclip 20`."""
+  """Returns the name of a result's protocol (method of evaluation or training) with its variants.
+
+  Example: `linear, pretrain views, tclip 20`.
+  """
   task, name = result.record["task"], result.record["protocol"]
   words = [_NAMES.get((task, name), name)]
   if "chosen" in result.record:  # a trained classifier, not a probe
@@ -382,7 +394,7 @@ def _identity(measurement: Measurement) -> str:
   """Returns a key that is equal for measurements of the same setting, which may be averaged.
 
   Such measurements may differ in seeds, commits, workdirs and config fields that cannot change a result.
-  They may also differ in the learning rate if validation images chose it.
+  Their learning rates may also differ, if the rate was chosen on validation images.
   """
   fields = schema.fields()
   config: Any = {
@@ -406,7 +418,7 @@ def _identity(measurement: Measurement) -> str:
 
 
 def _repeats(group: Sequence[Measurement]) -> list[list[Measurement]]:
-  """Removes duplicates from a group of measurements, and divides the others by commits if necessary.
+  """Removes duplicates from a group of measurements, and divides the others by commit if seeds repeat.
 
   Measurements with the same seeds, commit and value are duplicates: only the first is kept. If several
   of the others still have the same seeds, they are divided into one list per commit.

@@ -29,7 +29,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
   """Draws results as a PNG, with marks at the paper's numbers.
 
   Each pair of data set and metric has its own axes. If some encoder has results of the same protocol at
-  several shares of labels, the figure shows lines over the share of labels; otherwise it shows bars.
+  several shares of labels (fractions of the training labels), the figure shows lines over this share.
+  Otherwise it shows bars.
 
   Args:
     results: at least one result.
@@ -214,9 +215,10 @@ def _bars(panels: Sequence[Panel]) -> Figure:
 
 
 def _bar_labels(results: Sequence[Result]) -> list[str]:
-  """Returns the label of each bar: protocol, encoder, and the share of labels if it varies.
+  """Returns the labels of the bars.
 
-  The encoder is included only if there are several. A long label has two lines.
+  A label has the protocol, the encoder if there are several, and the share of labels if it varies. A
+  long label has two lines.
   """
   names = _labels(_names(results))
   shares = {result.record.get("labels") for result in results}

@@ -41,20 +41,25 @@ class Measurement:
 
   @property
   def chosen(self) -> bool:
-    """Whether the record is that of the chosen candidate.
+    """Whether the record belongs to the chosen candidate, such as the best of several learning rates.
 
-    False only if validation images chose another candidate, such as another learning rate.
+    It is False only if another candidate was chosen on validation images.
     """
     return self.record.get("chosen", True) is not False
 
 
 def read(paths: Iterable[Path], include_all: bool = False) -> list[Measurement]:
-  """Reads the records of runs and sweeps. A workdir that several paths contain is counted once.
+  """Reads the records (entries of results.json) of runs and sweeps.
+
+  A workdir (output folder) that several paths contain is counted once.
 
   Args:
     paths: workdirs of runs or sweeps, or folders with workdirs at any depth.
     include_all: whether to read also each run inside a sweep's workdir, not only the results.json of the
       sweep itself.
+
+  Returns:
+    One measurement per record.
 
   Raises:
     ConfigError: a path is not a folder or has no workdir, none of its workdirs has results or records,
@@ -82,8 +87,9 @@ def read(paths: Iterable[Path], include_all: bool = False) -> list[Measurement]:
 def training_seconds(workdir: Path, batch_size: int) -> float | None:
   """Computes the training time of a run from its metrics.jsonl.
 
-  For each row, the images since the previous row are divided by the row's images per second; the training
-  time is the sum. It excludes waiting, compilation before the first step, evaluation and restarts.
+  For each row, the number of images since the previous row is divided by the row's images per second.
+  The training time is the sum over the rows. It excludes waiting, compilation before the first step,
+  evaluation and restarts.
 
   Args:
     workdir: workdir (output folder) of the run.
@@ -110,8 +116,8 @@ def training_seconds(workdir: Path, batch_size: int) -> float | None:
 def _workdirs(path: Path, include_sweep_runs: bool) -> list[Path]:
   """Returns the workdirs of runs and sweeps at or below a path.
 
-  A run's workdir has a config.json, and a sweep's has a sweep.json. A folder that has only a
-  results.json, with no workdir below it, is returned as well.
+  A run's workdir has a config.json, and a sweep's has a sweep.json. If no workdir is found, but the path
+  has a results.json, the path itself is returned.
 
   Raises:
     ConfigError: the path is not a folder, or there is no workdir.
@@ -135,7 +141,7 @@ def _workdirs(path: Path, include_sweep_runs: bool) -> list[Path]:
 
 
 def _below(path: Path, include_sweep_runs: bool) -> list[Path]:
-  """Returns the workdirs of runs and sweeps at or below a folder; sub-folders are visited by name.
+  """Returns the workdirs of runs and sweeps at or below a folder, with sub-folders in order of name.
 
   Folders inside a run's workdir are skipped. Those inside a sweep's workdir are searched only if
   `include_sweep_runs` is True.

@@ -38,7 +38,7 @@ def results_page(results: Sequence[Result], style: str) -> str:
   Returns:
     Text with the rows. In text and Markdown, a row has protocol, data set, encoder, share of labels,
     metric, the paper's number, the measured number, number of repeats, config, commit and training time.
-    CSV and JSON have further facts.
+    In CSV and JSON, a row has more facts.
   """
   if style in ("csv", "json"):
     rows = [_result_facts(result) for result in results]
@@ -74,9 +74,9 @@ def results_page(results: Sequence[Result], style: str) -> str:
 def table_page(table: Table, results: Sequence[Result], style: str) -> str:
   """Formats a table of the paper, with the measured numbers beside the paper's.
 
-  In text and Markdown, each column with a measurable cell is followed by a column of measured numbers;
-  a note names the columns without measurable cells. Below the table are the results that differ from a
-  cell only in the table's protocol, marked "off protocol".
+  In text and Markdown, a column of measured numbers follows each column that has a cell which this
+  library can measure. A note names the other columns. Results marked "off protocol" are listed below the
+  table. They have the settings of a cell, except for fields that do not distinguish the table's rows.
 
   Args:
     table: table of `byolx.reports.paper`.
@@ -118,8 +118,8 @@ def table_page(table: Table, results: Sequence[Result], style: str) -> str:
 def tables_page() -> str:
   """Returns a list of the paper's tables as text.
 
-  Each line has the number of the table, how many numbers it has, how many of them this library can
-  measure, and its caption.
+  Each line has the number of a table, the count of the numbers in it, how many of them this library can
+  measure, and the caption.
   """
   grid: Grid = [["table", "numbers", "measurable", ""]]
   for table in TABLES.values():
@@ -145,7 +145,8 @@ def _measured_in(table: Table, column: Column) -> bool:
 def _measured(
   table: Table, row: Row, column: Column, results: Sequence[Result], sources: dict[str, int]
 ) -> str:
-  """Returns the text beside one of the paper's numbers: the measured results, or why there are none.
+  """Returns the text beside one of the paper's numbers: the measured results, or the reason why there
+  are none.
 
   Each result is followed by the number of its footnote in brackets. New footnotes are added to `sources`,
   which maps their texts to their numbers.
@@ -165,10 +166,11 @@ def _measured(
 def _off_protocol_notes(
   table: Table, candidates: Sequence[Result], sources: dict[str, int]
 ) -> list[str]:
-  """Returns one note per result that differs from a cell of a table only in the table's protocol.
+  """Returns notes on the results that have the settings of a cell, except for some protocol fields.
 
-  A note has the row and column of the cell, the measured number and the differing fields. New footnotes
-  are added to `sources`, which maps their texts to their numbers.
+  The protocol of a table is the fields that do not distinguish its rows. A note has the row and column
+  of the cell, the measured number and the differing fields. New footnotes are added to `sources`, which
+  maps their texts to their numbers.
   """
   notes = []
   for row in table.rows:
@@ -182,10 +184,11 @@ def _off_protocol_notes(
 
 
 def _off_protocol_text(result: Result, footnotes: dict[str, int]) -> str:
-  """Returns `off protocol [1]` for a result whose most similar cell in the paper has another protocol.
+  """Returns `off protocol [1]` for a result that differs from a cell of the paper only in the protocol.
 
-  The footnote 1, with the paper's number and the differing fields, is added to `footnotes`, which maps
-  texts to numbers. The text is empty if no cell is similar.
+  The number in brackets is that of a footnote. The footnote has the paper's number and the differing
+  fields. It is added to `footnotes`, which maps texts to numbers. The returned text is empty if there is
+  no such cell.
   """
   places, fields = compare.nearest(result)
   if not places:
@@ -207,8 +210,8 @@ def _departures_text(fields: Sequence[Departure]) -> str:
 def _source(result: Result) -> str:
   """Returns a footnote on the origin of a number.
 
-  It has the seeds, configs, commits, training time and workdirs of the runs, and the values that differ
-  from the shipped configs in fields that the paper does not state.
+  The footnote has the seeds, configs, commits, training time and workdirs of the runs. It also lists the
+  fields that the paper does not state, if their values differ from the shipped configs.
   """
   seeds = ", ".join(map(str, result.seeds)) or "unknown"
   facts = [
@@ -252,7 +255,7 @@ def _interval(result: Result, column: Column) -> float | None:
 
 
 def _number(value: float | None, interval: float | None, column: Column) -> str:
-  """Formats a number with the decimals of its column, and with its interval if that is large enough.
+  """Formats a number with the decimals of its column. Its interval is added if it is large enough.
 
   A positive number that would be rounded to zero has more decimals, or is 0 if it is below 0.01.
   """
@@ -270,7 +273,7 @@ def _percent(value: float, interval: float | None) -> str:
 
 
 def _paper_text(result: Result) -> str:
-  """Returns the paper's number for a result with the tables that have it, such as `74.3 (7, 9, 13)`.
+  """Returns the paper's number for a result, and the tables that have it, such as `74.3 (7, 9, 13)`.
 
   The text is empty if the paper has no number for the result.
   """
@@ -328,9 +331,10 @@ def _cell_facts(
 ) -> dict[str, Any]:
   """Returns the facts about a cell of a table, as one row of CSV or JSON.
 
-  The key `measured` has the values of the results that measure this cell. The key `off_protocol` has
-  the values of `candidates` that differ from the cell only in the table's protocol, and
-  `off_protocol_fields` has the names and values of the differing fields.
+  The key `measured` has the values of the `results` that have all settings of this cell. The key
+  `off_protocol` has the values of the `candidates` that have these settings except for some protocol
+  fields. A protocol field does not distinguish the rows of the table. The key `off_protocol_fields` has
+  the names and values of the differing fields.
   """
   off_protocol = compare.off_protocol(table, row, column, candidates)
   matching = compare.of_cell(table, row, column, results)
@@ -357,7 +361,7 @@ def _cell_facts(
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Formats rows as CSV. The elements of a list are joined by semicolons, and None is an empty text."""
+  """Formats rows as CSV. The elements of a list are joined by semicolons. None becomes an empty text."""
   text = io.StringIO()
   writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
   writer.writeheader()

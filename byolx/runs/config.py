@@ -112,7 +112,7 @@ def of_run(path: str | Path) -> ConfigDict:
 
 
 def of_encoder(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of a flat config that determine the encoder's function.
+  """Returns the fields of a flat config that determine what the encoder computes.
 
   A missing field gets its default.
 
@@ -126,10 +126,11 @@ def of_encoder(flat: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_other_function(
   run: Mapping[str, Any], pretrained: Mapping[str, Any], task: str, path: str | Path
 ) -> None:
-  """Refuses fields of a run with which its pretrained encoder would compute another function.
+  """Raises an error if a pretrained encoder would compute other features with the config of a run.
 
-  Two fields may differ in some cases: views.size if the task has `own_size`, such as pretraining, and
-  model.bn_decay if the encoder's running averages are not debiased.
+  The fields of `schema.encoder_fields` that are in `run` must be equal, with two exceptions. views.size
+  may differ if the task has `own_size`, such as pretraining. model.bn_decay may differ if the encoder's
+  running averages are not debiased.
 
   Args:
     run: fields of the run and their values, all of them or only those that were set explicitly.
@@ -138,7 +139,7 @@ def refuse_other_function(
     path: path of the encoder, for the error message.
 
   Raises:
-    ConfigError: fields of `schema.encoder_fields` differ; the message lists all of them.
+    ConfigError: fields of `schema.encoder_fields` differ. The message lists all of them.
   """
   pretrained = of_encoder(pretrained)
   free = {"views.size"} if TASKS[task].own_size else set()
@@ -160,7 +161,8 @@ def encoder_check(run: ConfigDict) -> Callable[[Mapping[str, Any], Path], None]:
 
   `pretrained.read` calls the returned function with the config of the run that trained the encoder, and
   the path of the encoder. The returned function raises a ConfigError if the two runs differ in a config
-  field that changes what the encoder computes; `refuse_other_function` has the exceptions.
+  field that changes what the encoder computes. The docstring of `refuse_other_function` names the
+  exceptions.
 
   Args:
     run: config of the run, with all fields.
@@ -185,7 +187,7 @@ def value(name: str, text: str) -> Any:
 
 
 def merge(settings: ConfigDict, origin: str) -> ConfigDict:
-  """Returns the defaults of all fields with the values of a partial config in their place.
+  """Returns a config with all fields: the values of a partial config, and defaults for the other fields.
 
   Args:
     settings: values of some fields, by group.
@@ -264,7 +266,7 @@ def changes(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(config: ConfigDict) -> str:
-  """Returns a hash, 12 hex digits, of all fields except the seed on which results depend."""
+  """Returns a hash (12 hex digits) of all config fields that can change results, except the seed."""
   fields, others = schema.fields(), schema.other_groups(config.task)
   relevant = {
     name: plain(value)

@@ -99,7 +99,10 @@ def _finite(values: Float[np.ndarray, "n"]) -> bool:
 
 
 def _running_mean(y: Float[np.ndarray, "n"], window: int) -> Float[np.ndarray, "n"]:
-  """Computes the mean of the finite values in a window around each value; NaN where y is not finite."""
+  """Computes the mean of the finite values in a window around each value.
+
+  The mean is NaN where the value is not finite.
+  """
   finite = np.isfinite(y)
   kernel = np.ones(2 * (window // 2) + 1)
   totals = np.convolve(np.where(finite, y, 0.0), kernel, "same")

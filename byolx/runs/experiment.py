@@ -29,7 +29,7 @@ class Experiment(Recipe):
   Args:
     sources: images of the training, validation and test splits.
     named: reasons for unreadable images that were already logged, so that each is logged only once.
-    kept: compiled programs that earlier starts stored on disk.
+    kept: store on disk for compiled programs.
   """
 
   sources: Sources
@@ -39,7 +39,7 @@ class Experiment(Recipe):
   def initialise(self) -> TrainState:
     """Computes the state at step 0, on the devices that hold it.
 
-    Uses a compiled program from the disk if an earlier start stored it.
+    If the compiled program for this is stored on disk, it is loaded and not compiled again.
     """
     return self._initialiser(self.encoder_key)
 
@@ -52,7 +52,7 @@ class Experiment(Recipe):
     return self.kept.compile("initialise", lowered, arguments, state, self._counts)
 
   def compile_step(self) -> jax.stages.Compiled:
-    """Returns the compiled train step, loaded from the disk if an earlier start stored it."""
+    """Returns the compiled train step. If it is stored on disk, it is loaded and not compiled again."""
     arguments, state = self.step_arguments(), self.abstract_state
     if program := self.kept.find("step", arguments, state, self._counts):
       print("the step was compiled in an earlier start, and is loaded", flush=True)
@@ -65,7 +65,10 @@ class Experiment(Recipe):
 
   @property
   def _counts(self) -> dict[str, int]:
-    """Numbers of training images and classes. Compiled programs depend on them besides the config."""
+    """Numbers of training images and classes.
+
+    Compiled programs depend on these numbers and on the config.
+    """
     return {"images": len(self.train_source), "classes": len(self.train_source.classes)}
 
   @property
@@ -74,10 +77,11 @@ class Experiment(Recipe):
     return self.sources.train
 
   def train_batches(self, start_step: int) -> loader.Batches:
-    """Loads training batches without an end.
+    """Returns an iterator over training batches, which never ends.
 
     Args:
-      start_step: number of the first batch, from 0: the number of batches that were used before.
+      start_step: number of the first batch, from 0. This is also the number of batches that were used
+        before.
     """
     c = self.config
     transform = self.task.transform("train")
@@ -118,8 +122,8 @@ def build(
 
   Args:
     config: config of the run, with all fields.
-    kept: compiled programs that earlier starts stored, from `compile_cache.begin`; None to look them up
-      here. They are not used with the user's own encoder.
+    kept: store on disk for compiled programs, from `compile_cache.begin`. If it is None, this function
+      opens the store. It is not used with the user's own encoder.
     images: the user's own images, instead of those of the config group `data`; None for the config's.
     network: the user's own encoder, a function from `nnx.Rngs` to a module; None for the config's
       ResNet.

@@ -96,12 +96,16 @@ def _stopped(stop: Stop, step: int, steps: int) -> StoppedError:
 
 
 def policy(c: ConfigDict) -> manager.Policy:
-  """Returns the settings of which checkpoints are saved and kept, from a config with all fields."""
+  """Returns the rules by which the checkpoints of a run are saved and kept.
+
+  Args:
+    c: config of the run, with all fields.
+  """
   return manager.Policy(**c.checkpoint)
 
 
 def data_position(exp: Experiment, step: int, skipped: int = 0) -> dict:
-  """Returns the position of the input after a step, which the checkpoint of this step stores.
+  """Returns the position in the training data after a step. The checkpoint of this step stores it.
 
   The position is the number of the next training example, with the seed and facts about the data set. It
   depends only on step, seed, images and rollbacks (returns to an earlier checkpoint).
@@ -164,7 +168,8 @@ def restore(exp: Experiment, checkpoints: manager.Checkpoints, rollbacks: Rollba
 def _batches(exp: Experiment, rollbacks: Rollbacks, start: int) -> Iterator[Any]:
   """Yields the training batches of the steps after `start`, except those that rollbacks leave out.
 
-  A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in between.
+  A rollback returns to an earlier checkpoint after a divergence. It leaves out the batches between the
+  checkpoint and the divergence.
   """
   for first, end in rollbacks.segments(start):
     with contextlib.closing(exp.train_batches(first + rollbacks.skipped(first))) as batches:
@@ -265,9 +270,9 @@ def _go_back(
   Args:
     exp: the experiment: networks, task, optimiser, devices and images of the run.
     checkpoints: checkpoints of the run.
-    rollbacks: earlier returns to a checkpoint; the new one is added.
+    rollbacks: earlier returns of the run to a checkpoint. The new one is added.
     workdir: folder of the run.
-    error: the divergence.
+    error: error that describes the divergence.
 
   Returns:
     The restored state and its step.

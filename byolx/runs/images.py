@@ -102,9 +102,9 @@ class Sources(NamedTuple):
 
   @property
   def held_out(self) -> tuple[str, base.Source]:
-    """Name and images of the split that measures a run that selects no model, such as pretraining.
+    """Name and images of the split on which pretrained encoders are evaluated.
 
-    These are the validation images, or the test images if the run has no validation images.
+    This is the validation split. If the run has no validation images, it is the test split.
     """
     if self.validation is not None:
       return "validation", self.validation
@@ -114,10 +114,10 @@ class Sources(NamedTuple):
 def build_sources(config: ConfigDict) -> Sources:
   """Opens the images of a run and divides them into splits.
 
-  If data.validation is set, a task that selects no model, such as pretraining, is measured on the
-  validation images, and the test images need not exist. data.labels selects from the training images
-  that are not held out for validation. The images of data.label_list are all used for training, and
-  none of them for validation.
+  If the run has validation images and its task selects no model, the test images need not exist.
+  Pretraining is such a task: it is measured on the validation images. data.labels selects a share of the
+  training images that are not held out for validation. All images of data.label_list are used for
+  training, and none of them for validation.
 
   Args:
     config: config of the run, with all fields.

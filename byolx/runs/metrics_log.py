@@ -34,7 +34,7 @@ class RunLog:
       dropped.
     every_seconds: shortest time between progress lines, in seconds.
     writer: whether this process writes and prints; only one process of a run does.
-    accuracy: name of the scalar `top1` in progress lines.
+    accuracy: name that progress lines show for the scalar `top1`.
   """
 
   def __init__(

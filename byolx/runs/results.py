@@ -1,4 +1,4 @@
-"""Reads the records of `results.json`, and averages records over seeds."""
+"""Reads the records (entries) of `results.json`, and averages them over seeds."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ KEYS = ("task", "protocol", "encoder", "labels", "split", "metric", "step", "com
 
 
 def read(workdir: Path) -> list[Record]:
-  """Reads the records of a workdir; returns an empty list if the workdir has no `results.json`."""
+  """Reads the records (entries) of a workdir's `results.json`; returns [] if the file does not exist."""
   path = workdir / "results.json"
   return json.loads(path.read_text()) if path.exists() else []
 

@@ -1,7 +1,7 @@
 """Records the rollbacks of a run in its workdir.
 
-A rollback goes back to an earlier checkpoint after a divergence of the training, and leaves out the
-batches in between.
+A rollback goes back to an earlier checkpoint after training diverged. It leaves out the batches between
+the checkpoint and the divergence.
 """
 
 import dataclasses
@@ -52,31 +52,30 @@ class Rollbacks:
     return max((rollback.number for rollback in self._all), default=0)
 
   def skipped(self, step: int) -> int:
-    """Returns the number of batches that rollbacks leave out before the batch of step `step` + 1.
+    """Returns the number of batches that were left out before training step `step` + 1.
 
-    A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in
-    between.
+    A rollback returns to an earlier checkpoint after a divergence. It leaves out the batches between the
+    checkpoint and the divergence.
     """
     return sum(rollback.left_out for rollback in self._all if rollback.to <= step)
 
   def skipped_before(self, step: int) -> int:
-    """Returns the number of batches that rollbacks leave out before the batch of step `step`.
+    """Returns the number of batches that were left out before training step `step`.
 
-    A rollback returns to an earlier checkpoint after a divergence, and leaves out the batches in
-    between.
+    A rollback returns to an earlier checkpoint after a divergence. It leaves out the batches between the
+    checkpoint and the divergence.
     """
     return sum(rollback.left_out for rollback in self._all if rollback.to < step)
 
   def segments(self, start: int) -> list[tuple[int, int | None]]:
     """Divides the steps after `start` into ranges in which no training batch is left out.
 
-    A rollback returns to an earlier checkpoint after a divergence and leaves out the batches in
-    between.
+    A rollback returns to an earlier checkpoint after a divergence. It leaves out the batches between the
+    checkpoint and the divergence. So each range but the last ends at such a checkpoint.
 
     Returns:
-      Pairs (before, end), each for the steps before + 1 to end. Every range but the last ends at a
-      checkpoint to which a rollback returned; the batches that were left out come right after it. The
-      end of the last range is None: it has no last step.
+      Pairs (before, end), one per range, for the steps `before` + 1 to `end`. The end of the last range
+      is None, because this range has no last step.
     """
     cuts = [start, *sorted({rollback.to for rollback in self._all if rollback.to > start})]
     return list(zip(cuts, [*cuts[1:], None], strict=True))

@@ -58,8 +58,8 @@ def train_run(
   Args:
     cfg: config of the run, with all fields.
     workdir: folder of the run.
-    kept: compiled programs that earlier starts stored, from `compile_cache.begin`; None to look them up
-      here.
+    kept: store on disk for compiled programs, from `compile_cache.begin`. If it is None, this function
+      opens the store.
     images: the user's own images, instead of those of the config group `data`; None for the config's.
     network: the user's own encoder, a function from `nnx.Rngs` to a module; None for the config's
       ResNet.
@@ -273,11 +273,11 @@ def write_views(
     transform: transform of the training images. Its uint8 arrays of shape [size, size, 3] are drawn.
     source: training images.
     path: path of the PNG.
-    images: number of rows, one image each.
+    images: number of rows of the picture. Each row shows one image.
     repeats: number of epochs whose views are drawn.
 
   Returns:
-    False if the transform has no such array: nothing is written.
+    Whether the PNG was written. It is not written if the transform returns no such array.
 
   Raises:
     ConfigError: none of the images that were tried can be read.
@@ -312,7 +312,7 @@ def write_views(
 
 
 def _pictures(transform: Transform, example: base.Example, random: Random) -> tuple:
-  """Applies a transform to an example, and returns the square uint8 RGB images among its arrays.
+  """Applies a transform to an example, and returns its arrays that are square uint8 RGB images.
 
   Images of another size than the first one are left out.
   """

@@ -77,27 +77,27 @@ AFTER_TASKS: dict[str, type] = {
 def fields() -> dict[str, Field]:
   """Returns all config fields by full name, such as "train.epochs", including those of all tasks.
 
-  The order is that of `byolx fields`.
+  The order is that of the command `byolx fields`.
   """
   return dict(_assembled(tuple(TASKS.values())))
 
 
 def encoder_fields() -> dict[str, Field]:
-  """Returns the config fields that, together with its arrays, determine the function an encoder computes.
+  """Returns the config fields that change what an encoder with given parameters and statistics computes.
 
-  The initialisers (model.kernel_init, model.bn_last_scale) do not belong to them, nor does
-  model.bn_group, which has an effect in training mode only. model.bn_decay does: with model.bn_debias
-  the running averages are divided by 1 - decay^updates whenever they are used.
+  The initialisers (model.kernel_init, model.bn_last_scale) are not among them. model.bn_group is not
+  among them either, because it has an effect in training mode only. model.bn_decay is among them: with
+  model.bn_debias, the running averages are divided by 1 - decay^updates whenever they are used.
   """
   selected = {name: field for name, field in fields().items() if field.encoder}
   return dict(sorted(selected.items(), key=lambda item: item[0].partition(".")[0]))
 
 
 def other_groups(task: str) -> frozenset[str]:
-  """Returns the config groups of the user's own tasks other than `task`.
+  """Returns the config groups that only other tasks of the user have, not `task`.
 
-  No result of `task` depends on them. Groups that a built-in task or `task` itself also uses are left
-  out.
+  No result of `task` depends on these groups. A group is left out if `task` or a built-in task uses it
+  too.
   """
   added = {kind.group for name, kind in TASKS.items() if name not in BUILT_IN and name != task}
   return frozenset(added - {TASKS[task].group} - {TASKS[name].group for name in BUILT_IN})

@@ -1,6 +1,6 @@
 """Makes the summary of a run that is printed before step 1.
 
-It has parameters, memory, devices, images, steps and learning rates.
+It lists parameters, memory, devices, images, steps and learning rates.
 """
 
 import math
@@ -19,7 +19,7 @@ from byolx.training import optimizers
 def describe(exp: Experiment, workdir: Path) -> str:
   """Returns the summary of a run as text.
 
-  It has parameters, memory, devices, images, steps and learning rates.
+  It lists parameters, memory, devices, images, steps and learning rates.
 
   Args:
     exp: the experiment: networks, task, optimiser, devices and images of the run.

@@ -70,7 +70,7 @@ class Recipe:
 
   @property
   def fingerprint(self) -> str:
-    """Hash of all config fields except the seed on which results depend."""
+    """Hash of all config fields that can change results, except the seed."""
     return fingerprint(self.config)
 
   @property
@@ -87,7 +87,7 @@ class Recipe:
   def rate_at(self) -> Callable[[int], float]:
     """Function that takes a step, from 0, and returns its learning rate.
 
-    The function is jitted: evaluating `rate` directly would compile one program per operation.
+    The function is jitted, because calling `rate` directly would compile one program per operation.
     """
     compiled = jax.jit(self.rate)
     return lambda step: float(compiled(step))
@@ -125,7 +125,10 @@ class Recipe:
     return jax.tree.map(abstract, arrays, is_leaf=is_array)
 
   def lower(self) -> jax.stages.Lowered:
-    """Lowers the train step (a stage before compiling) for devices that need not be attached."""
+    """Lowers the train step: translates it to the form from which it is compiled.
+
+    The devices of the run need not be attached.
+    """
     step = compile_step(
       self.task,
       self.tx,

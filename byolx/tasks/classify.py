@@ -128,11 +128,13 @@ class Classify(Task):
 
   @classmethod
   def check(cls, config: ConfigDict) -> None:
-    """Checks that init.workdir is set if and only if the task needs it, and that something is measured.
+    """Checks init.workdir, and that the run has images for the evaluation.
+
+    init.workdir must be set if the task needs a pretrained encoder, and must not be set otherwise.
 
     Raises:
-      ConfigError: the pretrained encoder is missing or would not be used, or the run has neither
-        validation images nor a test.
+      ConfigError: init.workdir is missing, or is set but would not be used; or the run measures neither
+        validation images nor test images.
     """
     task, workdir = config.task, config.init.workdir
     if not (cls.from_scratch or workdir):
@@ -310,7 +312,7 @@ class Linear(Classify):
 
   @property
   def trainable(self) -> nnx.filterlib.Filter:
-    """Filter that selects the parameters of the heads (linear classifiers), the only trained ones."""
+    """Filter that selects the parameters of the heads (linear classifiers). Only these are trained."""
     return nnx.All(nnx.Param, nnx.PathContains("heads"))
 
   @property
@@ -334,8 +336,9 @@ def _distribution(setting: Setting, views: str, augment: RandAugment) -> ViewSpe
 
   Args:
     setting: facts about the run, with the augmentations of the config.
-    views: name of the augmentation, the value of the field `classify.views`: "pretrain" for all of
-      views.view1, "spatial" for its crop and flip, or "randaugment" for crop, flip and RandAugment.
+    views: name of the augmentation, the value of the field `classify.views`: "pretrain" for all
+      augmentations of views.view1, "spatial" for its crop and flip, or "randaugment" for crop, flip and
+      RandAugment.
     augment: settings of RandAugment, used if `views` is "randaugment".
   """
   first, _ = setting.distributions

@@ -46,8 +46,9 @@ class Pretrain(Task):
     centre: transform of an evaluation image to its centre crop; None if the task has no input.
     tau_base: decay rate tau of the target network at step 0.
     tau_rule: name of the schedule of tau, "cosine" (up to 1) or "constant".
-    average_statistics: whether the target's BatchNorm running averages follow those of the online
-      network by the moving average too. If False, they come from the target's own forward passes.
+    average_statistics: whether the target's BatchNorm running averages are moving averages of the online
+      network's, as are the target's parameters. If False, they come from the target's own forward
+      passes.
     directions: reduction of the losses of the two directions, "sum" as in the paper, or "mean".
     norm_guard: lower bound of the squared norm in the loss's l2 normalisation; 0 for no bound.
     probe_weight: weight of the online probe's cross-entropy. The probe is a linear classifier on the
@@ -110,8 +111,8 @@ class Pretrain(Task):
   def build(cls, setting: Setting) -> "Pretrain":
     """Builds the task of a run.
 
-    Without labels, or with weight 0, it has no online probe (a linear classifier trained with the
-    encoder).
+    The online probe is a linear classifier trained with the encoder. The task has none if the images
+    have no labels or the weight of the probe is 0.
     """
     group = dict(setting.config[cls.group])
     networks = {name: group.pop(name) for name in fields_of(BYOLSpec)}
@@ -172,7 +173,8 @@ class Pretrain(Task):
   def after_update(self, model: BYOL, step: Int[Array, ""]) -> dict[str, Array]:
     """Moves the target network towards the online network.
 
-    The decay rate tau is that of the step before the update. It is returned as the scalar `tau`.
+    The decay rate tau is the value of its schedule at `step`, the number of steps before this update. It
+    is returned as the scalar `tau`.
     """
     tau = schedules.tau(step, self.steps, self.tau_base, self.tau_rule)
     model.follow(tau, statistics=self.average_statistics)

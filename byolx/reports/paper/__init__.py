@@ -1,8 +1,8 @@
-"""The paper's tables of results (appendices D to J), and the conditions that a run must meet to measure
-a cell of a table.
+"""The paper's tables of results (appendices D to J), with the settings that each number requires.
 
-Numbers and units are those printed in the appendices. Tables 6 and 10 are missing since they hold
-settings, not results. Tables 1 to 5 are missing since they are not in the appendices.
+A run can be compared with a number of the paper only if it has these settings. Numbers and units are
+those printed in the appendices. Tables 6 and 10 are missing since they hold settings, not results.
+Tables 1 to 5 are missing since they are not in the appendices.
 """
 
 from collections.abc import Mapping

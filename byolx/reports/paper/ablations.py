@@ -134,10 +134,12 @@ TABLE_16 = Table(
 
 
 def _both(**fields: float) -> Condition:
-  """Returns the condition of a table row with changed augmentations in both views of the pretraining.
+  """Returns the required settings of a table row that changes the augmentations of pretraining.
+
+  The changes apply to both views of an image.
 
   Args:
-    **fields: names of augmentation settings of a view, with their values.
+    **fields: names of augmentation settings of a view, with their new values.
   """
   return Condition(
     pretrain={

@@ -11,7 +11,7 @@ def _network(depth: int, width: int) -> Condition:
 
 
 def _variation(pretrain_views: bool, regularised: bool) -> Condition:
-  """Returns the condition that a run must meet to be one of D.1's four variants of linear evaluation.
+  """Returns the required settings of a run for one of the four variants of linear evaluation in D.1.
 
   Args:
     pretrain_views: whether the classifier is trained with the augmentations of the pretraining, rather

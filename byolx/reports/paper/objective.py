@@ -56,7 +56,7 @@ TABLE_18 = Table(
 
 
 def _variant(predictor: bool, target: str) -> Condition:
-  """Returns the condition of a table row for a variant of BYOL without negative examples (Table 19).
+  """Returns the required settings of a run for a variant of BYOL without negative examples (Table 19).
 
   Args:
     predictor: whether the variant has a predictor.

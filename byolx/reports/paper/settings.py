@@ -1,9 +1,9 @@
 """Settings of pretraining, evaluation and supervised training in the paper's tables.
 
-A protocol is a set of required values of config fields. A measured run matches a cell of a table only
-if it has all values of the cell's protocol. Each config field is in one of three places: in a protocol
-(`MAIN`, `LINEAR`, `SEMI_SUPERVISED`, `SUPERVISED`), in `LEFT_OPEN` if the paper does not state it, or in
-`WITHOUT_EFFECT` if no number depends on it.
+A protocol is a set of required values of config fields. A measured run can be compared with a cell of a
+table only if it has all values of the cell's protocol. Each config field is in one of three places: in a
+protocol (`MAIN`, `LINEAR`, `SEMI_SUPERVISED`, `SUPERVISED`), in `LEFT_OPEN` if the paper does not state
+it, or in `WITHOUT_EFFECT` if no number depends on it.
 """
 
 from collections.abc import Mapping
@@ -275,7 +275,9 @@ run shows their values, and records are compared as well.
 
 
 def measured(task: str, metric: str = "top1", data: str = "imagenet") -> Mapping[str, Any]:
-  """Returns the values that a record on test images must have, for training with all labels.
+  """Returns the values that the paper requires of a record (an entry of results.json).
+
+  The record must be measured on test images, after training with all labels.
 
   Args:
     task: name of the task, "linear", "finetune" or "supervised".
@@ -290,7 +292,7 @@ def measured(task: str, metric: str = "top1", data: str = "imagenet") -> Mapping
 
 
 def linear(metric: str) -> Condition:
-  """Returns the condition that a run must meet to be linear evaluation on ImageNet (D.1).
+  """Returns the required settings of a run for the paper's linear evaluation on ImageNet (D.1).
 
   The encoder must be pretrained with the paper's main settings (`MAIN`).
 
@@ -302,7 +304,7 @@ def linear(metric: str) -> Condition:
 
 
 def finetuned(metric: str) -> Condition:
-  """Returns the condition that a run must meet to be fine-tuning on all labels of ImageNet (D.1).
+  """Returns the required settings of a run for the paper's fine-tuning on all labels of ImageNet (D.1).
 
   The encoder must be a ResNet-50 that was pretrained with the paper's main settings (`MAIN`).
 
@@ -314,7 +316,7 @@ def finetuned(metric: str) -> Condition:
 
 
 def supervised(metric: str) -> Condition:
-  """Returns the condition that a run must meet to be a supervised baseline on ImageNet (D.2).
+  """Returns the required settings of a run for the paper's supervised baselines on ImageNet (D.2).
 
   Args:
     metric: name of the measured metric, "top1" or "top5".
@@ -323,7 +325,7 @@ def supervised(metric: str) -> Condition:
 
 
 def ablation(metric: str) -> Condition:
-  """Returns the condition that a run must meet to be linear evaluation in the ablations (G and J).
+  """Returns the required settings of a run for linear evaluation in the paper's ablations (G and J).
 
   The encoder must be a ResNet-50 that was pretrained on ImageNet with the settings `ABLATIONS`. A row of
   an ablation's table changes some of these settings.
@@ -337,9 +339,9 @@ def ablation(metric: str) -> Condition:
 
 
 def pretrained(fields: Mapping[str, Any]) -> Condition:
-  """Returns the condition of a table row whose encoders are pretrained with some settings changed.
+  """Returns the required settings of a table row that changes some settings of the pretraining.
 
   Args:
-    fields: changed config fields of the pretraining run, with their values.
+    fields: the changed config fields of the pretraining run, with their new values.
   """
   return Condition(pretrain=fields)

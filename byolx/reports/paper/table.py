@@ -1,4 +1,4 @@
-"""Classes for the paper's tables, and for the conditions that a run must meet to measure a cell."""
+"""Classes for the paper's tables, and for the settings that a run must have to match a cell."""
 
 import dataclasses
 import functools
@@ -16,23 +16,24 @@ NETWORK = ("model.arch", "model.width")
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-  """Allowed values of a config field, among which the paper chooses on validation images."""
+  """Allowed values of a config field. The paper chooses one of them on validation images."""
 
   values: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-  """Values that a run must have to measure a cell of a table.
+  """Required settings: a run can be compared with a table cell only if it has these values.
 
   Args:
     record: required values in the run's record, an entry of results.json.
-    config: required values of config fields of the run. A value may be a `OneOf`: several allowed values.
+    config: required values of config fields of the run. A value may be a `OneOf`, which has several
+      allowed values.
     pretrain: required values of config fields of the run that pretrained the encoder. A value may be a
       `OneOf`.
-    origin_known: whether to reject a record that does not say how its encoder was pretrained, as for
-      converted weights. If False, the record's `pretrained_on` and `pretrain` are compared only if the
-      record has them.
+    origin_known: whether to reject a record that does not say how its encoder was pretrained, such as
+      one of converted weights. If False, the record's `pretrained_on` and `pretrain` are compared only
+      if the record has them.
   """
 
   record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -41,7 +42,10 @@ class Condition:
   origin_known: bool = False
 
   def but(self, other: "Condition") -> "Condition":
-    """Returns a condition with the required values of both; `other` has precedence."""
+    """Returns a condition with the required values of both conditions.
+
+    If both have a value for a key, that of `other` is used.
+    """
     return Condition(
       {**self.record, **other.record},
       {**self.config, **other.config},
@@ -73,7 +77,7 @@ class Column:
   Args:
     name: heading of the column in the paper.
     group: heading that the column shares with its neighbours; "" if it shares none.
-    condition: condition that all measured cells of the column share; None if this library cannot yet
+    condition: settings that all cells of the column require of a run; None if this library cannot yet
       measure any of them.
     unit: unit of the numbers: "%", "m" (metres), or "" for a ratio.
     higher_is_better: whether the largest value is the best.
@@ -102,8 +106,8 @@ class Row:
   Args:
     labels: texts before the numbers, one per label heading of the table.
     cells: cells with the numbers, one per column.
-    condition: condition that the row's measured cells must meet besides that of their column; None if
-      this library cannot yet measure any of them.
+    condition: settings that the row's cells require of a run, in addition to those of the column; None
+      if this library cannot yet measure any of them.
     theirs: whether the numbers come from other publications.
   """
 
@@ -147,10 +151,10 @@ class Table:
 
   @functools.cached_property
   def defining(self) -> tuple[frozenset[str], frozenset[str]]:
-    """Fields that distinguish the rows: those of the config, and those of the pretraining config.
+    """Names of the fields that distinguish the rows, in the config and in the config of the pretraining.
 
-    These are the network, and the fields for which a row's condition has another value than its
-    column's. All other fields belong to the protocol of the table.
+    A field distinguishes the rows if a row requires another value than its column. The fields of the
+    network are also included. All other fields belong to the protocol of the table.
     """
     config, pretrain = set(NETWORK), set[str]()
     for row, column in itertools.product(self.rows, self.columns):
@@ -160,9 +164,9 @@ class Table:
     return frozenset(config), frozenset(pretrain)
 
   def condition(self, row: Row, column: Column) -> Condition | None:
-    """Returns the values that a run must have to measure a cell (the condition of the cell).
+    """Returns the settings that a run must have to be compared with a cell.
 
-    Returns None if no run can measure the cell; `status` then returns the reason.
+    Returns None if this library cannot measure the cell. `status` then returns the reason.
     """
     if row.theirs or column.theirs or row.condition is None or column.condition is None:
       return None
@@ -196,7 +200,8 @@ def row(
   Args:
     *labels: texts before the numbers.
     cells: cells or numbers, one per column; None where the paper has no number.
-    condition: condition that the row adds to those of the columns; None if it cannot be measured yet.
+    condition: settings that the row requires of a run, in addition to those of the columns; None if this
+      library cannot measure the row yet.
     theirs: whether the numbers come from other publications.
   """
   row_cells = tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)

@@ -47,7 +47,7 @@ TABLE_12 = Table(
 
 
 def _on(data: str) -> Condition:
-  """Returns the condition that a run must meet to be linear evaluation (D.1) on a data set.
+  """Returns the required settings of a run for linear evaluation (D.1) on a data set.
 
   The encoder must be a ResNet-50 that was pretrained with the paper's main settings (`MAIN`).
 

@@ -102,11 +102,18 @@ class Allocation:
       for name, array in arrays.items()
       if name not in self._large
     }
+    # `row` runs once per image, so arrays and tuples of arrays are told apart here.
+    tuples = {name: x for name, x in self._small.items() if isinstance(x, tuple)}
+    self._tuples = [(name, type(x), tuple(x)) for name, x in tuples.items()]
+    every = self._large | self._small
+    self._arrays = [(name, x) for name, x in every.items() if name not in tuples]
 
   def row(self, row: int) -> Batch:
     """Returns row `row` of each array by name, as numpy views to be filled."""
-    rows = {name: array[row, ...] for name, array in self._large.items()}
-    return rows | {name: _each(lambda x: x[row, ...], x) for name, x in self._small.items()}
+    rows = {name: array[row, ...] for name, array in self._arrays}
+    for name, kind, arrays in self._tuples:
+      rows[name] = kind(*[array[row, ...] for array in arrays])
+    return rows
 
   def clear(self, row: int) -> None:
     """Fills row `row` of all arrays with zeros."""

@@ -25,7 +25,7 @@ def draw_sheet(
 
   Args:
     originals: RGB images 0..255 of any size.
-    pairs: for each original, the same number of tuples (view 1, view 2) or (view,). All views are
+    pairs: tuples (view 1, view 2) or (view,) of each original, the same number of each. All views are
       square RGB images 0..255 of one size.
 
   Returns:

@@ -93,7 +93,7 @@ class InputReport:
     source: name of the image source.
     records: number of training images.
     size: side of a view, an augmented crop, in pixels.
-    placement: where colours are augmented: `host` (CPU) or `device` (accelerator).
+    placement: place of the colour augmentation: `host` (CPU) or `device` (accelerator).
     batch_size: number of images in a train step.
     cores: number of CPU cores that this process may use.
     stages: times of the stages of loading, such as decoding.

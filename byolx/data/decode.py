@@ -254,7 +254,8 @@ def _orientation(exif: bytes) -> int:
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
   """Turns pixels upright. `orientation` is the EXIF value, 1 to 8; 1 changes nothing.
 
-  The values 2 to 4 mirror the image or rotate it by 180°. For 5 to 8, the image is first transposed.
+  The values 2 to 4 mirror the image or rotate it by 180°. The value 5 transposes it. The values 6 to 8
+  transpose it and then mirror it or rotate it by 180°.
   """
   if orientation >= 5:
     pixels = pixels.transpose(1, 0, 2)

@@ -206,13 +206,14 @@ def _measurable_cells() -> tuple[tuple[Table, Column, Cell, Condition], ...]:
 def off_protocol(
   table: Table, row: Row, column: Column, candidates: Sequence[Result]
 ) -> list[tuple[Result, list[Departure]]]:
-  """Returns the results that have the settings of one table cell, except for some protocol fields.
+  """Returns the results that differ from one cell of a paper table only in protocol fields.
 
-  The protocol of a table is the fields that do not distinguish its rows, such as the number of epochs.
-  All other fields (`Table.defining`), such as the network, have the values that the row requires.
+  A cell requires values of config fields. The protocol fields of a table are those that do not
+  distinguish its rows, such as the number of epochs. In all other fields (`Table.defining`), such as the
+  network, a returned result has the required values. A result without any difference is not returned.
 
   Returns:
-    Pairs of a result and the protocol fields in which it differs.
+    Pairs of a result and the protocol fields in which it differs from the cell.
   """
   condition = table.condition(row, column)
   if condition is None:
@@ -437,7 +438,11 @@ def _repeats(group: Sequence[Measurement]) -> list[list[Measurement]]:
 
 
 def _commit(measurement: Measurement) -> str:
-  """Returns the commit of a measurement as JSON: a string, or a list for a mean over several commits."""
+  """Returns, as JSON, the git commit of the code that made a measurement.
+
+  It is a list of commits if the measurement is a mean of values from several commits, and null if the
+  commit is unknown.
+  """
   return json.dumps(measurement.record.get("commit"))
 
 

@@ -53,7 +53,7 @@ def describe(exp: Experiment, workdir: Path) -> str:
 def _encoder(exp: Experiment) -> str:
   """Describes the encoder: architecture, width, number of features and compute type.
 
-  For the user's own encoder, returns its name.
+  The description of the user's own encoder is its name.
   """
   model = exp.config.model
   if exp.network is not None:

@@ -25,11 +25,12 @@ def crop_and_resize(
 ) -> UInt8[np.ndarray, "size size 3"]:
   """Crops an image and resizes the crop to a square, with bicubic interpolation.
 
-  The kernel is that of Keys, with a = -0.5 and half-pixel centres. Weights outside the crop are dropped,
-  and the other weights are normalised. Without antialiasing, as in the authors' code, the result is that
-  of `jax.image.resize(patch, method='cubic', antialias=False)` for the crop, clipped and rounded. With
-  antialiasing, the kernel widens if the crop shrinks. The result is then that of Pillow's BICUBIC,
-  which also clips and rounds between the horizontal and the vertical pass.
+  The kernel is that of Keys with a = -0.5; coordinates have half-pixel centres. Pixels outside the crop
+  get no weight, and the other weights are normalised. Without antialiasing, as in the authors' code, the
+  result is that of `jax.image.resize(patch, shape, method='cubic', antialias=False)`, clipped and
+  rounded, where `patch` holds the pixels of the crop. With antialiasing, the kernel is wider where the
+  crop is larger than the result. The result is then that of Pillow's BICUBIC, which also clips and
+  rounds between the horizontal and the vertical pass.
 
   Args:
     image: RGB image 0..255.

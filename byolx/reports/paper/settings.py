@@ -325,7 +325,7 @@ def supervised(metric: str) -> Condition:
 
 
 def ablation(metric: str) -> Condition:
-  """Returns the required settings of a run for linear evaluation in the paper's ablations (G and J).
+  """Returns the settings that the paper's ablations (appendices G and J) require of a linear evaluation.
 
   The encoder must be a ResNet-50 that was pretrained on ImageNet with the settings `ABLATIONS`. A row of
   an ablation's table changes some of these settings.

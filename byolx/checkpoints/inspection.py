@@ -51,8 +51,8 @@ class Page:
     commit: git commit of the code that saved the checkpoint; empty if it is unknown.
     fingerprint: hash of the config fields on which results depend; empty if it is unknown.
     changes: config fields that are not at their default, each name with the list [default, value].
-    parts: one row for each part of the saved state, such as `online encoder`. A row holds the name
-      of the part, its number of arrays, its number of values, and a text for remarks, which is empty here.
+    parts: one row for each part of the saved state, such as `online encoder`. A row holds the name of
+      the part, its number of arrays, its number of values, and a text for remarks, empty here.
     lineage: origin of the encoder that the run started from; None if the run started from random
       weights.
     encoder: config fields with which the encoder must be used, by name; empty if the checkpoint has

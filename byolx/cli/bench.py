@@ -24,8 +24,8 @@ def add(command) -> None:
   """Adds the command `byolx bench` and its options.
 
   Args:
-    command: creates and returns the command's parser. Its arguments are the name of the command,
-      a callback that runs the command, and the help texts.
+    command: function that creates and returns a parser of command-line arguments. It takes the name of
+      the command, a callback that runs the command, and the help texts.
   """
   sub = command(
     "bench", _run, "measure the speed of the input", description=_BENCH, epilog=_BENCH_MORE

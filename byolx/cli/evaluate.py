@@ -10,8 +10,8 @@ def add(command) -> None:
   """Adds the command `byolx eval` and its options.
 
   Args:
-    command: creates and returns the command's parser. Its arguments are the name of the command,
-      a callback that runs the command, and the help texts.
+    command: function that creates and returns a parser of command-line arguments. It takes the name of
+      the command, a callback that runs the command, and the help texts.
   """
   sub = command("eval", _run, "evaluate the newest checkpoint of a workdir again")
   sub.add_argument(

@@ -10,8 +10,8 @@ def add(command) -> None:
   """Adds the command `byolx inspect` and its options.
 
   Args:
-    command: creates and returns the command's parser. Its arguments are the name of the command,
-      a callback that runs the command, and the help texts.
+    command: function that creates and returns a parser of command-line arguments. It takes the name of
+      the command, a callback that runs the command, and the help texts.
   """
   sub = command("inspect", _run, "print the contents of a workdir or a checkpoint on one page")
   sub.add_argument("path", type=Path, metavar="WORKDIR|CHECKPOINT")

@@ -10,8 +10,8 @@ def add(command) -> None:
   """Adds the command `byolx show-views` and its options.
 
   Args:
-    command: creates and returns the command's parser. Its arguments are the name of the command,
-      a callback that runs the command, and the help texts.
+    command: function that creates and returns a parser of command-line arguments. It takes the name of
+      the command, a callback that runs the command, and the help texts.
   """
   sub = command("show-views", _run, "draw images beside pairs of their augmented views")
   sub.add_argument("--config", required=True, metavar="FILE[:ARGS]", help=options.CONFIG_HELP)

@@ -35,8 +35,8 @@ def add(command) -> None:
   """Adds the command `byolx sweep` and its options.
 
   Args:
-    command: creates and returns the command's parser. Its arguments are the name of the command,
-      a callback that runs the command, and the help texts.
+    command: function that creates and returns a parser of command-line arguments. It takes the name of
+      the command, a callback that runs the command, and the help texts.
   """
   sub = command(
     "sweep",

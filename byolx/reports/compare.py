@@ -281,9 +281,10 @@ def open_choices(result: Result) -> list[str]:
 
 
 def protocol(result: Result) -> str:
-  """Returns the name of a result's protocol (method of evaluation or training) with its variants.
+  """Returns the name of the protocol by which a result was measured, and of its variations.
 
-  Example: `linear, pretrain views, tclip 20`.
+  Example: `linear, pretrain views, tclip 20` is a linear evaluation with two variations: training images
+  are augmented as in pretraining, and logits are clipped by tclip with alpha = 20.
   """
   task, name = result.record["task"], result.record["protocol"]
   words = [_NAMES.get((task, name), name)]

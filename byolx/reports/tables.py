@@ -145,11 +145,11 @@ def _measured_in(table: Table, column: Column) -> bool:
 def _measured(
   table: Table, row: Row, column: Column, results: Sequence[Result], sources: dict[str, int]
 ) -> str:
-  """Returns the text beside one of the paper's numbers: the measured results, or the reason why there
-  are none.
+  """Returns the text for the column of measured results, beside one number of a paper table.
 
-  Each result is followed by the number of its footnote in brackets. New footnotes are added to `sources`,
-  which maps their texts to their numbers.
+  The text holds the measured results, or the reason why there are none. Each result is followed by the
+  number of its footnote in brackets. New footnotes are added to `sources`, which maps the text of a
+  footnote to the footnote's number.
   """
   status = table.status(row, column)
   if status != MEASURABLE:

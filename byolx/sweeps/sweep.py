@@ -47,9 +47,11 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """Options, config and cells of a sweep. `build` makes and checks them.
+  """A sweep: runs that compare settings of config fields, and then test the best of them.
 
-  A cell is one setting of the varied config fields. The final runs test the chosen cells.
+  A cell is one setting of the varied fields. Each cell is trained once and measured on validation
+  images. The best cells are chosen by that. Final runs, one per seed, then test the chosen cells.
+  `build` makes and checks a sweep.
 
   Args:
     config: config file, as FILE[:ARGS].
@@ -57,7 +59,7 @@ class Sweep:
     workdir: folder of the sweep, for its results and its runs.
     cells: all cells.
     per: names of grouping fields: one cell is chosen for each combination of their values.
-    by: criterion of the choice: a metric on validation images, such as top-1.
+    by: metric on validation images by which the best cell is chosen, such as top-1.
     seeds: seeds of the final runs.
     retrain: whether a chosen cell is trained again before the test, on training and validation images
       together.
